@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench clean
+
+help: ## print this list
+	@echo 'Pass arguments to demo, test or bench with ARGS: make test ARGS="-k foo"'
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## run `starseg demo`
+	$(BIN)/starseg demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## time a training step
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+clean: ## remove caches and build output (.venv and runs/ stay)
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps are touched only after pip succeeded, so a failed install is tried again.
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[dev,lite]'
+	@touch $@
+
+# venv puts pip in last: where it is there, the environment is whole.
+$(BIN)/pip:
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) -m venv failed. On Debian it needs a package: apt-get install python3-venv" >&2; exit 1; }

@@ -1,0 +1,157 @@
+"""The command line: commands only, the work is done elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from starseg import __version__
+from starseg.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Teach a segmentation model new classes without the old images (STAR).",
+)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_default=False)]
+
+
+def _steps(text: str | None) -> range | None:
+    """ "2" or "0-2" as a range."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()):
+        raise UserError(f"--steps: expected a step or a range such as 0-2, got {text!r}")
+    return range(int(first), int(last or first) + 1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"starseg {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None: ...
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 1 or 0-2.", show_default=False)] = None,
+    out: Out = None,
+) -> None:
+    """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
+    from starseg.config import load_config
+    from starseg.engine.runner import train as run
+    from starseg.report.figures import write_figures
+
+    changed = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out else [])]
+    run_dir = run(load_config(config, changed), _steps(steps), console)
+    write_figures([run_dir], run_dir, console)
+
+
+@app.command(name="eval")
+def evaluate(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """IoU per class and means of a step directory, on the test split of its run's data set."""
+    from starseg.config import load_config
+    from starseg.engine.checkpoint import write_json
+    from starseg.engine.runner import evaluate_step
+    from starseg.report.tables import figures_table
+
+    config = load_config(step_dir.resolve().parent / "config.yaml", overrides or [])
+    figures = evaluate_step(step_dir, config, console)
+    console.print(figures_table(str(step_dir), figures))
+    if json_file:
+        write_json(json_file, figures)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("report"),
+) -> None:
+    """Tables and pictures of one or several runs."""
+    from starseg.engine.checkpoint import read_json
+    from starseg.report.figures import write_figures
+    from starseg.report.tables import comparison_table, iou_table
+
+    results = {run.name: read_json(run / "results.json") for run in runs}
+    for result in results.values():
+        console.print(iou_table(result))
+    if len(runs) > 1:
+        console.print(comparison_table(results))
+    write_figures(runs, out, console)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
+) -> None:
+    """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
+    from starseg.demo import run_demo
+
+    run_demo(out, console)
+
+
+@app.command()
+def methods() -> None:
+    """The methods a configuration can name."""
+    from starseg.methods import METHODS
+
+    for name, method in sorted(METHODS.items()):
+        console.print(f"[bold]{name:10}[/] {method.summary}", highlight=False)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def index(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Scan the class index (or take it from the cache) and list the images of each step."""
+    from starseg.config import load_config
+    from starseg.engine.runner import open_data
+    from starseg.methods import METHODS, method_options
+
+    settings = load_config(config, overrides or [])
+    method = METHODS[settings.method](method_options(settings.method, settings))
+    data = open_data(settings, method, 0, console)
+    for step in range(len(data.task)):
+        names = ", ".join(map(data.task.label, data.task.new(step)))
+        counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
+        console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, Ctrl-C is 130."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; finished steps are kept, the same command goes on after them")
+        sys.exit(130)

@@ -1,0 +1,209 @@
+"""Run configuration: typed, every field documented, unknown keys rejected by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from starseg.errors import UserError
+
+
+class Strict(BaseModel):
+    """A section whose unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Strict):
+    dataset: Literal["voc"] = "voc"
+    """Layout of the data on disk."""
+    root: Path = Path("./datasets/PascalVOC2012")
+    """The data set's folder."""
+    crop: int = Field(512, gt=0)
+    """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
+    workers: int | Literal["auto"] = Field("auto")
+    """Loader processes; "auto": up to 8 with a GPU, none on a CPU, whose cores the network needs. They never change
+    a result."""
+
+
+class TaskConfig(Strict):
+    name: str | None = None
+    """A published task ("15-1", "joint", ...), or a free label beside `steps`."""
+    steps: list[list[int | str]] | None = None
+    """Classes of each step, by name or dataset id."""
+    setting: Literal["overlap", "disjoint"] = "overlap"
+    """Which training images a step may see."""
+
+
+class ModelConfig(Strict):
+    backbone: str = "resnet101.tv_in1k"
+    """Any timm backbone with `features_only`."""
+    output_stride: Literal[8, 16] = 16
+    """Pixels per feature cell."""
+    pretrained: bool | Path = True
+    """ImageNet weights, none, or a file with the backbone's weights."""
+
+
+class PhaseConfig(Strict):
+    epochs: int | None = Field(None, gt=0)
+    """Passes over the step's images; by default the method's for this data set."""
+    lr: float | None = Field(None, gt=0)
+    """Base learning rate of the backbone; by default the method's for this data set."""
+
+
+class TrainConfig(Strict):
+    batch_size: int = Field(24, gt=0)
+    """Images per optimizer step, over all processes."""
+    base: PhaseConfig = PhaseConfig()
+    """Step 0."""
+    later: PhaseConfig = PhaseConfig()
+    """Every later step."""
+    warmup: float | None = Field(None, ge=0, lt=1)
+    """Share of the iterations with a linear warm-up; by default the method's for this data set."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Of SGD (momentum 0.9, Nesterov)."""
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
+    """"auto": bf16 where the hardware is fast at it, fp16 on older GPUs, else float32."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute."""
+
+
+class EvalConfig(Strict):
+    image: Literal["crop", "full"] = "crop"
+    """"crop": short side resized to the crop size, centre crop (the published protocol); "full": whole images."""
+    batch_size: int = Field(16, gt=0)
+    """Images per forward pass; 1 with `image: full`."""
+
+
+class RunConfig(BaseModel):
+    """A whole run. A section named like a method ("star: ...") holds that method's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    method: str = "star"
+    """A registered method."""
+    out: Path | None = None
+    """Run directory; by default runs/<data>_<task>_<setting>_<method>_seed<seed>."""
+    seed: int = Field(0, ge=0)
+    """Of initialisation, order, augmentation and replay."""
+    compat: Literal["published"] | None = None
+    """"published" restores the numerical choices of the published implementation (REFERENCE: rows P)."""
+    start_from: Path | None = None
+    """Step directory of another run, taken as this run's step 0 instead of training one."""
+    data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        if self.out is not None:
+            return self.out
+        task = self.task.name or "custom"
+        return Path("runs") / f"{self.data.dataset}_{task}_{self.task.setting}_{self.method}_seed{self.seed}"
+
+    def method_section(self, name: str) -> dict[str, Any]:
+        """The options given for method ``name``, not validated yet."""
+        return dict((self.model_extra or {}).get(name) or {})
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for key in path:
+        field = getattr(model, "model_fields", {}).get(str(key))
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """A pydantic error as one line per mistake: key, what was wrong, what was received."""
+    lines = []
+    for item in error.errors():
+        loc = item["loc"]
+        key = prefix + ".".join(str(p) for p in loc)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(loc[:-1])
+            near = difflib.get_close_matches(str(loc[-1]), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else ""
+            lines.append(f"{key}: unknown key; {hint}".rstrip("; "))
+        else:
+            lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _set_dotted(tree: dict[str, Any], assignment: str) -> None:
+    key, sep, value = assignment.partition("=")
+    if not sep or not key:
+        raise UserError(f"override {assignment!r}: expected key=value, e.g. train.base.epochs=5")
+    *parents, leaf = key.split(".")
+    for part in parents:
+        if not isinstance(tree.setdefault(part, {}), dict):
+            raise UserError(f"override {assignment!r}: {part!r} is a value, not a section")
+        tree = tree[part]
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {assignment!r}: {value!r} is not valid YAML") from error
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate a configuration given as nested dictionaries.
+
+    Raises:
+        UserError: unknown keys, wrong types, options of a method that does not exist or does not know them.
+    """
+    from starseg.methods import METHODS, method_options
+
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}:\n{explain(error)}") from error
+    if unknown := sorted(set(config.model_extra or {}) - set(METHODS)):
+        known = [*RunConfig.model_fields, *METHODS]
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"{source}:\n{unknown[0]}: unknown key; {hint}")
+    if config.method not in METHODS:
+        raise UserError(f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}")
+    for name in {config.method, *(config.model_extra or {})}:
+        method_options(name, config)
+    if config.task.name is None and config.task.steps is None:
+        raise UserError(f"{source}:\ntask: give task.name (a published task such as 15-1) or task.steps")
+    if config.data.crop % config.model.output_stride:
+        raise UserError(
+            f"{source}:\ndata.crop: {config.data.crop} is no multiple of model.output_stride "
+            f"({config.model.output_stride}); the statistics are taken on that grid"
+        )
+    if config.train.batch_size < 2:
+        raise UserError(f"{source}:\ntrain.batch_size: batch norm needs at least 2 images, got 1")
+    return config
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML configuration and apply ``a.b=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or not YAML, or :func:`parse_config` refuses it.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (key: value), got {type(tree).__name__}")
+    for assignment in overrides:
+        _set_dotted(tree, assignment)
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, every field spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,1 @@
+"""Data sets on disk, the class index, step selection and transforms."""

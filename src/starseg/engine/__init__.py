@@ -1,0 +1,1 @@
+"""The training engine: one step, the sequence, evaluation, files."""

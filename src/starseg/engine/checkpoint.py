@@ -1,0 +1,145 @@
+"""Files of a run: written to a temporary name, flushed, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from starseg.errors import UserError
+from starseg.models import Segmenter
+
+FORMAT = 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of ours.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not valid JSON ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error})") from error
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """model.json: what a step directory's weights are.
+
+    Attributes:
+        backbone, output_stride, head_sizes: of the network.
+        names, dataset_ids: by training id, the background first.
+        method, dataset, task, setting, step, seed, compat: where it comes from.
+        base: how many classes tables call old.
+        crop: side of the training crops.
+        test_fill: what classes not learnt yet become in test labels.
+    """
+
+    backbone: str
+    output_stride: int
+    head_sizes: list[int]
+    names: list[str]
+    dataset_ids: list[int]
+    method: str
+    dataset: str
+    task: str
+    setting: str
+    step: int
+    seed: int
+    compat: str | None
+    base: int
+    crop: int
+    test_fill: int
+
+
+def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:
+    """Publish a step; ``metrics.json`` comes last and marks it as finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", save(weights))
+    write_json(folder / "model.json", {"format": FORMAT, **asdict(info)})
+    if bank:
+        tensors = {k: v.cpu().contiguous() for k, v in bank.items()}
+        metadata = {"format": str(FORMAT), "classes": json.dumps(info.names[1:])}
+        write_atomic(folder / "bank.safetensors", save(tensors, metadata))
+    write_json(folder / "metrics.json", metrics)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "metrics.json").is_file()
+
+
+def load_info(folder: Path) -> StepInfo:
+    """Read model.json of a step directory.
+
+    Raises:
+        UserError: no step directory, or one of a newer version.
+    """
+    if not (folder / "model.json").is_file():
+        raise UserError(f"{folder}: no step directory (it holds no model.json)")
+    raw = read_json(folder / "model.json")
+    version = raw.pop("format", None)
+    if version != FORMAT:
+        raise UserError(f"{folder / 'model.json'}: format {version}, this starseg reads format {FORMAT}")
+    try:
+        return StepInfo(**raw)
+    except TypeError as error:
+        raise UserError(f"{folder / 'model.json'}: {error}") from error
+
+
+def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
+    """The network of a step directory, in eval mode on the CPU.
+
+    Raises:
+        UserError: missing, damaged or not matching files.
+    """
+    info = load_info(folder)
+    model = Segmenter(info.backbone, info.head_sizes, info.output_stride)
+    try:
+        model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: model.safetensors does not fit model.json: {error}") from error
+    return model.eval().to(memory_format=torch.channels_last), info
+
+
+def load_bank(folder: Path) -> dict[str, Tensor]:
+    """The method's state of a step directory; empty where the method keeps none."""
+    path = folder / "bank.safetensors"
+    return read_tensors(path) if path.is_file() else {}

@@ -1,0 +1,62 @@
+"""Figures from a confusion matrix (REFERENCE, "Reported")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _harmonic(a: float | None, b: float | None) -> float | None:
+    if a is None or b is None:
+        return None
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published: bool = False) -> dict[str, Any]:
+    """IoU and accuracies in percent; a class without pixels is None and left out of the means.
+
+    Args:
+        confusion: [1 + C, 1 + C] counts, rows the labels, columns the predictions.
+        names: by training id, the background first.
+        base: how many classes count as old, with the background; the rest is new.
+        published: add 1e-6 to the intersection in the IoU's denominator and count absent classes as 0 in means.
+
+    Returns:
+        {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "class_accuracy", "pixel_accuracy", each
+        {"old", "new", "all", "harmonic"}}.
+    """
+    matrix = np.asarray(confusion, np.float64)
+    hit, rows, columns = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        accuracy = hit / rows * 100
+        iou = hit / (rows + columns - hit - (1e-6 if published else 0.0)) * 100
+    groups = {"old": slice(0, 1 + base), "new": slice(1 + base, None), "all": slice(None)}
+
+    def means(values: np.ndarray) -> dict[str, float | None]:
+        filled = np.nan_to_num(values) if published else values
+        figures = {g: _mean(filled[s]) for g, s in groups.items()}
+        return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
+
+    def pixels() -> dict[str, float | None]:
+        figures = {g: 100 * hit[s].sum() / rows[s].sum() if rows[s].sum() else None for g, s in groups.items()}
+        figures["all"] = 100 * hit.sum() / matrix.sum() if matrix.sum() else None
+        figures = {g: None if v is None else float(v) for g, v in figures.items()}
+        return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
+
+    def by_name(values: np.ndarray) -> dict[str, float | None]:
+        return {n: None if np.isnan(v) else float(v) for n, v in zip(names, values, strict=True)}
+
+    return {
+        "iou": by_name(iou),
+        "accuracy": by_name(accuracy),
+        "miou": means(iou),
+        "class_accuracy": means(accuracy),
+        "pixel_accuracy": pixels(),
+    }

@@ -1,0 +1,91 @@
+"""Progress on a terminal as a live bar, elsewhere (a log file) as a line per report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+
+class Bar:
+    """One phase of work.
+
+    Args:
+        console: where to.
+        title: what is being done.
+        total: how many pieces.
+    """
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self.console, self.title, self.total, self.done, self.start = (
+            console,
+            title,
+            total,
+            0,
+            time.monotonic(),
+        )
+        self.live: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            note = TextColumn("{task.fields[note]}")
+            self.live = Progress(
+                *columns, TextColumn("ETA"), TimeRemainingColumn(), note, console=console, transient=True
+            )
+            self.task = self.live.add_task(title, total=total, note="")
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.live:
+            self.live.update(self.task, completed=self.done)
+
+    def show(self, where: str, terms: Mapping[str, float], images: int) -> None:
+        """Report loss terms and speed; ``images`` is how many a piece of work holds."""
+        elapsed = time.monotonic() - self.start
+        speed = self.done * images / elapsed
+        note = " ".join([*(f"{k} {v:.4f}" for k, v in terms.items()), f"| {speed:.1f} img/s"])
+        if self.live:
+            self.live.update(self.task, note=f"{where} {note}")
+        else:
+            left = timedelta(seconds=int(elapsed / self.done * (self.total - self.done)))
+            self.console.print(f"{self.title} {where} {note} | ETA {left}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
+    """A bar for the duration of a block."""
+    shown = Bar(console, title, total)
+    if shown.live is None:
+        yield shown
+        return
+    with shown.live:
+        yield shown
+
+
+def track(console: Console, title: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """Pass ``items`` through, with a bar."""
+    with bar(console, title, total) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+    if shown.live is None:
+        seconds = time.monotonic() - shown.start
+        console.print(f"{title}: {total} batches, {seconds:.1f} s", highlight=False, soft_wrap=True)

@@ -1,0 +1,397 @@
+"""A task sequence from its configuration: every step trained, evaluated and published in turn."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning_fabric import Fabric, seed_everything
+from lightning_fabric.loggers import TensorBoardLogger
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from starseg.config import RunConfig, dump_config
+from starseg.data.dataset import Dataset, open_dataset
+from starseg.data.index import class_index
+from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, sample_seed, select_images
+from starseg.engine import checkpoint
+from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.fit import fit_step, make_optimizer, to_device
+from starseg.engine.launch import make_fabric
+from starseg.engine.metrics import summarize
+from starseg.engine.progress import bar, track
+from starseg.errors import UserError
+from starseg.methods import METHODS, Method, StepContext, method_options
+from starseg.methods.base import Phase, Schedule
+from starseg.models import Segmenter
+from starseg.report.tables import iou_table
+from starseg.tasks import TaskSequence, make_task
+
+# Keys that may differ when a run goes on: they do not change its results.
+_FREE_KEYS = {
+    ("out",),
+    ("data", "workers"),
+    ("data", "root"),
+    ("train", "accelerator"),
+    ("eval", "batch_size"),
+}
+
+
+def _workers(config: RunConfig, fabric: Fabric) -> int:
+    if config.data.workers != "auto":
+        return config.data.workers
+    return min(8, len(os.sched_getaffinity(0))) if fabric.device.type == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set with its class indices, and how to load a step's share of it."""
+
+    dataset: Dataset
+    task: TaskSequence
+    train_pixels: np.ndarray
+    test_pixels: np.ndarray
+    config: RunConfig
+    workers: int
+
+    def positions(self, step: int, kind: Kind) -> np.ndarray:
+        pixels = self.train_pixels if kind == "train" else self.test_pixels
+        return select_images(pixels, self.task, step, kind)
+
+    def check(self) -> None:
+        """Refuse a task whose steps cannot be trained.
+
+        Raises:
+            UserError: a class without a training pixel in its step, or fewer images than a batch.
+        """
+        for step in range(len(self.task)):
+            chosen = self.positions(step, "train")
+            if empty := [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]:
+                raise UserError(
+                    f"step {step}: no training image shows {', '.join(map(self.task.label, empty))} "
+                    f"(task {self.task.name}, {self.task.setting}); leave the class out or add images"
+                )
+            if len(chosen) < self.config.train.batch_size:
+                raise UserError(
+                    f"step {step}: {len(chosen)} training images, fewer than train.batch_size "
+                    f"({self.config.train.batch_size})"
+                )
+            if not len(self.positions(step, "test")):
+                raise UserError(f"step {step}: no test image shows a class seen so far")
+
+    def train_loader(self, step: int, epochs: Sequence[int | str], drop_last: bool) -> DataLoader[Batch]:
+        """Augmented training crops; order and crops depend on (seed, step, epoch, sample) alone."""
+        seed = (self.config.seed, step)
+        table = self.task.relabelling(step, "train")
+        crops = StepDataset(self.dataset.train, self.positions(step, "train"), table, self.config.data.crop, seed)
+        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last)
+        return make_loader(crops, sampler, self.workers)
+
+    def test_loader(self, step: int) -> DataLoader[Batch]:
+        full = self.config.eval.image == "full"
+        table = self.task.relabelling(step, "test", self.dataset.test_fill)
+        crop = None if full else self.config.data.crop
+        images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
+        return make_loader(
+            images, EpochSampler(len(images), 1 if full else self.config.eval.batch_size, [0]), self.workers
+        )
+
+
+def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
+    """The configured data set and the steps in which ``method`` learns the configured task."""
+    dataset, task = open_dataset(config.data), config.task
+    return dataset, method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+
+
+def open_data(config: RunConfig, method: Method, workers: int, console: Console) -> Data:
+    """Open, index and check the data of a run."""
+    dataset, sequence = dataset_and_task(config, method)
+    start = time.monotonic()
+    train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
+    console.print(
+        f"{dataset.root}: {len(train)} training and {len(test)} test images, "
+        f"classes indexed in {time.monotonic() - start:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    data = Data(dataset, sequence, train, test, config, workers)
+    data.check()
+    return data
+
+
+def _resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
+    """Fill in what the method decides for this data set, so that the saved copy says all."""
+
+    def phase(given: Any, default: Phase) -> dict[str, Any]:
+        return {"epochs": given.epochs or default.epochs, "lr": given.lr or default.lr}
+
+    train = config.train
+    base, later = phase(train.base, schedule.base), phase(train.later, schedule.later)
+    warmup = schedule.warmup if train.warmup is None else train.warmup
+    resolved = train.model_copy(
+        update={
+            "base": train.base.model_copy(update=base),
+            "later": train.later.model_copy(update=later),
+            "warmup": warmup,
+        }
+    )
+    return config.model_copy(update={"train": resolved})
+
+
+def _differences(a: Any, b: Any, path: tuple[str, ...] = ()) -> list[str]:
+    if path in _FREE_KEYS:
+        return []
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted({*a, *b}) for d in _differences(a.get(k), b.get(k), (*path, k))]
+    return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
+
+
+def _claim(run_dir: Path, config: RunConfig) -> None:
+    """Save the resolved configuration, or refuse a directory that belongs to another one."""
+    text, path = dump_config(config), run_dir / "config.yaml"
+    if path.is_file():
+        changed = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
+                "Give another directory with --out, or remove this one to start over."
+            )
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(path, text.encode())
+
+
+class Runner:
+    """Runs the steps of one configuration in one directory.
+
+    Args:
+        config: validated configuration.
+        console: where progress and tables go.
+
+    Raises:
+        UserError: bad data, a directory of another run.
+    """
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.console = console
+        self.method = METHODS[config.method](method_options(config.method, config))
+        self.config = _resolve(config, self.method.defaults(config.data.dataset))
+        self.fabric = make_fabric(self.config.train)
+        self.data = open_data(self.config, self.method, _workers(self.config, self.fabric), console)
+        self.task = self.data.task
+        self.run_dir = self.config.run_dir
+        _claim(self.run_dir, self.config)
+
+    def step_dir(self, step: int) -> Path:
+        return self.run_dir / f"step_{step}"
+
+    def run(self, steps: range | None = None) -> Path:
+        """Run the wanted steps that are not finished yet, and return the run directory.
+
+        Raises:
+            UserError: a wanted step does not exist or its predecessor is missing.
+        """
+        wanted = steps if steps is not None else range(len(self.task))
+        if not wanted or wanted[-1] >= len(self.task):
+            raise UserError(f"--steps: task {self.task.name} has steps 0-{len(self.task) - 1}")
+        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)):
+            self._adopt(self.config.start_from)
+        for step in wanted:
+            if checkpoint.is_finished(self.step_dir(step)):
+                self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
+            else:
+                self._train(step)
+        return self.run_dir
+
+    def _adopt(self, source: Path) -> None:
+        """Take another run's finished step 0 as ours."""
+        info = checkpoint.load_info(source)
+        mine = self._info(0, info.head_sizes)
+        same = ("backbone", "output_stride", "dataset_ids", "names", "dataset", "setting", "crop", "compat")
+        if changed := [k for k in same if getattr(info, k) != getattr(mine, k)]:
+            raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")
+        if not checkpoint.is_finished(source):
+            raise UserError(f"start_from: {source} is not finished")
+        shutil.copytree(source, self.step_dir(0), ignore=shutil.ignore_patterns("logs"))
+        self._write_results()
+
+    def _info(self, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:
+        c, task = self.config, self.task
+        return checkpoint.StepInfo(
+            backbone=c.model.backbone,
+            output_stride=c.model.output_stride,
+            head_sizes=head_sizes,
+            names=list(task.class_names(step)),
+            dataset_ids=list(task.dataset_ids(step)),
+            method=c.method,
+            dataset=self.data.dataset.key,
+            task=task.name,
+            setting=task.setting,
+            step=step,
+            seed=c.seed,
+            compat=c.compat,
+            base=task.base,
+            crop=c.data.crop,
+            test_fill=self.data.dataset.test_fill,
+        )
+
+    def _models(self, step: int) -> tuple[Segmenter, Segmenter | None]:
+        """The network to train, its new head grown, and the frozen previous one."""
+        model_config, new = self.config.model, len(self.task.new(step))
+        if step == 0:
+            model = Segmenter(model_config.backbone, [new], model_config.output_stride, model_config.pretrained)
+            return model.to(memory_format=torch.channels_last), None
+        previous = self.step_dir(step - 1)
+        if not checkpoint.is_finished(previous):
+            raise UserError(f"step {step} needs step {step - 1}, which is not finished: {previous}")
+        model, _ = checkpoint.load_model(previous)
+        self.method.load_state_dict(checkpoint.load_bank(previous))
+        old = copy.deepcopy(model).requires_grad_(False)
+        model.add_head(new)
+        return model, old
+
+    def _context(self, step: int) -> StepContext:
+        seed_everything(sample_seed(self.config.seed, step) % 2**32, verbose=False)
+        model, old = self._models(step)
+        device = self.fabric.device
+        generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))
+        batches = len(self.data.positions(step, "train")) // self.config.train.batch_size
+        return StepContext(
+            task=self.task,
+            step=step,
+            dataset=self.data.dataset.key,
+            published=self.config.compat == "published",
+            model=model.to(device),
+            old_model=old.to(device) if old else None,
+            iterations=batches,
+            scan=lambda name: self._scan(step, model, name),
+            generator=generator,
+        )
+
+    def _scan(self, step: int, model: Segmenter, name: str) -> Iterator[Batch]:
+        loader = self.data.train_loader(step, [name], drop_last=False)
+        with torch.inference_mode():
+            for batch in track(self.console, f"step {step} scan {name}", loader, len(loader)):
+                yield to_device(batch, model)
+
+    def _train(self, step: int) -> None:
+        """Train, evaluate and publish one step."""
+        start, config, method = time.monotonic(), self.config, self.method
+        phase = config.train.later if step else config.train.base
+        assert phase.epochs and phase.lr and config.train.warmup is not None, "resolved in __init__"
+        ctx = self._context(step)
+        images = len(self.data.positions(step, "train"))
+        new = ", ".join(map(self.task.label, self.task.new(step)))
+        self.console.print(
+            f"step {step}: learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations",
+            highlight=False,
+            soft_wrap=True,
+        )
+        method.freeze(ctx)
+        ctx.model.eval()
+        method.begin_step(ctx)
+        logs = self.step_dir(step) / "logs"
+        shutil.rmtree(logs, ignore_errors=True)
+        logger = TensorBoardLogger(root_dir=logs, name="", version="")
+        loader = self.data.train_loader(step, range(phase.epochs), drop_last=True)
+        optimizer = make_optimizer(method, ctx, phase.lr, config.train.weight_decay)
+        with bar(self.console, f"step {step}", len(loader)) as shown:
+            fit_step(self.fabric, method, ctx, optimizer, loader, phase.epochs, config.train.warmup, shown, logger)
+        logger.finalize("success")
+        ctx.model.eval()
+        method.end_step(ctx)
+        bank = method.state_dict()
+        metrics = self._evaluate(ctx) | {
+            "seconds": round(time.monotonic() - start, 2),
+            "images": images,
+            "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
+        }
+        info = self._info(step, ctx.model.head_sizes)
+        checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
+        self.console.print(iou_table(self._write_results()))
+
+    def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
+        loader = self.data.test_loader(ctx.step)
+        batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches)
+        names = self.task.class_names(ctx.step)
+        return {
+            "step": ctx.step,
+            "new_classes": [self.task.label(c) for c in self.task.new(ctx.step)],
+            **summarize(confusion, names, self.task.base, ctx.published),
+            "confusion": confusion.tolist(),
+        }
+
+    def _write_results(self) -> dict[str, Any]:
+        """Rewrite results.json from the finished steps."""
+        steps = [self.step_dir(t) for t in range(len(self.task)) if checkpoint.is_finished(self.step_dir(t))]
+        results = {
+            "run": {
+                "method": self.config.method,
+                "dataset": self.data.dataset.key,
+                "task": self.task.name,
+                "setting": self.task.setting,
+                "seed": self.config.seed,
+                "compat": self.config.compat,
+                "crop": self.config.data.crop,
+                "precision": str(self.fabric._precision.precision),
+            },
+            "steps": [
+                {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k != "confusion"} for s in steps
+            ],
+        }
+        checkpoint.write_json(self.run_dir / "results.json", results)
+        return results
+
+
+def train(config: RunConfig, steps: range | None = None, console: Console | None = None) -> Path:
+    """Run a configuration; finished steps are skipped.
+
+    Args:
+        config: see :mod:`starseg.config`.
+        steps: which steps; all by default.
+        console: where progress goes; the terminal by default.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: anything in the input that must be mended first.
+    """
+    return Runner(config, console or Console()).run(steps)
+
+
+def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Score a step directory on the test split of ``config.data``.
+
+    Returns:
+        What :func:`starseg.engine.metrics.summarize` gives.
+
+    Raises:
+        UserError: no step directory, or data whose classes are not the model's.
+    """
+    model, info = checkpoint.load_model(folder)
+    fabric = make_fabric(config.train)
+    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
+    task = TaskSequence(info.task, (tuple(info.dataset_ids[1:]),), dataset.names, base=info.base)
+    if list(task.class_names(0)) != info.names:
+        raise UserError(f"{folder}: its classes {info.names[1:]} have other names in {dataset.root}")
+    pixels = class_index(dataset, dataset.test)
+    data = Data(dataset, task, pixels[:0], pixels, config, _workers(config, fabric))
+    loader = data.test_loader(0)
+    published = info.compat == "published"
+    rule = METHODS[info.method](method_options(info.method, config))
+    confusion = confusion_matrix(
+        model.to(fabric.device), rule.rule(published), track(console, "test", loader, len(loader))
+    )
+    return summarize(confusion, info.names, info.base, published)

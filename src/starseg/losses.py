@@ -1,0 +1,121 @@
+"""Loss terms as pure functions (REFERENCE, "Each iteration"; golden cases in tests/parity).
+
+Shape letters: N images, H W pixels, h w feature cells, D feature channels, K classes, M feature vectors. Logits have no
+background channel. Labels are training ids, 0 background, 255 ignore. ``published`` selects the numerical choices of
+the published implementation where they differ (the P rows of REFERENCE's table of differences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starseg.tasks import BACKGROUND, IGNORE
+
+_PUBLISHED_EPS = 1e-12
+# Bounds the gradient of the normalisation where a feature vector is (nearly) zero.
+_SOUND_EPS = 1e-3
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners False, no antialiasing: [N, C, *, *] -> [N, C, *size]."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def one_hot(labels: Tensor, first_id: int, classes: int) -> Tensor:
+    """[N, H, W] training ids -> [N, K, H, W] bool masks of ids ``first_id`` .. ``first_id + classes - 1``."""
+    ids = torch.arange(first_id, first_id + classes, device=labels.device)
+    return labels[:, None] == ids[:, None, None]
+
+
+def bce_per_class(
+    logits: Tensor, labels: Tensor, first_id: int, pos_weight: float = 1.0, published: bool = False
+) -> Tensor:
+    """Base loss: per class c, BCE of its logit against [y = c], averaged over the pixels.
+
+    Args:
+        logits: [N, K, H, W] float32 of the new classes, at the labels' size.
+        labels: [N, H, W]; old ids are background.
+        first_id: training id of channel 0.
+        pos_weight: weight of positive pixels.
+        published: ignored pixels count as negatives; by default they leave the loss and its mean.
+
+    Returns:
+        [K]; 0 where every pixel is ignored.
+    """
+    target = one_hot(labels, first_id, logits.shape[1]).to(logits.dtype)
+    weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
+    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
+    if published:
+        return loss.mean((0, 2, 3))
+    valid = (labels != IGNORE)[:, None]
+    return (loss * valid).sum((0, 2, 3)) / valid.sum().clamp_min(1)
+
+
+def negatives_per_class(logits: Tensor) -> Tensor:
+    """BCE against 0 of [M, K] logits, averaged over M (L_replay and L_bg): [K], 0 for M = 0."""
+    return F.softplus(logits).sum(0) / max(len(logits), 1)
+
+
+def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: float, background_weight: float) -> Tensor:
+    """mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
+    total = new + replay_weight * replay + background_weight * background
+    return total / (1 + replay_weight + background_weight)
+
+
+def ocfm(features: Tensor, old_features: Tensor, region: Tensor) -> Tensor:
+    """Old-class feature maintenance: squared feature change where the old model sees an old class.
+
+    Args:
+        features, old_features: [N, D, h, w] float32.
+        region: [N, H, W] bool, [p > 0 and y = 0].
+
+    Returns:
+        Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region (published: NaN).
+    """
+    mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
+    area = mask.sum()
+    change = ((features - old_features).square() * mask).sum()
+    return change / (features.shape[1] * area.clamp_min(torch.finfo(area.dtype).tiny))
+
+
+def sad(
+    features: Tensor,
+    labels: Tensor,
+    first_id: int,
+    classes: int,
+    old_prototypes: Tensor,
+    published: bool = False,
+) -> Tensor:
+    """Similarity-aware discrimination: keeps each new class's centre away from the nearest old prototype.
+
+    Args:
+        features: [N, D, h, w] float32.
+        labels: [N, H, W].
+        first_id: training id of the first new class.
+        classes: how many new classes, K.
+        old_prototypes: [P, D] unit vectors.
+        published: a class absent from the batch adds the constant 1 and vectors are normalised with an epsilon of
+            1e-12; by default absent classes leave the mean and the epsilon bounds the gradient.
+
+    Returns:
+        Scalar mean over the new classes of 1 / (distance to the nearest old prototype); 0 if there is none.
+    """
+    if not len(old_prototypes):
+        return features.sum() * 0
+    eps = _PUBLISHED_EPS if published else _SOUND_EPS
+    weights = resize(one_hot(labels, first_id, classes).to(features.dtype), features.shape[-2:])
+    sums = torch.einsum("nkhw,ndhw->kd", weights, F.normalize(features, dim=1, eps=eps))
+    distance = torch.cdist(F.normalize(sums, dim=1, eps=eps), old_prototypes).amin(1).clamp_min(1e-6)
+    if published:
+        return (1 / distance).mean()
+    shown = weights.sum((0, 2, 3)) > 0
+    return torch.where(shown, 1 / distance, 0).sum() / shown.sum().clamp_min(1)
+
+
+def background_cells(grid_labels: Tensor, grid_old: Tensor) -> Tensor:
+    """[N, h, w] bool: cells labelled background in which the old model sees nothing either."""
+    return (grid_labels == BACKGROUND) & (grid_old == BACKGROUND)

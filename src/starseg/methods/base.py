@@ -1,0 +1,202 @@
+"""What a method is: losses for a batch, and what it does before and after a step. The engine does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from starseg.config import RunConfig, Strict, explain
+from starseg.data.step import Batch
+from starseg.errors import UserError
+from starseg.losses import bce_per_class, resize
+from starseg.models import Output, Segmenter
+from starseg.models.segmenter import predict
+from starseg.tasks import TaskSequence
+
+METHODS: dict[str, type[Method]] = {}
+Network = Callable[..., Output]
+T = TypeVar("T", bound="type[Method]")
+
+
+def register_method(name: str) -> Callable[[T], T]:
+    """Class decorator: make a method known under ``name``, in configs and on the command line."""
+
+    def register(cls: T) -> T:
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def method_options(name: str, config: RunConfig) -> Strict:
+    """The validated options of method ``name``.
+
+    Raises:
+        UserError: unknown or wrong options, named with their section.
+    """
+    try:
+        return METHODS[name].Options.model_validate(config.method_section(name))
+    except ValidationError as error:
+        raise UserError(explain(error, prefix=f"{name}.")) from error
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs and base learning rate of a step."""
+
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A method's hyper-parameters on a data set.
+
+    Attributes:
+        base, later: step 0, and every step after it.
+        warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
+        pos_weight: of the class loss.
+    """
+
+    base: Phase
+    later: Phase
+    warmup: float
+    pos_weight: float
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """All that a method may know of the step it is in.
+
+    Attributes:
+        task, step: which classes are new.
+        dataset: the data set's layout, "voc" or "ade".
+        published: ``compat: published`` is on.
+        model: the network being trained; its last head is the new one.
+        old_model: the frozen previous network, None at step 0.
+        iterations: of one epoch.
+        scan: one pass over the step's augmented training crops, last incomplete batch included; images normalised,
+            all on the device. Each name gives other crops.
+        generator: for draws during training, on the device.
+    """
+
+    task: TaskSequence
+    step: int
+    dataset: str
+    published: bool
+    model: Segmenter
+    old_model: Segmenter | None
+    iterations: int
+    scan: Callable[[str], Iterator[Batch]]
+    generator: torch.Generator
+
+    @property
+    def new_classes(self) -> int:
+        return len(self.task.new(self.step))
+
+    @property
+    def old_classes(self) -> int:
+        return len(self.task.old(self.step))
+
+    @property
+    def first_new(self) -> int:
+        """Training id of the first new class."""
+        return 1 + self.old_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.mean.device
+
+
+class ClassLossOptions(Strict):
+    """Options of every method built on the base loss."""
+
+    pos_weight: float | None = Field(None, gt=0)
+    """Weight of positive pixels; by default 4 on VOC, 30 on ADE20K."""
+
+
+class Method:
+    """A method of the sigmoid family: no background channel, BCE on the new heads, batch norm frozen after step 0.
+
+    Subclasses override what they do differently; :meth:`losses` as it stands is the base loss alone.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    Options: ClassVar[type[Strict]] = ClassLossOptions
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.ctx: StepContext
+
+    def sequence(self, task: TaskSequence) -> TaskSequence:
+        """The steps in which this method learns the task."""
+        return task
+
+    def defaults(self, dataset: str) -> Schedule:
+        """Published hyper-parameters (REFERENCE, "Training one step")."""
+        if dataset == "ade":
+            return Schedule(Phase(100, 2.5e-3), Phase(100, 2.5e-4), warmup=0.2, pos_weight=30.0)
+        return Schedule(Phase(60, 1e-3), Phase(60, 1e-4), warmup=0.0, pos_weight=4.0)
+
+    def freeze(self, ctx: StepContext) -> None:
+        """Decide what stays as it is: after step 0 batch norm, dropout and (unless published) the old heads."""
+        if ctx.step:
+            ctx.model.freeze_norm()
+            if not ctx.published:
+                ctx.model.heads[:-1].requires_grad_(False)
+
+    def param_groups(self, ctx: StepContext) -> list[tuple[str, nn.Module, float]]:
+        """(name, module, learning-rate factor); parameters that need no gradient are left out by the engine."""
+        model = ctx.model
+        newest = 100.0 if ctx.step else 10.0
+        return [
+            ("backbone", model.backbone, 1.0),
+            ("aspp", model.aspp, 10.0),
+            ("old heads", model.heads[:-1], 10.0),
+            ("new head", model.heads[-1], newest),
+        ]
+
+    def begin_step(self, ctx: StepContext) -> None:
+        """Called before a step trains, with the model already grown; may scan the data."""
+        self.ctx = ctx
+
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Named scalar losses of a batch, already weighted; the engine adds them up and logs them.
+
+        Args:
+            batch: normalised images and labels on the device.
+            new: the network being trained; call it once.
+            old: the frozen previous network, without gradients; None at step 0.
+        """
+        return {"bce": self.class_loss(batch, new(batch.images)).sum()}
+
+    def class_loss(self, batch: Batch, output: Output) -> Tensor:
+        """The base loss of the new classes, [K_new]."""
+        ctx = self.ctx
+        logits = resize(output.logits[:, ctx.old_classes :].float(), batch.labels.shape[-2:])
+        weight = self.options.pos_weight or self.defaults(ctx.dataset).pos_weight
+        return bce_per_class(logits, batch.labels, ctx.first_new, weight, ctx.published)
+
+    def end_step(self, ctx: StepContext) -> None:
+        """Called after a step has trained, with the model in eval mode; may scan the data."""
+
+    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+        """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""
+        return partial(predict, published=published)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must survive a step, kept as bank.safetensors in its directory."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave."""

@@ -1,0 +1,8 @@
+"""Fine-tuning: the base loss on the new classes alone; the lower bound."""
+
+from starseg.methods.base import Method, register_method
+
+
+@register_method("finetune")
+class FineTune(Method):
+    summary = "base loss on the new classes, nothing against forgetting"

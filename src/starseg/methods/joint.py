@@ -1,0 +1,14 @@
+"""Joint training: every class in one step; the upper bound."""
+
+from dataclasses import replace
+
+from starseg.methods.base import Method, register_method
+from starseg.tasks import TaskSequence
+
+
+@register_method("joint")
+class Joint(Method):
+    summary = "all classes at once, with all images"
+
+    def sequence(self, task: TaskSequence) -> TaskSequence:
+        return replace(task, steps=(task.order,), base=task.base)

@@ -1,0 +1,119 @@
+"""STAR: prototype replay, background repeat, OCFM and SAD (NeurIPS 2023; REFERENCE, "Training one step")."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starseg.data.step import Batch
+from starseg.errors import UserError
+from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
+from starseg.methods.base import ClassLossOptions, Method, Network, StepContext, register_method
+from starseg.replay.bank import Norms, PrototypeBank
+from starseg.replay.plan import ReplayPlan, make_plan
+from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
+from starseg.tasks import BACKGROUND
+
+
+class StarOptions(ClassLossOptions):
+    mbce: float = Field(1.0, ge=0)
+    """Weight of the mixed class loss."""
+    ocfm: float = Field(5.0, ge=0)
+    """Weight of old-class feature maintenance."""
+    sad: float = Field(0.05, ge=0)
+    """Weight of similarity-aware discrimination."""
+    old_threshold: float = 0.5
+    """Raw logit above which the old model's prediction counts in training; 0 is its prediction rule in tests."""
+    norm_noise: Norms = "channel"
+    """Draw the norm of a replayed feature per channel (published) or once per vector."""
+
+
+@register_method("star")
+class Star(Method):
+    summary = "prototype replay: about 2 KB per class in place of old images"
+    Options = StarOptions
+    options: StarOptions
+
+    def __init__(self, options: StarOptions) -> None:
+        super().__init__(options)
+        self.bank: PrototypeBank | None = None
+        self.plan: ReplayPlan
+
+    def begin_step(self, ctx: StepContext) -> None:
+        super().begin_step(ctx)
+        if ctx.old_model is None:
+            return
+        if self.bank is None or len(self.bank) != ctx.old_classes:
+            raise UserError(
+                f"step {ctx.step}: STAR needs the prototype bank of {ctx.old_classes} old classes from step "
+                f"{ctx.step - 1}; that step was trained by another method or holds another task"
+            )
+        self.bank = self.bank.to(ctx.device)
+        predicted = torch.zeros(1 + ctx.old_classes, dtype=torch.int64, device=ctx.device)
+        for batch in ctx.scan("before"):
+            predicted += self.count_old(batch, ctx.old_model(batch.images).logits)
+        self.plan = make_plan(ctx.task.setting, self.bank.counts, predicted, ctx.new_classes, ctx.iterations)
+
+    def count_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
+        """Grid cells labelled background, by the old model's prediction there: [1 + K_old] int64."""
+        labels = on_grid(batch.labels, self.ctx.model.output_stride)
+        seen = on_grid(self.see_old(batch, old_logits), self.ctx.model.output_stride)
+        return count_ids(seen[labels == BACKGROUND], 1 + self.ctx.old_classes)
+
+    def see_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
+        """The old model's prediction at image size, [N, H, W] training ids."""
+        return old_prediction(resize(old_logits.float(), batch.labels.shape[-2:]), self.options.old_threshold)
+
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        if old is None:
+            return {"mbce": self.options.mbce * self.class_loss(batch, new(batch.images)).sum()}
+        ctx, options, bank = self.ctx, self.options, self.bank
+        assert bank is not None, "begin_step refuses a step without a bank"
+        replayed = bank.draw(self.plan.per_iteration, ctx.generator, options.norm_noise)
+        output, previous = new(batch.images, replayed), old(batch.images)
+        features = output.features.float()
+        seen = self.see_old(batch, previous.logits)
+        labels = batch.labels
+        stride = labels.shape[-1] // features.shape[-1]
+        cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
+
+        new_logits = output.logits[:, ctx.old_classes :].float()
+        extra = replayed.new_zeros(0, ctx.new_classes)
+        if output.extra_logits is not None:
+            extra = output.extra_logits[:, ctx.old_classes :].float()
+        owed = new_logits.movedim(1, -1)[cells]
+        total = cells.numel()
+        mbce = mix(
+            self.class_loss(batch, output),
+            negatives_per_class(extra),
+            negatives_per_class(owed),
+            len(extra) / total,
+            self.plan.background_ratio * len(owed) / total,
+        )
+        old_classes = bank.prototypes if ctx.published else bank.prototypes[bank.present]
+        return {
+            "mbce": options.mbce * mbce.sum(),
+            "ocfm": options.ocfm * ocfm(features, previous.features.float(), (labels == BACKGROUND) & (seen > 0)),
+            "sad": options.sad * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published),
+        }
+
+    def end_step(self, ctx: StepContext) -> None:
+        """Measure the new classes in one pass and append them to the bank."""
+        statistics: FeatureStatistics | None = None
+        for batch in ctx.scan("after"):
+            labels = on_grid(batch.labels, ctx.model.output_stride).long()
+            new = (labels >= ctx.first_new) & (labels < ctx.first_new + ctx.new_classes)
+            labels = torch.where(new, labels - ctx.old_classes, labels)
+            features = ctx.model(batch.images).features
+            statistics = statistics or FeatureStatistics.zeros(ctx.new_classes, features.shape[1], ctx.device)
+            statistics.update(features, labels)
+        assert statistics is not None, "a step has at least one image"
+        measured = statistics.finish(self.bank, ctx.published)
+        self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.bank.state_dict() if self.bank else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.bank = PrototypeBank.from_state_dict(state) if state else None

@@ -1,0 +1,83 @@
+"""The prototype bank: all that is kept of the old classes' images (REFERENCE, "Stored per class after a step")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norms = Literal["channel", "vector"]
+
+
+@dataclass(frozen=True)
+class PrototypeBank:
+    """Statistics of every class seen so far, K classes, D feature channels, all float32.
+
+    Attributes:
+        counts: [1 + K] grid cells of the background and of each class.
+        prototypes: [K, D] unit prototypes.
+        noise: [K, D] root mean square deviation of the unit features from their prototype.
+        norm_mean: [K] mean feature norm.
+        norm_std: [K] unbiased standard deviation of the feature norm, 0 for a class with one cell.
+    """
+
+    counts: Tensor
+    prototypes: Tensor
+    noise: Tensor
+    norm_mean: Tensor
+    norm_std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prototypes)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored numbers."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    @property
+    def present(self) -> Tensor:
+        """[K] bool: classes that had a cell; the others are neither replayed nor kept apart from."""
+        return self.prototypes.abs().sum(1) > 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:
+        return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
+
+    def to(self, device: torch.device) -> PrototypeBank:
+        return PrototypeBank(**{k: v.to(device) for k, v in self.state_dict().items()})
+
+    def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
+        """The old classes followed by the new ones, with ``counts`` [1 + K_old] carried on for the old."""
+        joined = {
+            f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self) if f.name != "counts"
+        }
+        return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **joined)
+
+    def draw(self, per_class: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
+        """Draw replayed features: (P + s e1) * (m + d e2), e1 and e2 standard normal.
+
+        Args:
+            per_class: [K] int64, features of each class.
+            generator: on the bank's device.
+            norms: draw e2 per channel (as the published tables were made) or once per vector.
+
+        Returns:
+            [sum(per_class), D], classes in order.
+        """
+        rows = torch.repeat_interleave(per_class)
+        shape = (len(rows), self.prototypes.shape[1])
+        device = self.prototypes.device
+        e1 = torch.randn(shape, generator=generator, device=device)
+        e2 = torch.randn(shape if norms == "channel" else (len(rows), 1), generator=generator, device=device)
+        return self.features(rows, e1, e2)
+
+    def features(self, rows: Tensor, e1: Tensor, e2: Tensor) -> Tensor:
+        """Features of classes ``rows`` [M] from given draws e1 [M, D], e2 [M, D] or [M, 1]."""
+        directions = self.prototypes[rows] + self.noise[rows] * e1
+        return directions * (self.norm_mean[rows, None] + self.norm_std[rows, None] * e2)

@@ -1,0 +1,51 @@
+"""How much is replayed in a step (REFERENCE, "Before step t trains")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starseg.tasks import Setting
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Counts for one step with K_old old classes.
+
+    Attributes:
+        per_iteration: [K_old] int64 features replayed each iteration.
+        background_owed: grid cells of background the step still owes.
+        background_ratio: repeat ratio r of the batch's own background cells.
+        carried: [1 + K_old] totals of background and old classes carried on to the next step.
+    """
+
+    per_iteration: Tensor
+    background_owed: float
+    background_ratio: float
+    carried: Tensor
+
+
+def make_plan(setting: Setting, stored: Tensor, predicted: Tensor, new_classes: int, iterations: int) -> ReplayPlan:
+    """The replay plan, in float32 as published.
+
+    Args:
+        setting: "overlap" or "disjoint".
+        stored: [1 + K_old] totals of background and old classes from the bank.
+        predicted: [1 + K_old] what the old model finds in this step's images on the grid.
+        new_classes: how many classes the step adds.
+        iterations: an epoch's.
+    """
+    stored, predicted = stored.float(), predicted.float()
+    overlap = setting == "overlap"
+    owed = stored[0] * (1 - 0.01 * new_classes) if overlap else stored[0]
+    missing = stored[1:] - predicted[1:] if overlap else stored[1:]
+    per_iteration = (missing / iterations).long().clamp_min(0)
+    if predicted[0] > 0:
+        ratio = (owed / predicted[0] - (0.5 if overlap else 0.0)).clamp_min(0)
+    else:
+        ratio = torch.zeros(())
+    background = (0.5 * predicted[0] if overlap else predicted[0]) + owed
+    classes = stored[1:] if overlap else stored[1:] + predicted[1:]
+    return ReplayPlan(per_iteration, float(owed), float(ratio), torch.cat([background[None], classes]))

@@ -1,0 +1,118 @@
+"""One streaming pass over features and labels on the stride grid: counts, prototypes, noise, norms.
+
+All sums are kept in float64, so that the order of the batches and the number of processes do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from starseg.replay.bank import PrototypeBank
+from starseg.tasks import BACKGROUND, IGNORE
+
+_EPS = 1e-12
+
+
+def on_grid(labels: Tensor, stride: int) -> Tensor:
+    """Sample [N, H, W] at (stride i + stride/2, stride j + stride/2) -> [N, H/stride, W/stride]."""
+    return labels[:, stride // 2 :: stride, stride // 2 :: stride]
+
+
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """How often each of 0..size-1 occurs, [size] int64; larger values (255) are not counted."""
+    ids = ids.flatten().long()
+    return torch.bincount(ids[ids < size], minlength=size)
+
+
+def old_prediction(logits: Tensor, threshold: float = 0.5) -> Tensor:
+    """The old model's prediction in training: argmax + 1 where a raw logit exceeds ``threshold``, else 0.
+
+    Args:
+        logits: [N, C, ...].
+        threshold: on the logit; 0.5 as published (a probability of 0.622).
+
+    Returns:
+        [N, ...] int64 training ids.
+    """
+    best, winner = logits.max(1)
+    return torch.where(best > threshold, winner + 1, BACKGROUND)
+
+
+@dataclass
+class FeatureStatistics:
+    """Sufficient statistics of the features of K new classes, added up batch by batch.
+
+    Attributes:
+        counts: [1 + K] int64 cells of the background and of each class.
+        unit_sum, unit_square_sum: [K, D] float64 sums of the unit features and of their squares.
+        norm_sum, norm_square_sum: [K] float64 sums of the feature norms and of their squares.
+    """
+
+    counts: Tensor
+    unit_sum: Tensor
+    unit_square_sum: Tensor
+    norm_sum: Tensor
+    norm_square_sum: Tensor
+
+    @classmethod
+    def zeros(cls, classes: int, channels: int, device: torch.device | str = "cpu") -> FeatureStatistics:
+        def double(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        counts = torch.zeros(1 + classes, dtype=torch.int64, device=device)
+        return cls(counts, double(classes, channels), double(classes, channels), double(classes), double(classes))
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: [N, D, h, w].
+            labels: [N, h, w] on the grid: 0 background, 1..K the new classes, 255 ignore.
+        """
+        classes = len(self.counts) - 1
+        labels = labels.flatten().long()
+        self.counts += count_ids(labels, classes + 1)
+        cells = (labels != BACKGROUND) & (labels != IGNORE)
+        rows = labels[cells] - 1
+        vectors = features.movedim(1, -1).flatten(0, 2)[cells].double()
+        norms = vectors.norm(dim=1)
+        unit = vectors / norms.clamp_min(_EPS)[:, None]
+        self.unit_sum.index_add_(0, rows, unit)
+        self.unit_square_sum.index_add_(0, rows, unit.square())
+        self.norm_sum.index_add_(0, rows, norms)
+        self.norm_square_sum.index_add_(0, rows, norms.square())
+
+    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> FeatureStatistics:
+        """The statistics of all processes, ``add_up`` summing one tensor over them."""
+        return FeatureStatistics(*(add_up(getattr(self, f.name)) for f in fields(self)))
+
+    def finish(self, old: PrototypeBank | None = None, published: bool = False) -> PrototypeBank:
+        """The bank entries of the new classes; a class without a cell gets zeros.
+
+        Args:
+            old: bank of the classes before, if any.
+            published: measure the noise of the k-th new class around row k of [old; new] prototypes, as the
+                published code does, instead of around its own (REFERENCE, row 2).
+        """
+        count = self.counts[1:].double()
+        safe = count.clamp_min(1)[:, None]
+        present = (count > 0)[:, None]
+        prototypes = self.unit_sum / self.unit_sum.norm(dim=1, keepdim=True).clamp_min(_EPS)
+        centre = prototypes
+        if published and old is not None:
+            centre = torch.cat([old.prototypes.to(prototypes), prototypes])[: len(prototypes)]
+        square = self.unit_square_sum / safe - 2 * centre * self.unit_sum / safe + centre.square()
+        mean = self.norm_sum / safe[:, 0]
+        spread = (self.norm_square_sum - count * mean.square()).clamp_min(0) / (count - 1).clamp_min(1)
+        noise = square.clamp_min(0).sqrt() * present
+        return PrototypeBank(
+            counts=self.counts.float(),
+            prototypes=prototypes.float(),
+            noise=noise.float(),
+            norm_mean=mean.float(),
+            norm_std=torch.where(count > 1, spread.sqrt(), 0).float(),
+        )
