@@ -24,3 +24,24 @@ def voc_subset() -> Path:
     if not root.is_dir():
         pytest.skip(f"needs the real VOC subset at {root}; set STARSEG_SHARED to the folder that holds data/")
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny drawn data set of 5 classes."""
+    from starseg.data.shapes import write_shapes
+
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=48, val=12, size=64, classes=5)
+
+
+@pytest.fixture
+def tiny(shapes: Path, tmp_path: Path) -> dict:
+    """Settings of a run that takes seconds: steps [disc, square, triangle], [hexagon], [heart] at 64 px."""
+    return {
+        "method": "star",
+        "out": str(tmp_path / "run"),
+        "data": {"root": str(shapes), "crop": 64},
+        "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
+        "model": {"backbone": "test_resnet", "pretrained": False},
+        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
+    }

@@ -1,3 +1,20 @@
 """starseg: class-incremental semantic segmentation by prototype replay (STAR, NeurIPS 2023)."""
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Loaded on first use, so that the command line answers before torch is imported.
+_API = {
+    "train": "starseg.engine.runner",
+    "load_config": "starseg.config",
+    "Method": "starseg.methods",
+    "register_method": "starseg.methods",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(import_module(_API[name]), name)
+    raise AttributeError(f"module 'starseg' has no attribute {name!r}")

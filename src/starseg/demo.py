@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -17,6 +18,11 @@ from starseg.report.figures import write_figures
 from starseg.report.tables import comparison_table
 
 METHODS = ("star", "finetune", "joint")
+
+
+def demo_settings() -> dict[str, Any]:
+    """What demo.yaml says."""
+    return yaml.safe_load(files("starseg").joinpath("demo.yaml").read_text())
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Path]:
@@ -35,7 +41,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Path]:
         UserError: ``out`` holds something else.
     """
     start = time.monotonic()
-    settings = yaml.safe_load(files("starseg").joinpath("demo.yaml").read_text())
+    settings = demo_settings()
     data = write_shapes(out / "data", **settings.pop("shapes"))
     settings["data"]["root"] = str(data)
     runs = {}

@@ -139,7 +139,7 @@ def test_second_call_rewrites_nothing(root: Path) -> None:
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert write_shapes(tmp_path, train=1, val=1, size=32) == tmp_path
-    recipe = {"version": FORMAT_VERSION, "train": 1, "val": 1, "size": 32, "seed": 0}
+    recipe = {"version": FORMAT_VERSION, "train": 1, "val": 1, "size": 32, "seed": 0, "classes": len(SHAPE_CLASSES) - 1}
     assert json.loads((tmp_path / "shapes.json").read_text()) == recipe
 
 

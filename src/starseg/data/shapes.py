@@ -24,7 +24,7 @@ from starseg.tasks import IGNORE
 
 FORMAT_VERSION = 1
 _SPLIT_IDS = {"train": 0, "val": 1}
-_RADIUS_RANGES = {1: (0.28, 0.375), 2: (0.24, 0.35), 3: (0.20, 0.30)}  # by object count, in image sides
+_RADIUS_RANGES = {1: (0.30, 0.40), 2: (0.26, 0.36), 3: (0.22, 0.30)}  # by object count, in image sides
 
 Field = Callable[[np.ndarray], np.ndarray]
 
@@ -94,10 +94,6 @@ _SHAPES = {
     "disc": _Shape(lambda z: abs(z) - 0.9, _dots, 0.0),
     "square": _Shape(lambda z: _box(z, 0.8, 0.8), lambda z: _soft(np.sin(8 * z.real) * np.sin(8 * z.imag)), 0.3),
     "triangle": _Shape(lambda z: _polygon(z, 3, 1.15), lambda z: _soft(np.sin(15 * z.real)), 0.6),
-    "star": _Shape(lambda z: _polygon(z, 5, 1.1, 3.2), lambda z: np.clip(1.1 - 1.2 * abs(z), 0, 1), 0.1),
-    "ring": _Shape(lambda z: abs(abs(z) - 0.72) - 0.28, lambda z: _soft(np.sin(9 * np.angle(z))), 0.8),
-    "cross": _Shape(_cross, _lattice, 0.45),
-    "crescent": _Shape(_crescent, lambda z: _soft(np.sin(12 * z.real + 1.8 * np.sin(7 * z.imag))), 0.2),
     "hexagon": _Shape(lambda z: _polygon(z, 6, 0.98), _honeycomb, 0.7),
     "heart": _Shape(_heart, lambda z: _soft(np.sin(17 * abs(z))), 0.9),
     "pill": _Shape(
@@ -105,12 +101,16 @@ _SHAPES = {
         lambda z: _soft(np.sin(12 * (z.real + 1.6 * _cell(z.imag, 0.55)))),
         0.52,
     ),
+    "crescent": _Shape(_crescent, lambda z: _soft(np.sin(12 * z.real + 1.8 * np.sin(7 * z.imag))), 0.2),
+    "ring": _Shape(lambda z: abs(abs(z) - 0.72) - 0.28, lambda z: _soft(np.sin(9 * np.angle(z))), 0.8),
+    "star": _Shape(lambda z: _polygon(z, 5, 1.1, 3.2), lambda z: np.clip(1.1 - 1.2 * abs(z), 0, 1), 0.1),
+    "cross": _Shape(_cross, _lattice, 0.45),
 }
 SHAPE_CLASSES: tuple[str, ...] = ("background", *_SHAPES)
 
 
 def _colour(rng: np.random.Generator, hue: float, value: tuple[float, float]) -> np.ndarray:
-    rgb = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.35, 0.95), rng.uniform(*value))
+    rgb = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.6, 0.95), rng.uniform(*value))
     return np.array(rgb, np.float32)[:, None, None]
 
 
@@ -196,7 +196,7 @@ def _render(rng: np.random.Generator, size: int, primary: int, classes: int) -> 
     """Draws one scene: uint8 RGB (size, size, 3) and its uint8 mask (size, size)."""
     grid = _grid(size)
     canvas, mask = _background(rng, grid), np.zeros((size, size), np.uint8)
-    for _ in range(rng.integers(4)):
+    for _ in range(rng.integers(3)):
         _add_distractor(rng, canvas, grid)
 
     count = int(rng.choice((1, 2, 3), p=(0.3, 0.4, 0.3)))
@@ -213,7 +213,7 @@ def _render(rng: np.random.Generator, size: int, primary: int, classes: int) -> 
         z = z.real * rng.uniform(0.9, 1.1) + 1j * z.imag
         distance = shape.distance(z) * radius * size
         weight = shape.texture(z * rng.uniform(0.8, 1.2))
-        colours = _mix(weight, *_two_colours(rng, shape.hue + rng.normal(0, 0.06)))
+        colours = _mix(weight, *_two_colours(rng, shape.hue + rng.normal(0, 0.03)))
         _paint(canvas[window], colours, distance)
         mask[window][distance < 0] = label
         mask[window][np.abs(distance) <= half_border] = IGNORE

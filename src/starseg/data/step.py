@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image
 
 from starseg.data.dataset import Split
 from starseg.data.index import read_mask
@@ -73,9 +73,11 @@ def sample_seed(*parts: int | str) -> int:
 def read_image(path: Path) -> Tensor:
     """An image as [3, H, W] uint8, rotated as its EXIF data says."""
     try:
-        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this image ({str(error).splitlines()[0]})") from error
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this image ({error})") from error
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 class StepDataset(Dataset[Batch]):

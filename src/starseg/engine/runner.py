@@ -160,7 +160,7 @@ def _claim(run_dir: Path, config: RunConfig) -> None:
     text, path = dump_config(config), run_dir / "config.yaml"
     if path.is_file():
         changed = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
-        if changed:
+        if changed and any(map(checkpoint.is_finished, run_dir.glob("step_*"))):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
@@ -222,7 +222,10 @@ class Runner:
             raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")
         if not checkpoint.is_finished(source):
             raise UserError(f"start_from: {source} is not finished")
-        shutil.copytree(source, self.step_dir(0), ignore=shutil.ignore_patterns("logs"))
+        partial = self.run_dir / ".step_0.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))
+        partial.replace(self.step_dir(0))
         self._write_results()
 
     def _info(self, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def iou_table(results: Mapping[str, Any]) -> Table:
+def iou_table(results: Mapping[str, Any]) -> Group:
     """IoU per class (a row each) after every step (a column each), then the means."""
     run, steps = results["run"], results["steps"]
-    table = Table(title=f"{run['method']}, {run['dataset']} {run['task']} {run['setting']}: IoU in percent")
+    title = f"{run['method']}, {run['dataset']} {run['task']} {run['setting']}: IoU in percent after each step"
+    table = Table()
     table.add_column("class")
     for entry in steps:
         table.add_column(f"step {entry['step']}", justify="right")
@@ -25,7 +28,7 @@ def iou_table(results: Mapping[str, Any]) -> Table:
     for group in ("old", "new", "all", "harmonic"):
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
     table.add_row("pixel accuracy", *(percent(s["pixel_accuracy"]["all"]) for s in steps))
-    return table
+    return Group(Text(title), table)
 
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -42,9 +45,9 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
+def figures_table(title: str, figures: Mapping[str, Any]) -> Group:
     """IoU per class and the means of one evaluation."""
-    table = Table(title=title)
+    table = Table()
     table.add_column("class")
     table.add_column("IoU", justify="right")
     for name, value in figures["iou"].items():
@@ -52,4 +55,4 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     table.add_section()
     for group, value in figures["miou"].items():
         table.add_row(f"mean {group}", percent(value))
-    return table
+    return Group(Text(title), table)

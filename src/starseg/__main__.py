@@ -1,0 +1,3 @@
+from starseg.cli import main
+
+main()

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from starseg.data import index as index_module
+from starseg.data.dataset import Split
+from starseg.data.index import cache_dir, class_index
+from starseg.data.step import EpochSampler, StepDataset, make_loader, select_images
+from starseg.data.transforms import test_transform as centre_transform
+from starseg.data.transforms import train_transform
+from starseg.data.voc import open_voc
+from starseg.errors import UserError
+from starseg.tasks import TaskSequence
+
+IDENTITY = np.arange(256, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_holds_every_sample_once(drop_last: bool) -> None:
+    sampler = EpochSampler(10, 4, range(3), (0, 1), drop_last)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == (6 if drop_last else 9)
+    for epoch in range(3):
+        mine = [i for batch in batches for e, i in batch if e == epoch]
+        assert len(set(mine)) == len(mine) == (8 if drop_last else 10)
+    assert batches == list(EpochSampler(10, 4, range(3), (0, 1), drop_last))
+    assert [i for _, i in batches[0]] != [i for _, i in next(iter(EpochSampler(10, 4, range(3), (0, 2))))]
+
+
+def test_crops_depend_on_seed_step_epoch_and_sample_alone(shapes: Path) -> None:
+    split = open_voc(shapes).train
+
+    def crops(workers: int, seed: tuple[int, int]) -> torch.Tensor:
+        data = StepDataset(split, np.arange(8), IDENTITY, 48, seed)
+        return torch.cat([b.images for b in make_loader(data, EpochSampler(8, 4, [0, 1, "after"], seed), workers)])
+
+    one = crops(0, (0, 0))
+    assert torch.equal(one, crops(2, (0, 0)))
+    assert not torch.equal(one, crops(0, (0, 1)))
+    assert not torch.equal(one[:8].float().mean(), one[8:16].float().mean())
+
+
+def test_augmentation_leaves_the_global_generator_alone(shapes: Path) -> None:
+    data = StepDataset(open_voc(shapes).train, np.arange(2), IDENTITY, 48, (0, 0))
+    torch.manual_seed(3)
+    want = torch.rand(1)
+    torch.manual_seed(3)
+    data[0, 0]
+    assert torch.equal(torch.rand(1), want)
+
+
+@pytest.mark.parametrize("transform", [train_transform, centre_transform])
+def test_image_and_mask_stay_aligned(transform) -> None:
+    mask = torch.zeros(1, 90, 120, dtype=torch.uint8)
+    mask[:, 20:70, 40:100] = 7
+    image = (mask * 30).expand(3, -1, -1).contiguous()
+    image, mask = transform(image, mask, 64)
+    assert image.shape == (3, 64, 64) and mask.shape == (1, 64, 64) and image.dtype == mask.dtype == torch.uint8
+    assert set(mask.unique().tolist()) <= {0, 7}
+    wrong = ((image[0] > 105) != (mask[0] == 7)).float().mean()
+    assert wrong < 0.02
+
+
+def test_test_labels_are_resized_like_pil() -> None:
+    mask = np.random.default_rng(0).integers(0, 5, (80, 111), dtype=np.uint8)
+    _, ours = centre_transform(torch.zeros(3, 80, 111, dtype=torch.uint8), torch.from_numpy(mask)[None], 48)
+    pil = np.asarray(Image.fromarray(mask).resize((66, 48), Image.Resampling.NEAREST))
+    assert np.array_equal(ours[0].numpy(), pil[:, 9:57])
+
+
+def test_a_mask_of_another_size_is_named(shapes: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "wrong.png"
+    Image.fromarray(np.zeros((10, 20), np.uint8)).save(mask)
+    data = StepDataset(Split((open_voc(shapes).train.images[0],), (mask,)), np.arange(1), IDENTITY, 48, None)
+    with pytest.raises(UserError, match=r"wrong\.png: this mask is 20x10, its image 64x64"):
+        data[0, 0]
+
+
+def test_unreadable_files_are_named(tmp_path: Path, shapes: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    colour = tmp_path / "colour.png"
+    Image.new("RGB", (64, 64)).save(colour)
+    good = open_voc(shapes).train
+    for image, mask, name in ((broken, good.masks[0], "broken"), (good.images[0], colour, "colour")):
+        with pytest.raises(UserError, match=name):
+            StepDataset(Split((image,), (mask,)), np.arange(1), IDENTITY, 48, None)[0, 0]
+
+
+def test_the_index_is_scanned_once_and_follows_the_files(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_voc(shapes)
+    first = class_index(dataset, dataset.test)
+    counted = [np.bincount(np.asarray(Image.open(m)).ravel(), minlength=256) for m in dataset.test.masks]
+    assert np.array_equal(first, counted)
+    monkeypatch.setattr(index_module, "scan_masks", lambda masks: pytest.fail("scanned again"))
+    assert np.array_equal(class_index(dataset, dataset.test), first)
+    for file in (cache_dir() / "index").iterdir():
+        file.write_bytes(b"damaged")
+    monkeypatch.undo()
+    assert np.array_equal(class_index(dataset, dataset.test), first)
+
+
+def test_wrong_layouts_are_explained(tmp_path: Path, shapes: Path) -> None:
+    with pytest.raises(UserError, match=r"train_aug\.txt: cannot read this list.*VOC layout"):
+        open_voc(tmp_path)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for content, message in (("a b c\n", "line 1: expected"), ("\n", "empty"), ("x\n", "2 listed files are missing")):
+        (lists / "train_aug.txt").write_text(content)
+        with pytest.raises(UserError, match=message):
+            open_voc(tmp_path)
+
+
+def test_selection_of_the_real_subset(voc_subset: Path) -> None:
+    """Counted independently with NumPy from the masks: overlap, steps [cat, cow, dog], [horse], [person], [sheep]."""
+    dataset = open_voc(voc_subset)
+    train, test = (class_index(dataset, s) for s in (dataset.train, dataset.test))
+    task = TaskSequence("real", ((8, 10, 12), (13,), (15,), (17,)), dataset.names)
+    assert [len(select_images(train, task, t, "train")) for t in range(4)] == [2406, 444, 588, 299]
+    assert [len(select_images(test, task, t, "test")) for t in range(4)] == [313, 390, 392, 445]
+    crop = StepDataset(dataset.train, np.arange(4), task.relabelling(3, "test"), 192, (0, 0))[0, 2]
+    assert crop.images.shape == (3, 192, 192) and set(crop.labels.unique().tolist()) <= {0, 1, 2, 3, 4, 5, 6, 255}

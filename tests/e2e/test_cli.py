@@ -1,0 +1,87 @@
+"""The command line as a person uses it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from starseg import demo
+from starseg.cli import main
+from starseg.report.figures import write_figures
+
+
+def _starseg(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "starseg", *args], capture_output=True, text=True, timeout=300)
+
+
+def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    trained = _starseg("train", str(config), "--steps", "0-1")
+    assert trained.returncode == 0, trained.stderr
+    run = Path(tiny["out"])
+    assert "step 1" in trained.stdout and str(run / "pictures.png") in trained.stdout
+    again = _starseg("train", str(config), "--steps", "0-1")
+    assert again.stdout.count("finished already") == 2
+    scored = _starseg("eval", str(run / "step_1"), "--json", str(tmp_path / "e.json"))
+    assert scored.returncode == 0 and "mean all" in scored.stdout and (tmp_path / "e.json").is_file()
+    whole = _starseg("eval", str(run / "step_1"), "eval.image=full")
+    assert whole.returncode == 0, whole.stderr
+    drawn = _starseg("report", str(run), "--out", str(tmp_path / "report"))
+    assert drawn.returncode == 0
+    for name in ("iou.png", "pictures.png"):
+        with Image.open(tmp_path / "report" / name) as picture:
+            assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: cannot read the configuration"),
+        (["train", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets/Segmentation/train_aug.txt: cannot read"),
+        (["train", "{config}", "--steps", "a-b"], "--steps: expected a step or a range"),
+        (["train", "{config}", "train.accelerator=gpu"], "train.accelerator: gpu is asked for"),
+        (["eval", "/nowhere/step_0"], "config.yaml: cannot read"),
+        (["report", "/nowhere"], "/nowhere/results.json: cannot read it"),
+    ],
+)
+def test_mistakes_are_one_message(
+    tiny: dict,
+    tmp_path: Path,
+    args: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    monkeypatch.setattr(sys, "argv", ["starseg", *(a.format(config=config) for a in args)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path(tiny["out"]).exists()
+
+
+def test_a_mistake_shows_no_traceback() -> None:
+    result = _starseg("train", "missing.yaml")
+    assert result.returncode == 2 and "missing.yaml" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = demo.demo_settings()
+    settings["shapes"] |= {"train": 56, "val": 14, "size": 64}
+    settings["data"]["crop"] = 64
+    settings["train"] |= {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}}
+    monkeypatch.setattr(demo, "demo_settings", lambda: settings)
+    console = Console(record=True, width=120)
+    runs = demo.run_demo(tmp_path / "demo", console)
+    text = console.export_text()
+    assert list(runs) == ["star", "finetune", "joint"] and "old mIoU kept" in text
+    for path in ("star/pictures.png", "star/iou.png", "pictures.png", "iou.png"):
+        assert (tmp_path / "demo" / path).stat().st_size > 10_000
+    write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))

@@ -1,0 +1,156 @@
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from starseg.config import parse_config
+from starseg.engine import runner as runner_module
+from starseg.engine.checkpoint import load_bank, load_model
+from starseg.engine.runner import evaluate_step, train
+from starseg.errors import UserError
+from starseg.methods import METHODS
+
+QUIET = Console(quiet=True)
+
+
+def _run(settings: dict, steps: range | None = None) -> dict:
+    return json.loads((train(parse_config(settings), steps, QUIET) / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_runs_the_sequence(tiny: dict, method: str) -> None:
+    results = _run({**tiny, "method": method})
+    run, steps = Path(tiny["out"]), results["steps"]
+    assert results["run"]["method"] == method and results["run"]["task"] == "tiny"
+    assert list(steps[-1]["iou"]) == ["background", "disc", "square", "triangle", "hexagon", "heart"]
+    assert [s["new_classes"] for s in steps][-1][-1] == "heart"
+    for entry in steps:
+        assert {"step", "iou", "miou", "pixel_accuracy", "seconds", "images", "bank_bytes"} <= set(entry)
+        folder = run / f"step_{entry['step']}"
+        assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "model.json", "metrics.json", "logs"}
+        again = evaluate_step(folder, parse_config({**tiny, "method": method}), QUIET)
+        assert again["iou"] == entry["iou"]
+    assert set(steps[-1]["miou"]) == {"old", "new", "all", "harmonic"}
+
+
+def test_the_bank_grows_and_keeps_its_old_rows(tiny: dict) -> None:
+    _run(tiny)
+    banks = [load_bank(Path(tiny["out"]) / f"step_{t}") for t in range(3)]
+    assert [len(b["prototypes"]) for b in banks] == [3, 4, 5]
+    for before, after in itertools.pairwise(banks):
+        for name in ("prototypes", "noise", "norm_mean", "norm_std"):
+            assert torch.equal(after[name][: len(before[name])], before[name])
+
+
+def test_the_same_seed_gives_the_same_run_in_parts_or_at_once(tiny: dict, tmp_path: Path) -> None:
+    whole = _run(tiny)
+    parts = {**tiny, "out": str(tmp_path / "parts"), "data": {**tiny["data"], "workers": 2}}
+    for step in range(3):
+        split = _run(parts, range(step, step + 1))
+    assert [s["iou"] for s in split["steps"]] == [s["iou"] for s in whole["steps"]]
+    models = [load_model(Path(s["out"]) / "step_2")[0].state_dict() for s in (tiny, parts)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+
+
+def test_old_heads_stay_put_unless_published(tiny: dict, tmp_path: Path) -> None:
+    for compat in (None, "published"):
+        settings = {**tiny, "compat": compat, "out": str(tmp_path / f"run-{compat}")}
+        _run(settings, range(2))
+        heads = [load_model(Path(settings["out"]) / f"step_{t}")[0].heads[0].weight for t in range(2)]
+        assert torch.equal(*heads) == (compat is None)
+
+
+def test_finished_steps_are_skipped_and_a_broken_one_is_run_again(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner_module.fit_step
+
+    def interrupted(*args: object) -> None:
+        if args[2].step == 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner_module, "fit_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tiny)
+    run = Path(tiny["out"])
+    done = (run / "step_0" / "model.safetensors").stat().st_mtime_ns
+    assert len(json.loads((run / "results.json").read_text())["steps"]) == 1
+    monkeypatch.undo()
+    assert len(_run(tiny)["steps"]) == 3
+    assert (run / "step_0" / "model.safetensors").stat().st_mtime_ns == done
+
+
+def test_a_permuted_order_is_reported_in_names(tiny: dict) -> None:
+    steps = [["heart", "disc", "triangle"], ["hexagon"], ["square"]]
+    results = _run({**tiny, "task": {"name": "permuted", "steps": steps, "setting": "disjoint"}, "data": tiny["data"]})
+    assert list(results["steps"][-1]["iou"]) == ["background", "heart", "disc", "triangle", "hexagon", "square"]
+    info = json.loads((Path(tiny["out"]) / "step_2" / "model.json").read_text())
+    assert info["dataset_ids"] == [0, 5, 1, 3, 4, 2]
+
+
+def test_step_0_can_come_from_another_run(tiny: dict, tmp_path: Path) -> None:
+    _run(tiny, range(1))
+    source = Path(tiny["out"]) / "step_0"
+    adopted = {**tiny, "method": "finetune", "out": str(tmp_path / "ft"), "start_from": str(source)}
+    assert len(_run(adopted)["steps"]) == 3
+    other = {**adopted, "out": str(tmp_path / "ft2"), "data": {**tiny["data"], "crop": 32}}
+    with pytest.raises(UserError, match=r"start_from: .* differs from this run in crop"):
+        _run(other)
+
+
+def test_star_refuses_a_step_without_bank(tiny: dict, tmp_path: Path) -> None:
+    _run({**tiny, "method": "finetune"}, range(1))
+    with pytest.raises(UserError, match="needs the prototype bank"):
+        _run({**tiny, "out": str(tmp_path / "s"), "start_from": str(Path(tiny["out"]) / "step_0")})
+
+
+def test_mistakes_are_found_before_training(tiny: dict, tmp_path: Path) -> None:
+    def refused(message: str, steps: range | None = None, **changed: object) -> None:
+        with pytest.raises(UserError, match=message):
+            _run({**tiny, **changed}, steps)
+
+    refused("step 0: 36 training images, fewer than train.batch_size", train={"batch_size": 37})
+    refused("--steps: task tiny has steps 0-2", range(2, 4))
+    refused("step 1 needs step 0", range(1, 2))
+    refused(
+        "no training image shows heart",
+        task={"steps": [["disc"], ["heart"]], "setting": "disjoint"},
+        data=_without(tiny, tmp_path),
+    )
+
+
+def _without(tiny: dict, tmp_path: Path) -> dict:
+    """The data set with the heart's images left out of the training list."""
+    import shutil
+
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path / "noheart"
+    shutil.copytree(tiny["data"]["root"], root)
+    lines = (root / "ImageSets/Segmentation/train_aug.txt").read_text().splitlines()
+    kept = [line for line in lines if not (np.asarray(Image.open(root / line.split()[1].lstrip("/"))) == 5).any()]
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(kept))
+    return {**tiny["data"], "root": str(root)}
+
+
+def test_a_directory_belongs_to_one_configuration(tiny: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.backbone"):
+        _run({**tiny, "model": {"backbone": "resnet1001"}})
+    _run(tiny, range(1))
+    with pytest.raises(UserError, match=r"another configuration:\n  train.base.lr: 0.01 there, 0.02 now"):
+        _run({**tiny, "train": {**tiny["train"], "base": {"epochs": 1, "lr": 0.02}}})
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        _run({**tiny, "out": str(foreign)})
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_a_diverging_loss_stops_with_its_terms(tiny: dict) -> None:
+    with pytest.raises(UserError, match=r"step 0, epoch 1, iteration \d+: the loss is (nan|inf)"):
+        _run({**tiny, "train": {**tiny["train"], "base": {"epochs": 2, "lr": 1e30}}})
+    assert not (Path(tiny["out"]) / "step_0" / "metrics.json").exists()

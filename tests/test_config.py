@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from starseg.config import dump_config, load_config, parse_config
+from starseg.errors import UserError
+
+TASK = {"task": {"name": "15-1"}}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "task: give task.name"),
+        ({**TASK, "train": {"base": {"epoch": 3}}}, "train.base.epoch: unknown key; did you mean 'epochs'"),
+        ({**TASK, "trian": {}}, "trian: unknown key; did you mean 'train'"),
+        ({**TASK, "train": {"batch_size": "many"}}, "train.batch_size: .*integer.*'many'"),
+        ({**TASK, "train": {"batch_size": 1}}, "train.batch_size: batch norm needs at least 2"),
+        ({**TASK, "method": "starr"}, "method: unknown method 'starr'; known: finetune, joint, star"),
+        ({**TASK, "star": {"ocmf": 1}}, "star.ocmf: unknown key"),
+        ({**TASK, "data": {"crop": 100}}, "data.crop: 100 is no multiple of model.output_stride"),
+        ({**TASK, "seed": -1}, "seed: "),
+        ({**TASK, "compat": "paper"}, "compat: .*published.*'paper'"),
+        ({"task": {"name": "15-1", "setting": "both"}}, "task.setting: .*overlap.*'both'"),
+    ],
+)
+def test_mistakes_name_the_key(tree: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config(tree)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {name: 15-1}\ntrain: {base: {epochs: 3}}\n")
+    config = load_config(path, ["train.base.epochs=7", "train.base.lr=1e-2", "star.ocfm=2", "task.setting=disjoint"])
+    assert (config.train.base.epochs, config.train.base.lr, config.task.setting) == (7, 0.01, "disjoint")
+    assert config.method_section("star") == {"ocfm": 2}
+    for bad in ("epochs", "=3", "task.name.x=1", "seed=[1"):
+        with pytest.raises(UserError, match="override"):
+            load_config(path, [bad])
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- 1\n", b"\xff\xfe"])
+def test_unreadable_files(tmp_path: Path, content: str | bytes | None) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(path)
+
+
+def test_the_saved_copy_is_the_same_configuration() -> None:
+    config = parse_config({**TASK, "star": {"sad": 0.1}, "data": {"root": "/x"}, "compat": "published"})
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.yaml")) + sorted(ROOT.glob("configs/**/*.yaml")))
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
