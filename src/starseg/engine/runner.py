@@ -283,9 +283,8 @@ class Runner:
 
     def _scan(self, step: int, model: Segmenter, name: str) -> Iterator[Batch]:
         loader = self.data.train_loader(step, [name], drop_last=False)
-        with torch.inference_mode():
-            for batch in track(self.console, f"step {step} scan {name}", loader, len(loader)):
-                yield to_device(batch, model)
+        for batch in track(self.console, f"step {step} scan {name}", loader, len(loader)):
+            yield to_device(batch, model)
 
     def _train(self, step: int) -> None:
         """Train, evaluate and publish one step."""
@@ -302,7 +301,8 @@ class Runner:
         )
         method.freeze(ctx)
         ctx.model.eval()
-        method.begin_step(ctx)
+        with torch.no_grad():
+            method.begin_step(ctx)
         logs = self.step_dir(step) / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         logger = TensorBoardLogger(root_dir=logs, name="", version="")
@@ -312,7 +312,8 @@ class Runner:
             fit_step(self.fabric, method, ctx, optimizer, loader, phase.epochs, config.train.warmup, shown, logger)
         logger.finalize("success")
         ctx.model.eval()
-        method.end_step(ctx)
+        with torch.no_grad():
+            method.end_step(ctx)
         bank = method.state_dict()
         metrics = self._evaluate(ctx) | {
             "seconds": round(time.monotonic() - start, 2),

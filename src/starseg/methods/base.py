@@ -167,7 +167,7 @@ class Method:
         ]
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Called before a step trains, with the model already grown; may scan the data."""
+        """Called before a step trains, with the model already grown and without gradients; may scan the data."""
         self.ctx = ctx
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class Method:
         return bce_per_class(logits, batch.labels, ctx.first_new, weight, ctx.published)
 
     def end_step(self, ctx: StepContext) -> None:
-        """Called after a step has trained, with the model in eval mode; may scan the data."""
+        """Called after a step has trained, with the model in eval mode and without gradients; may scan the data."""
 
     def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
         """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""

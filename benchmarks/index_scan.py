@@ -1,0 +1,47 @@
+"""Images per step of the real VOC 2012 train_aug masks, and the time of the class index.
+
+    python benchmarks/index_scan.py MASKS.tar IDS.txt
+
+MASKS.tar holds SegmentationClassAug/*.png, IDS.txt an image id a line. The index is scanned, then taken from its cache.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from starseg.data.dataset import Dataset, Split
+from starseg.data.index import class_index
+from starseg.data.step import select_images
+from starseg.data.voc import VOC_NAMES
+from starseg.tasks import make_task
+
+
+def main(archive: Path, ids: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        os.environ["STARSEG_CACHE"] = str(root / "cache")
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+        masks = tuple(root / "SegmentationClassAug" / f"{i}.png" for i in ids.read_text().split())
+        split = Split(masks, masks)
+        dataset = Dataset("voc", root, tuple(VOC_NAMES), split, split, 0)
+        for name in ("first scan", "cached start"):
+            start = time.perf_counter()
+            pixels = class_index(dataset, split)
+            print(f"{name} of {len(masks)} masks: {time.perf_counter() - start:.2f} s")
+    for name in ("19-1", "15-5", "15-1", "10-1", "5-3"):
+        for setting in ("overlap", "disjoint"):
+            task = make_task("voc", VOC_NAMES, name, setting=setting)
+            counts = [len(select_images(pixels, task, t, "train")) for t in range(len(task))]
+            print(f"{name:5} {setting:9} {', '.join(map(str, counts))}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
