@@ -60,13 +60,12 @@ def finished_steps(run: Path) -> list[Path]:
 
 
 def _spread(pixels: np.ndarray, new: Sequence[int], old: Sequence[int], count: int) -> np.ndarray:
-    """Images that show much of the classes, in turn of each class, those with old and new classes first."""
-    shown = pixels[:, [*new, *old]] > 0
+    """Images in turn for each class: those that show much of it, and old and new classes together."""
+    share = np.sqrt(pixels[:, [*new, *old]] / pixels.sum(1, keepdims=True))
     both = (pixels[:, list(new)] > 0).any(1) & (pixels[:, list(old)] > 0).any(1)
     chosen: list[int] = []
     for i in range(count):
-        column = i % shown.shape[1]
-        score = shown[:, column] * (1.0 + both + 0.2 * shown.sum(1))
+        score = share[:, i % share.shape[1]] * (1 + both)
         score[chosen] = -1
         chosen.append(int(score.argmax()))
     return np.array(chosen)
@@ -176,7 +175,7 @@ def draw_iou(results: dict[str, dict[str, Any]], path: Path) -> Path:
     curve.set(xlabel="step", ylabel="mIoU in percent", ylim=(0, 100))
     curve.xaxis.get_major_locator().set_params(integer=True)
     curve.grid(alpha=0.3)
-    curve.legend(fontsize=7)
+    curve.legend(fontsize=7, handlelength=3)
     curve.set_title("base classes and all classes", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
