@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +38,16 @@ def _steps(text: str | None) -> range | None:
     return range(int(first), int(last or first) + 1)
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C ends with exit code 130 and says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; finished steps are kept, the same command goes on after them")
+        raise typer.Exit(130) from None
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.print(f"starseg {__version__}", highlight=False)
@@ -62,7 +74,8 @@ def train(
     from starseg.report.figures import write_figures
 
     changed = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out else [])]
-    run_dir = run(load_config(config, changed), _steps(steps), console)
+    with _resumable():
+        run_dir = run(load_config(config, changed), _steps(steps), console)
     write_figures([run_dir], run_dir, console)
 
 
@@ -110,7 +123,8 @@ def demo(
     """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
     from starseg.demo import run_demo
 
-    run_demo(out, console)
+    with _resumable():
+        run_demo(out, console)
 
 
 @app.command()
@@ -143,7 +157,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2, Ctrl-C is 130."""
+    """Entry point: a user's mistake is one message and exit code 2."""
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=True)
@@ -152,6 +166,3 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; finished steps are kept, the same command goes on after them")
-        sys.exit(130)

@@ -67,6 +67,22 @@ def test_mistakes_are_one_message(
     assert not Path(tiny["out"]).exists()
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    monkeypatch.setattr("starseg.engine.runner.fit_step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["starseg", "train", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_a_mistake_shows_no_traceback() -> None:
     result = _starseg("train", "missing.yaml")
     assert result.returncode == 2 and "missing.yaml" in result.stderr and "Traceback" not in result.stderr

@@ -116,7 +116,7 @@ def test_mistakes_are_found_before_training(tiny: dict, tmp_path: Path) -> None:
     refused("step 1 needs step 0", range(1, 2))
     refused(
         "no training image shows heart",
-        task={"steps": [["disc"], ["heart"]], "setting": "disjoint"},
+        task={"steps": [["disc"], ["heart"]]},
         data=_without(tiny, tmp_path),
     )
 
