@@ -5,6 +5,7 @@ import yaml
 
 from starseg.config import dump_config, load_config, parse_config
 from starseg.errors import UserError
+from starseg.methods import METHODS
 
 TASK = {"task": {"name": "15-1"}}
 ROOT = Path(__file__).parents[1]
@@ -58,4 +59,4 @@ def test_the_saved_copy_is_the_same_configuration() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.yaml")) + sorted(ROOT.glob("configs/**/*.yaml")))
 def test_shipped_configs_are_valid(path: Path) -> None:
-    load_config(path)
+    assert load_config(path).method in METHODS

@@ -144,7 +144,7 @@ app.add_typer(data_app, name="data")
 def index(config: ConfigFile, overrides: Overrides = None) -> None:
     """Scan the class index (or take it from the cache) and list the images of each step."""
     from starseg.config import load_config
-    from starseg.engine.runner import open_data
+    from starseg.engine.data import open_data
     from starseg.methods import METHODS, method_options
 
     settings = load_config(config, overrides or [])

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from lightning_fabric import Fabric, seed_everything
+from lightning_fabric import seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig, dump_config
-from starseg.data.dataset import Dataset, open_dataset
+from starseg.data.dataset import open_dataset
 from starseg.data.index import class_index
-from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, sample_seed, select_images
+from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
+from starseg.engine.data import Data, open_data, workers_for
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.fit import fit_step, make_optimizer, to_device
 from starseg.engine.launch import make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
 from starseg.errors import UserError
-from starseg.methods import METHODS, Method, StepContext, method_options
+from starseg.methods import METHODS, StepContext, method_options
 from starseg.methods.base import Phase, Schedule
 from starseg.models import Segmenter
 from starseg.report.tables import iou_table
-from starseg.tasks import TaskSequence, make_task
+from starseg.tasks import TaskSequence
 
 # Keys that may differ when a run goes on: they do not change its results.
 _FREE_KEYS = {
@@ -44,88 +42,6 @@ _FREE_KEYS = {
     ("train", "accelerator"),
     ("eval", "batch_size"),
 }
-
-
-def _workers(config: RunConfig, fabric: Fabric) -> int:
-    if config.data.workers != "auto":
-        return config.data.workers
-    return min(8, len(os.sched_getaffinity(0))) if fabric.device.type == "cuda" else 0
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set with its class indices, and how to load a step's share of it."""
-
-    dataset: Dataset
-    task: TaskSequence
-    train_pixels: np.ndarray
-    test_pixels: np.ndarray
-    config: RunConfig
-    workers: int
-
-    def positions(self, step: int, kind: Kind) -> np.ndarray:
-        pixels = self.train_pixels if kind == "train" else self.test_pixels
-        return select_images(pixels, self.task, step, kind)
-
-    def check(self) -> None:
-        """Refuse a task whose steps cannot be trained.
-
-        Raises:
-            UserError: a class without a training pixel in its step, or fewer images than a batch.
-        """
-        for step in range(len(self.task)):
-            chosen = self.positions(step, "train")
-            if empty := [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]:
-                raise UserError(
-                    f"step {step}: no training image shows {', '.join(map(self.task.label, empty))} "
-                    f"(task {self.task.name}, {self.task.setting}); leave the class out or add images"
-                )
-            if len(chosen) < self.config.train.batch_size:
-                raise UserError(
-                    f"step {step}: {len(chosen)} training images, fewer than train.batch_size "
-                    f"({self.config.train.batch_size})"
-                )
-            if not len(self.positions(step, "test")):
-                raise UserError(f"step {step}: no test image shows a class seen so far")
-
-    def train_loader(self, step: int, epochs: Sequence[int | str], drop_last: bool) -> DataLoader[Batch]:
-        """Augmented training crops; order and crops depend on (seed, step, epoch, sample) alone."""
-        seed = (self.config.seed, step)
-        table = self.task.relabelling(step, "train")
-        crops = StepDataset(self.dataset.train, self.positions(step, "train"), table, self.config.data.crop, seed)
-        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last)
-        return make_loader(crops, sampler, self.workers)
-
-    def test_loader(self, step: int) -> DataLoader[Batch]:
-        full = self.config.eval.image == "full"
-        table = self.task.relabelling(step, "test", self.dataset.test_fill)
-        crop = None if full else self.config.data.crop
-        images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
-        return make_loader(
-            images, EpochSampler(len(images), 1 if full else self.config.eval.batch_size, [0]), self.workers
-        )
-
-
-def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
-    """The configured data set and the steps in which ``method`` learns the configured task."""
-    dataset, task = open_dataset(config.data), config.task
-    return dataset, method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
-
-
-def open_data(config: RunConfig, method: Method, workers: int, console: Console) -> Data:
-    """Open, index and check the data of a run."""
-    dataset, sequence = dataset_and_task(config, method)
-    start = time.monotonic()
-    train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
-    console.print(
-        f"{dataset.root}: {len(train)} training and {len(test)} test images, "
-        f"classes indexed in {time.monotonic() - start:.1f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-    data = Data(dataset, sequence, train, test, config, workers)
-    data.check()
-    return data
 
 
 def _resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
@@ -187,7 +103,7 @@ class Runner:
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = _resolve(config, self.method.defaults(config.data.dataset))
         self.fabric = make_fabric(self.config.train)
-        self.data = open_data(self.config, self.method, _workers(self.config, self.fabric), console)
+        self.data = open_data(self.config, self.method, workers_for(self.config, self.fabric), console)
         self.task = self.data.task
         self.run_dir = self.config.run_dir
         _claim(self.run_dir, self.config)
@@ -391,7 +307,7 @@ def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str
     if list(task.class_names(0)) != info.names:
         raise UserError(f"{folder}: its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, _workers(config, fabric))
+    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
     loader = data.test_loader(0)
     published = info.compat == "published"
     rule = METHODS[info.method](method_options(info.method, config))

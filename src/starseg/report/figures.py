@@ -18,7 +18,7 @@ from starseg.data.index import class_index
 from starseg.data.palette import voc_palette
 from starseg.data.step import StepDataset, select_images
 from starseg.engine.checkpoint import is_finished, load_model, read_json
-from starseg.engine.runner import dataset_and_task
+from starseg.engine.data import dataset_and_task
 from starseg.errors import UserError
 from starseg.losses import resize
 from starseg.methods import METHODS, method_options
