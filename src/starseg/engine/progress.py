@@ -14,7 +14,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -40,16 +39,9 @@ class Bar:
         )
         self.live: Progress | None = None
         if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TextColumn("ETA"))
             note = TextColumn("{task.fields[note]}")
-            self.live = Progress(
-                *columns, TextColumn("ETA"), TimeRemainingColumn(), note, console=console, transient=True
-            )
+            self.live = Progress(*columns, TimeRemainingColumn(), note, console=console, transient=True)
             self.task = self.live.add_task(title, total=total, note="")
 
     def advance(self) -> None:
@@ -61,7 +53,7 @@ class Bar:
         """Report loss terms and speed; ``images`` is how many a piece of work holds."""
         elapsed = time.monotonic() - self.start
         speed = self.done * images / elapsed
-        note = " ".join([*(f"{k} {v:.4f}" for k, v in terms.items()), f"| {speed:.1f} img/s"])
+        note = " ".join([*(f"{k} {v:.3f}" for k, v in terms.items()), f"| {speed:.1f} img/s"])
         if self.live:
             self.live.update(self.task, note=f"{where} {note}")
         else:
