@@ -34,7 +34,7 @@ from starseg.models import Segmenter
 from starseg.report.tables import iou_table
 from starseg.tasks import TaskSequence
 
-# Keys that may differ when a run goes on: they do not change its results.
+# Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
 _FREE_KEYS = {
     ("out",),
     ("data", "workers"),
