@@ -15,9 +15,16 @@ class Split:
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
+    ids: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __add__(self, other: Split) -> Split:
+        return Split(self.images + other.images, self.masks + other.masks, self.ids + other.ids)
+
+
+NO_FILES = Split((), (), ())
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def _lines(path: Path) -> list[str]:
 
 def _split(root: Path, name: str, mask_folder: str) -> Split:
     images, masks = [], []
-    for number, line in enumerate(_lines(root / _LISTS / f"{name}.txt"), 1):
+    lines = _lines(root / _LISTS / f"{name}.txt")
+    for number, line in enumerate(lines, 1):
         match line.split():
             case [image, mask]:
                 images.append(root / image.lstrip("/"))
@@ -64,7 +65,7 @@ def _split(root: Path, name: str, mask_folder: str) -> Split:
                     f"{root / _LISTS / name}.txt, line {number}: expected '/JPEGImages/x.jpg /{mask_folder}/x.png' "
                     f"or 'x', got {line!r}"
                 )
-    return check_files(f"{root / _LISTS / name}.txt", Split(tuple(images), tuple(masks)))
+    return check_files(f"{root / _LISTS / name}.txt", Split(tuple(images), tuple(masks), tuple(lines)))
 
 
 def open_voc(root: Path) -> Dataset:
