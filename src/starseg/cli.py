@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from starseg import __version__
 from starseg.errors import UserError
@@ -93,7 +94,7 @@ def evaluate(
     """IoU per class and means of a step directory, on the test split of its run's data set."""
     from starseg.config import load_config
     from starseg.engine.checkpoint import write_json
-    from starseg.engine.runner import evaluate_step
+    from starseg.engine.evaluate import evaluate_step
     from starseg.report.tables import figures_table
 
     config = load_config(step_dir.resolve().parent / "config.yaml", overrides or [])
@@ -161,13 +162,19 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2."""
-    debug = "--debug" in sys.argv
+@contextmanager
+def reporting_errors(debug: bool) -> Iterator[None]:
+    """A user's mistake is one message and exit code 2; with ``debug`` also a traceback."""
     try:
-        app(standalone_mode=True)
+        yield
     except UserError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def main() -> None:
+    """Entry point."""
+    with reporting_errors("--debug" in sys.argv):
+        app(standalone_mode=True)

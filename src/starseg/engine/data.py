@@ -41,8 +41,26 @@ class Data:
     world: int = 1
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
+        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
-        return select_images(pixels, self.task, step, kind)
+        return select_images(pixels, self.task, step, kind) if listed is None else listed
+
+    def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
+        folder, task = self.config.data.lists, self.task
+        if folder is None:
+            return None
+        path = folder / self.dataset.key / f"{task.setting}_{task.name}_{kind}_{step:02d}.npy"
+        if not path.is_file():
+            return None
+        ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
+        places = {name: place for place, name in enumerate(ids)}
+        try:
+            return np.sort([places[name] for name in np.load(path, allow_pickle=False).tolist()])
+        except KeyError as error:
+            raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
 
     def check(self) -> None:
         """Refuse a task whose steps cannot be trained.

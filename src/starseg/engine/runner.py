@@ -6,7 +6,6 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
-from starseg.data.dataset import open_dataset
-from starseg.data.index import class_index
 from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.data import Data, open_data, workers_for
+from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import fit_step, make_optimizer, to_device
 from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
-from starseg.engine.rundir import adopt, claim, resolve
+from starseg.engine.rundir import Keys, adopt, claim, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
 from starseg.models import Segmenter
 from starseg.report.tables import iou_table
-from starseg.tasks import TaskSequence
 
 
 class Runner:
@@ -44,12 +40,13 @@ class Runner:
     Args:
         config: validated configuration.
         console: where progress and tables go.
+        free: keys that may moreover differ from those of the directory's finished steps.
 
     Raises:
         UserError: bad data, a directory of another run.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
+    def __init__(self, config: RunConfig, console: Console, free: Keys = frozenset()) -> None:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
@@ -59,7 +56,7 @@ class Runner:
         self.task = self.data.task
         self.run_dir = self.config.run_dir
         if self.leader:
-            claim(self.run_dir, self.config)
+            claim(self.run_dir, self.config, free)
         self.fabric.launch()
         self.add_up = adder(self.fabric)
 
@@ -74,7 +71,7 @@ class Runner:
         """
         wanted = steps if steps is not None else range(len(self.task))
         if not wanted or wanted[-1] >= len(self.task):
-            raise UserError(f"--steps: task {self.task.name} has steps 0-{len(self.task) - 1}")
+            raise UserError(f"task {self.task.name} has steps 0-{len(self.task) - 1}, asked for {steps and steps[-1]}")
         if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
             adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
             self._write_results()
@@ -272,29 +269,3 @@ def train(config: RunConfig, steps: range | None = None, console: Console | None
         UserError: anything in the input that must be mended first.
     """
     return Runner(config, console or Console()).run(steps)
-
-
-def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a step directory on the test split of ``config.data``.
-
-    Returns:
-        What :func:`starseg.engine.metrics.summarize` gives.
-
-    Raises:
-        UserError: no step directory, or data whose classes are not the model's.
-    """
-    model, info = checkpoint.load_model(folder)
-    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1}))
-    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
-    task = TaskSequence(info.task, (tuple(info.dataset_ids[1:]),), dataset.names, base=info.base)
-    if list(task.class_names(0)) != info.names:
-        raise UserError(f"{folder}: its classes {info.names[1:]} have other names in {dataset.root}")
-    pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
-    loader = data.test_loader(0)
-    published = info.compat == "published"
-    rule = METHODS[info.method](method_options(info.method, config))
-    confusion = confusion_matrix(
-        model.to(fabric.device), rule.rule(published), track(console, "test", loader, len(loader))
-    )
-    return summarize(confusion, info.names, info.base, published)
