@@ -156,6 +156,28 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
 
 
+@data_app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
+) -> None:
+    """Read every image and mask, list every broken file, count classes.
+
+    Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
+    """
+    from starseg.config import load_config
+    from starseg.data.check import check_data, print_report
+    from starseg.engine.checkpoint import write_json
+
+    report = check_data(load_config(config, overrides or []), console)
+    print_report(report, console)
+    if json_file:
+        write_json(json_file, report.as_data())
+    if report.broken or report.task_problem:
+        raise typer.Exit(1 if report.broken else 2)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2."""
     debug = "--debug" in sys.argv
