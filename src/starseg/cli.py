@@ -66,17 +66,22 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 1 or 0-2.", show_default=False)] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes on each node.", show_default=False)] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Nodes.", show_default=False)] = None,
     out: Out = None,
 ) -> None:
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
     from starseg.config import load_config
+    from starseg.engine.launch import is_leader
     from starseg.engine.runner import train as run
     from starseg.report.figures import write_figures
 
-    changed = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out else [])]
+    options = {"out": out and json.dumps(str(out)), "train.devices": devices, "train.num_nodes": num_nodes}
+    changed = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
     with _resumable():
         run_dir = run(load_config(config, changed), _steps(steps), console)
-    write_figures([run_dir], run_dir, console)
+    if is_leader():
+        write_figures([run_dir], run_dir, console)
 
 
 @app.command(name="eval")
@@ -149,7 +154,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or [])
     method = METHODS[settings.method](method_options(settings.method, settings))
-    data = open_data(settings, method, 0, console)
+    data = open_data(settings, method, console)
     for step in range(len(data.task)):
         names = ", ".join(map(data.task.label, data.task.new(step)))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))

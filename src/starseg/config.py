@@ -79,6 +79,10 @@ class TrainConfig(Strict):
     """"auto": bf16 where the hardware is fast at it, fp16 on older GPUs, else float32."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute."""
+    devices: int = Field(1, gt=0)
+    """Processes on each node, one per GPU (also --devices)."""
+    num_nodes: int = Field(1, gt=0)
+    """Nodes (also --num-nodes)."""
 
 
 class EvalConfig(Strict):
@@ -188,8 +192,12 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             f"{source}:\ndata.crop: {config.data.crop} is no multiple of model.output_stride "
             f"({config.model.output_stride}); the statistics are taken on that grid"
         )
-    if config.train.batch_size < 2:
-        raise UserError(f"{source}:\ntrain.batch_size: batch norm needs at least 2 images, got 1")
+    world = config.train.devices * config.train.num_nodes
+    if config.train.batch_size < 2 * world:
+        raise UserError(
+            f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes, "
+            f"got {config.train.batch_size} in all"
+        )
     return config
 
 

@@ -115,6 +115,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         epochs: which epochs to run through; a name ("after") is an epoch with crops of its own.
         seed: of the order, (run seed, step); None keeps the natural order.
         drop_last: leave out each epoch's incomplete batch.
+        rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
     """
 
     def __init__(
@@ -124,14 +125,11 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         epochs: Sequence[Epoch],
         seed: tuple[int, ...] | None = None,
         drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.size, self.batch_size, self.epochs, self.seed, self.drop_last = (
-            size,
-            batch_size,
-            epochs,
-            seed,
-            drop_last,
-        )
+        self.size, self.batch_size, self.epochs, self.seed = size, batch_size, epochs, seed
+        self.drop_last, self.rank, self.world = drop_last, rank, world
 
     @property
     def batches_per_epoch(self) -> int:
@@ -146,7 +144,8 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
             if self.seed is not None:
                 order = np.random.default_rng(sample_seed(*self.seed, epoch)).permutation(self.size)
             for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
-                yield [(epoch, int(i)) for i in order[start : start + self.batch_size]]
+                if len(share := order[start : start + self.batch_size][self.rank :: self.world]):
+                    yield [(epoch, int(i)) for i in share]
 
 
 def collate(samples: list[Batch]) -> Batch:

@@ -37,6 +37,8 @@ class Data:
     test_pixels: np.ndarray
     config: RunConfig
     workers: int
+    rank: int = 0
+    world: int = 1
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
         pixels = self.train_pixels if kind == "train" else self.test_pixels
@@ -68,7 +70,7 @@ class Data:
         seed = (self.config.seed, step)
         table = self.task.relabelling(step, "train")
         crops = StepDataset(self.dataset.train, self.positions(step, "train"), table, self.config.data.crop, seed)
-        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last)
+        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last, self.rank, self.world)
         return make_loader(crops, sampler, self.workers)
 
     def test_loader(self, step: int) -> DataLoader[Batch]:
@@ -76,8 +78,9 @@ class Data:
         table = self.task.relabelling(step, "test", self.dataset.test_fill)
         crop = None if full else self.config.data.crop
         images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
+        batch = self.world if full else self.config.eval.batch_size
         return make_loader(
-            images, EpochSampler(len(images), 1 if full else self.config.eval.batch_size, [0]), self.workers
+            images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world), self.workers
         )
 
 
@@ -93,7 +96,7 @@ def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence
     return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
 
 
-def open_data(config: RunConfig, method: Method, workers: int, console: Console) -> Data:
+def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None) -> Data:
     """Open, index and check the data of a run."""
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
@@ -104,6 +107,7 @@ def open_data(config: RunConfig, method: Method, workers: int, console: Console)
         highlight=False,
         soft_wrap=True,
     )
-    data = Data(dataset, sequence, train, test, config, workers)
+    share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0,)
+    data = Data(dataset, sequence, train, test, config, *share)
     data.check()
     return data

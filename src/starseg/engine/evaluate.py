@@ -10,19 +10,22 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from starseg.data.step import Batch
-from starseg.losses import resize
+from starseg.losses import AddUp, alone, resize
 from starseg.models import Segmenter
 from starseg.tasks import IGNORE
 
 
 @torch.inference_mode()
-def confusion_matrix(model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch]) -> np.ndarray:
+def confusion_matrix(
+    model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], add_up: AddUp = alone
+) -> np.ndarray:
     """Confusion over all pixels that are not ignored, model in eval mode and float32.
 
     Args:
         model: the network.
         rule: training ids [N, H, W] from logits [N, C, H, W].
-        loader: uint8 batches.
+        loader: uint8 batches, this process's share.
+        add_up: over processes.
 
     Returns:
         [1 + C, 1 + C] int64, rows the labels, columns the predictions.
@@ -35,4 +38,4 @@ def confusion_matrix(model: Segmenter, rule: Callable[[Tensor], Tensor], loader:
         predicted = rule(resize(logits, batch.labels.shape[-2:]))
         labels = batch.labels.to(predicted.device).long()
         total += multiclass_confusion_matrix(predicted, labels, classes, ignore_index=IGNORE, validate_args=False)
-    return total.cpu().numpy()
+    return add_up(total).cpu().numpy()

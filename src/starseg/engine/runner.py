@@ -15,6 +15,7 @@ import yaml
 from lightning_fabric import seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
+from timm.layers import convert_sync_batchnorm
 
 from starseg.config import RunConfig, dump_config
 from starseg.data.dataset import open_dataset
@@ -24,7 +25,7 @@ from starseg.engine import checkpoint
 from starseg.engine.data import Data, open_data, workers_for
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.fit import fit_step, make_optimizer, to_device
-from starseg.engine.launch import make_fabric
+from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
 from starseg.errors import UserError
@@ -40,6 +41,8 @@ _FREE_KEYS = {
     ("data", "workers"),
     ("data", "root"),
     ("train", "accelerator"),
+    ("train", "devices"),
+    ("train", "num_nodes"),
     ("eval", "batch_size"),
 }
 
@@ -99,14 +102,17 @@ class Runner:
     """
 
     def __init__(self, config: RunConfig, console: Console) -> None:
-        self.console = console
+        self.leader = is_leader()
+        self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = _resolve(config, self.method.defaults(config.data.dataset))
         self.fabric = make_fabric(self.config.train)
-        self.data = open_data(self.config, self.method, workers_for(self.config, self.fabric), console)
+        self.data = open_data(self.config, self.method, self.console, self.fabric)
         self.task = self.data.task
         self.run_dir = self.config.run_dir
-        _claim(self.run_dir, self.config)
+        if self.leader:
+            _claim(self.run_dir, self.config)
+        self.fabric.launch()
 
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
@@ -120,8 +126,9 @@ class Runner:
         wanted = steps if steps is not None else range(len(self.task))
         if not wanted or wanted[-1] >= len(self.task):
             raise UserError(f"--steps: task {self.task.name} has steps 0-{len(self.task) - 1}")
-        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)):
+        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
             self._adopt(self.config.start_from)
+        self.fabric.barrier()
         for step in wanted:
             if checkpoint.is_finished(self.step_dir(step)):
                 self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
@@ -180,9 +187,14 @@ class Runner:
         return model, old
 
     def _context(self, step: int) -> StepContext:
+        fabric = self.fabric
         seed_everything(sample_seed(self.config.seed, step) % 2**32, verbose=False)
         model, old = self._models(step)
-        device = self.fabric.device
+        if fabric.global_rank:
+            seed_everything(sample_seed(self.config.seed, step, fabric.global_rank) % 2**32, verbose=False)
+        if fabric.world_size > 1 and fabric.device.type == "cuda" and not step:
+            model = convert_sync_batchnorm(model)
+        device = fabric.device
         generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))
         batches = len(self.data.positions(step, "train")) // self.config.train.batch_size
         return StepContext(
@@ -195,6 +207,9 @@ class Runner:
             iterations=batches,
             scan=lambda name: self._scan(step, model, name),
             generator=generator,
+            add_up=adder(fabric),
+            rank=fabric.global_rank,
+            world=fabric.world_size,
         )
 
     def _scan(self, step: int, model: Segmenter, name: str) -> Iterator[Batch]:
@@ -220,7 +235,8 @@ class Runner:
         with torch.no_grad():
             method.begin_step(ctx)
         logs = self.step_dir(step) / "logs"
-        shutil.rmtree(logs, ignore_errors=True)
+        if self.leader:
+            shutil.rmtree(logs, ignore_errors=True)
         logger = TensorBoardLogger(root_dir=logs, name="", version="")
         loader = self.data.train_loader(step, range(phase.epochs), drop_last=True)
         optimizer = make_optimizer(method, ctx, phase.lr, config.train.weight_decay)
@@ -229,6 +245,7 @@ class Runner:
         logger.finalize("success")
         ctx.model.eval()
         with torch.no_grad():
+            average_buffers(ctx.model, self.fabric)
             method.end_step(ctx)
         bank = method.state_dict()
         metrics = self._evaluate(ctx) | {
@@ -236,14 +253,16 @@ class Runner:
             "images": images,
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
         }
-        info = self._info(step, ctx.model.head_sizes)
-        checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
-        self.console.print(iou_table(self._write_results()))
+        if self.leader:
+            info = self._info(step, ctx.model.head_sizes)
+            checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
+            self.console.print(iou_table(self._write_results()))
+        self.fabric.barrier()
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         loader = self.data.test_loader(ctx.step)
         batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.add_up)
         names = self.task.class_names(ctx.step)
         return {
             "step": ctx.step,
@@ -301,7 +320,7 @@ def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str
         UserError: no step directory, or data whose classes are not the model's.
     """
     model, info = checkpoint.load_model(folder)
-    fabric = make_fabric(config.train)
+    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1}))
     dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
     task = TaskSequence(info.task, (tuple(info.dataset_ids[1:]),), dataset.names, base=info.base)
     if list(task.class_names(0)) != info.names:
