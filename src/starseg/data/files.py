@@ -72,6 +72,6 @@ def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path) -> 
     """
     if tuple(image) != tuple(mask):
         raise UserError(
-            f"{path}: this mask is {mask[1]}x{mask[0]}, its image {image[1]}x{image[0]} pixels (as its EXIF data turns "
-            "it); make them the same size"
+            f"{path}: this mask is {mask[1]}x{mask[0]}, its image {image[1]}x{image[0]} pixels when upright; "
+            "make them the same size"
         )
