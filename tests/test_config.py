@@ -83,6 +83,8 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
     assert unset == {"base": {"epochs": None, "lr": None}, "later": {"epochs": None, "lr": None}, "warmup": None}
     assert method.options.pos_weight is None
     assert (config.train.batch_size, config.data.crop, config.model.backbone) == (24, 512, "resnet101.tv_in1k")
+    variant = load_config(path, ["task.setting=disjoint", "method=star-m"])
+    assert (variant.task.setting, variant.method) == ("disjoint", "star-m")
 
 
 def test_every_published_protocol_is_shipped() -> None:

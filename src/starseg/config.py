@@ -85,6 +85,13 @@ class TrainConfig(Strict):
     """Nodes (also --num-nodes)."""
 
 
+class MemoryConfig(Strict):
+    size: int | None = Field(None, ge=0)
+    """Old images kept as exemplars; by default the method's (star 0, star-m 50)."""
+    copy_files: bool = Field(False, alias="copy")
+    """Copy them into the run directory, which then does not need the old data set."""
+
+
 class EvalConfig(Strict):
     image: Literal["crop", "full"] = "crop"
     """"crop": short side resized to the crop size, centre crop (the published protocol); "full": whole images."""
@@ -111,6 +118,7 @@ class RunConfig(BaseModel):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     eval: EvalConfig = EvalConfig()
 
     @property
@@ -121,7 +129,7 @@ class RunConfig(BaseModel):
         return Path("runs") / f"{self.data.dataset}_{task}_{self.task.setting}_{self.method}_seed{self.seed}"
 
     def method_section(self, name: str) -> dict[str, Any]:
-        """The options given for method ``name``, not validated yet."""
+        """The options given in section ``name``, not validated yet."""
         return dict((self.model_extra or {}).get(name) or {})
 
 
@@ -176,15 +184,22 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}:\n{explain(error)}") from error
-    if unknown := sorted(set(config.model_extra or {}) - set(METHODS)):
-        known = [*RunConfig.model_fields, *METHODS]
+    sections = {method.section for method in METHODS.values()}
+    if unknown := sorted(set(config.model_extra or {}) - sections):
+        known = [*RunConfig.model_fields, *sorted(sections)]
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"{source}:\n{unknown[0]}: unknown key; {hint}")
     if config.method not in METHODS:
         raise UserError(f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}")
-    for name in {config.method, *(config.model_extra or {})}:
-        method_options(name, config)
+    for method in METHODS.values():
+        if method.section in (config.model_extra or {}):
+            method_options(method.name, config)
+    if config.memory.size and METHODS[config.method].memory_score is None:
+        keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory_score is not None))
+        raise UserError(
+            f"{source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: {keeping}"
+        )
     if config.task.name is None and config.task.steps is None:
         raise UserError(f"{source}:\ntask: give task.name (a published task such as 15-1) or task.steps")
     if config.data.crop % config.model.output_stride:
@@ -222,4 +237,4 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, every field spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -101,8 +101,10 @@ def _run(root: Path, out: Path) -> dict:
     }
 
 
-def test_star_trains_on_it_with_its_own_defaults(ade_shapes: Path, tmp_path: Path) -> None:
-    run = starseg.train(parse_config(_run(ade_shapes, tmp_path / "run")), console=Console(quiet=True))
+@pytest.mark.parametrize("method", ["star", "star-m"])
+def test_star_trains_on_it_with_its_own_defaults(ade_shapes: Path, tmp_path: Path, method: str) -> None:
+    settings = {**_run(ade_shapes, tmp_path / "run"), "method": method}
+    run = starseg.train(parse_config(settings), console=Console(quiet=True))
     saved = yaml.safe_load((run / "config.yaml").read_text())["train"]
     assert (saved["warmup"], saved["base"]["lr"], saved["later"]["lr"]) == (0.2, 2.5e-3, 2.5e-4)
     info = json.loads((run / "step_1" / "model.json").read_text())

@@ -27,6 +27,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __add__(self, other: Split) -> Split:
+        return Split(self.images + other.images, self.masks + other.masks, self.ids + other.ids)
+
+
+NO_FILES = Split((), (), ())
+
 
 @dataclass(frozen=True)
 class Dataset:

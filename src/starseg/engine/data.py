@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
-from starseg.data.dataset import Dataset, open_dataset
+from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
 from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, select_images
 from starseg.errors import UserError
@@ -65,11 +65,18 @@ class Data:
             if not len(self.positions(step, "test")):
                 raise UserError(f"step {step}: no test image shows a class seen so far")
 
-    def train_loader(self, step: int, epochs: Sequence[int | str], drop_last: bool) -> DataLoader[Batch]:
-        """Augmented training crops; order and crops depend on (seed, step, epoch, sample) alone."""
+    def train_loader(
+        self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES
+    ) -> DataLoader[Batch]:
+        """Augmented training crops of a step's images and of its exemplar memory, labelled alike.
+
+        Order and crops depend on (seed, step, epoch, sample) alone.
+        """
         seed = (self.config.seed, step)
         table = self.task.relabelling(step, "train")
-        crops = StepDataset(self.dataset.train, self.positions(step, "train"), table, self.config.data.crop, seed)
+        split, positions = self.dataset.train, self.positions(step, "train")
+        positions = np.append(positions, len(split) + np.arange(len(exemplars)))
+        crops = StepDataset(split + exemplars, positions, table, self.config.data.crop, seed)
         sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last, self.rank, self.world)
         return make_loader(crops, sampler, self.workers)
 

@@ -31,6 +31,8 @@ def register_method(name: str) -> Callable[[T], T]:
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
         cls.name = name
+        if "section" not in cls.__dict__:
+            cls.section = name
         METHODS[name] = cls
         return cls
 
@@ -44,9 +46,9 @@ def method_options(name: str, config: RunConfig) -> Strict:
         UserError: unknown or wrong options, named with their section.
     """
     try:
-        return METHODS[name].Options.model_validate(config.method_section(name))
+        return METHODS[name].Options.model_validate(config.method_section(METHODS[name].section))
     except ValidationError as error:
-        raise UserError(explain(error, prefix=f"{name}.")) from error
+        raise UserError(explain(error, prefix=f"{METHODS[name].section}.")) from error
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Schedule:
         base, later: step 0, and every step after it.
         warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
         pos_weight: of the class loss.
+        memory: old images kept as exemplars.
     """
 
     base: Phase
     later: Phase
     warmup: float
     pos_weight: float
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,11 @@ class Method:
     """
 
     name: ClassVar[str]
+    section: ClassVar[str]
+    """Of the configuration, with its options; by default its name."""
     summary: ClassVar[str] = ""
+    memory_score: ClassVar[float | None] = None
+    """Sigmoid from which on a prediction names a class of an image that may become an exemplar; None: keeps none."""
     Options: ClassVar[type[Strict]] = ClassLossOptions
 
     def __init__(self, options: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from starseg.data.step import Batch
 from starseg.errors import UserError
 from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
-from starseg.methods.base import ClassLossOptions, Method, Network, StepContext, register_method
+from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.plan import ReplayPlan, make_plan
 from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
@@ -32,6 +34,7 @@ class StarOptions(ClassLossOptions):
 @register_method("star")
 class Star(Method):
     summary = "prototype replay: about 2 KB per class in place of old images"
+    memory_score = 0.9
     Options = StarOptions
     options: StarOptions
 
@@ -121,3 +124,12 @@ class Star(Method):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.bank = PrototypeBank.from_state_dict(state) if state else None
+
+
+@register_method("star-m")
+class StarM(Star):
+    summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
+    section = "star"
+
+    def defaults(self, dataset: str) -> Schedule:
+        return replace(super().defaults(dataset), memory=50)
