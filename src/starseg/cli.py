@@ -29,6 +29,19 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_default=False)]
 
 
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write what was found here.", callback=_in_a_folder, show_default=False),
+]
+
+
 def _steps(text: str | None) -> range | None:
     """ "2" or "0-2" as a range."""
     if text is None:
@@ -89,7 +102,7 @@ def train(
 def evaluate(
     step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
     overrides: Overrides = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """IoU per class and means of a step directory, on the test split of its run's data set."""
     from starseg.config import load_config
@@ -160,6 +173,28 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
         names = ", ".join(map(data.task.label, data.task.new(step)))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
+
+
+@data_app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Read every image and mask, list every broken file, count classes.
+
+    Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
+    """
+    from starseg.config import load_config
+    from starseg.data.check import check_data, print_report
+    from starseg.engine.checkpoint import write_json
+
+    report = check_data(load_config(config, overrides or []), console)
+    print_report(report, console)
+    if json_file:
+        write_json(json_file, report.as_data())
+    if report.broken or report.task_problem:
+        raise typer.Exit(1 if report.broken else 2)
 
 
 @contextmanager

@@ -19,11 +19,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K")}
+
+
 class DataConfig(Strict):
-    dataset: Literal["voc"] = "voc"
-    """Layout of the data on disk."""
-    root: Path = Path("./datasets/PascalVOC2012")
-    """The data set's folder."""
+    dataset: Literal["voc", "ade"] = "voc"
+    """Layout of the data on disk (docs/datasets.md)."""
+    root: Path | None = None
+    """The data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K. Read it from `folder`."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
     lists: Path | None = None
@@ -32,6 +35,11 @@ class DataConfig(Strict):
     workers: int | Literal["auto"] = Field("auto")
     """Loader processes; "auto": up to 8 with a GPU, none on a CPU, whose cores the network needs. They never change
     a result."""
+
+    @property
+    def folder(self) -> Path:
+        """The data set's folder, given or by default."""
+        return self.root or _ROOTS[self.dataset]
 
 
 class TaskConfig(Strict):

@@ -44,7 +44,7 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
     step, epoch = config.task.step - 1, _latest(folder)
     if epoch is None:
         raise UserError(
-            f"step {step + 1} starts from step {step}, which is not there: {folder}; run it first (--task_step {step}), "
+            f"step {step + 1} starts from step {step}, which is not there: {folder}; run it first (--task_step {step}) "
             f"or put {checkpoint_name(config.trainer.epochs)} and {prototypes_name(config.trainer.epochs)} there"
         )
     weights = folder / checkpoint_name(epoch)

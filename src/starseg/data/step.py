@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from starseg.data.dataset import Split
-from starseg.data.index import read_mask
+from starseg.data.files import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import test_transform, train_transform
-from starseg.errors import UserError
 from starseg.tasks import BACKGROUND, IGNORE, TaskSequence
 
 Kind = Literal["train", "val", "test"]
@@ -70,16 +67,6 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def read_image(path: Path) -> Tensor:
-    """An image as [3, H, W] uint8, rotated as its EXIF data says."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this image ({error})") from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-
-
 class StepDataset(Dataset[Batch]):
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
@@ -109,11 +96,7 @@ class StepDataset(Dataset[Batch]):
         index = int(self.positions[position])
         image = read_image(self.split.images[index])
         mask = torch.from_numpy(self.table[read_mask(self.split.masks[index])])[None]
-        if mask.shape[1:] != image.shape[1:]:
-            raise UserError(
-                f"{self.split.masks[index]}: this mask is {mask.shape[2]}x{mask.shape[1]}, "
-                f"its image {image.shape[2]}x{image.shape[1]} pixels"
-            )
+        refuse_other_size(image.shape[1:], mask.shape[1:], self.split.masks[index])
         if self.seed is not None and self.crop:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample_seed(*self.seed, epoch, index))

@@ -111,8 +111,14 @@ class Data:
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
     """The configured data set and the steps in which ``method`` learns the configured task."""
-    dataset, task = open_dataset(config.data), config.task
-    return dataset, method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+    dataset = open_dataset(config.data)
+    return dataset, task_on(dataset, config, method)
+
+
+def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
+    """The steps in which ``method`` learns the configured task on a data set."""
+    task = config.task
+    return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
 
 
 def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None) -> Data:
