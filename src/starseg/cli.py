@@ -100,19 +100,33 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    weights: Annotated[
+        Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
+    ],
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
-    """IoU per class and means of a step directory, on the test split of its run's data set."""
-    from starseg.config import load_config
-    from starseg.engine.checkpoint import write_json
-    from starseg.engine.evaluate import evaluate_step
+    """IoU per class and means of a trained step, on the test split of its data set."""
+    from starseg.config import change_config, load_config
+    from starseg.engine.checkpoint import load_model, write_json
+    from starseg.engine.evaluate import evaluate_model
     from starseg.report.tables import figures_table
 
-    config = load_config(step_dir.resolve().parent / "config.yaml", overrides or [])
-    figures = evaluate_step(step_dir, config, console)
-    console.print(figures_table(str(step_dir), figures))
+    if weights.suffix == ".pth":
+        from torch.cuda import is_available
+
+        from starseg.compat.settings import parse_published, published_tree
+        from starseg.compat.weights import load_checkpoint
+
+        tree, source = published_tree(None, weights)
+        published = parse_published(tree, str(source))
+        config = change_config(published.to_run(gpu=is_available()), overrides or [])
+        model, info = load_checkpoint(weights, published)
+    else:
+        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
+        model, info = load_model(weights)
+    figures = evaluate_model(model, info, config, console)
+    console.print(figures_table(str(weights), figures))
     if json_file:
         write_json(json_file, figures)
 
@@ -170,7 +184,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
     method = METHODS[settings.method](method_options(settings.method, settings))
     data = open_data(settings, method, console)
     for step in range(len(data.task)):
-        names = ", ".join(map(data.task.label, data.task.new(step)))
+        names = data.task.list_names(data.task.new(step))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
 

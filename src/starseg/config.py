@@ -49,6 +49,8 @@ class TaskConfig(Strict):
     """Classes of each step, by name or dataset id."""
     setting: Literal["overlap", "disjoint"] = "overlap"
     """Which training images a step may see."""
+    allow_absent: bool = False
+    """Train although no image shows some class in its step: its logit then learns from negatives alone."""
 
 
 class ModelConfig(Strict):
@@ -235,6 +237,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     for assignment in overrides:
         _set_dotted(tree, assignment)
     return parse_config(tree, str(path))
+
+
+def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration with ``a.b=value`` overrides applied; refuses what :func:`load_config` refuses."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for assignment in overrides:
+        _set_dotted(tree, assignment)
+    return parse_config(tree, "overrides")
 
 
 def dump_config(config: RunConfig) -> str:

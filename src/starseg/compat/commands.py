@@ -51,7 +51,7 @@ def _parser(dataset: str, training: bool) -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show tracebacks of errors")
     for flags, (key, kind) in _KEYS.items():
         if training or flags[0] in _EVAL_FLAGS:
-            add(*flags, type=kind, dest=key, help=f"sets {key}")
+            add(*flags, type=kind, dest=key, metavar=kind.__name__.upper(), help=f"sets {key}")
     if training:
         add("--freeze_bn", action="store_true", help="freeze batch norm: in every step after step 0")
         for flag in ("--kd", "--ac"):

@@ -35,6 +35,8 @@ class Task(_Keys):
     step: int = Field(0, ge=0)
     setting: Literal["overlap", "disjoint"] = "overlap"
     idxs_path: Path | None = None
+    allow_absent: bool = False
+    """Ours: train although no image shows some class in its step."""
 
 
 class Crop(_Keys):
@@ -188,7 +190,7 @@ class PublishedConfig(_Keys):
                 "workers": args.num_workers if gpu else "auto",
                 "lists": task.idxs_path,
             },
-            "task": {"name": task.name, "setting": task.setting},
+            "task": {"name": task.name, "setting": task.setting, "allow_absent": task.allow_absent},
             "model": {
                 "backbone": self.arch.args.backbone,
                 "output_stride": self.arch.args.output_stride,
@@ -273,8 +275,8 @@ def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, 
         raise UserError(f"-r/--resume: there is no checkpoint {resume}")
     beside = resume.parent / "config.json" if resume else None
     if config is None and (beside is None or not beside.is_file()):
-        where = f"beside the checkpoint ({beside}) or " if beside else ""
-        raise UserError(f"-c/--config: a configuration must lie {where}be given, such as configs/config_voc.json")
+        where = f"lie beside the checkpoint ({beside}) or " if beside else ""
+        raise UserError(f"-c/--config: a configuration must {where}be given, such as configs/config_voc.json")
     tree = read_published(beside) if beside and beside.is_file() else {}
     if config is not None:
         tree.update(read_published(config))

@@ -82,8 +82,8 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     step, folder = config.task.step, config.run_dir
     if step and is_leader() and not checkpoint.is_finished(folder / f"step_{step - 1}"):
         import_step(folder / f"step_{step - 1}", config, run, console)
-    runner = Runner(run, console, free=_OF_ONE_STEP)
-    runner.run(range(step, step + 1))
+    runner = Runner(run, console, range(step, step + 1), _OF_ONE_STEP)
+    runner.run()
     if runner.leader:
         target = runner.step_dir(step)
         weights = checkpoint.read_tensors(target / "model.safetensors")

@@ -62,18 +62,25 @@ class Data:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
 
-    def check(self) -> None:
-        """Refuse a task whose steps cannot be trained.
+    def check(self, steps: range | None = None) -> None:
+        """Refuse a task whose steps (all by default) cannot be trained.
 
         Raises:
-            UserError: a class without a training pixel in its step, or fewer images than a batch.
+            UserError: no such step, a class without a training pixel in its step, or fewer images than a batch.
         """
-        for step in range(len(self.task)):
+        every = range(len(self.task))
+        wanted = every if steps is None else steps
+        if not wanted or wanted[0] not in every or wanted[-1] not in every:
+            asked = f"{wanted.start}-{wanted.stop - 1}"
+            raise UserError(f"task {self.task.name} has steps 0-{every[-1]}, asked for {asked}")
+        for step in wanted:
             chosen = self.positions(step, "train")
-            if empty := [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]:
+            absent = [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]
+            if absent and not self.config.task.allow_absent:
                 raise UserError(
-                    f"step {step}: no training image shows {', '.join(map(self.task.label, empty))} "
-                    f"(task {self.task.name}, {self.task.setting}); leave the class out or add images"
+                    f"step {step}: no training image shows {', '.join(map(self.task.label, absent))} "
+                    f"(task {self.task.name}, {self.task.setting}); leave the class out, add images, or train all the "
+                    "same with task.allow_absent=true"
                 )
             if len(chosen) < self.config.train.batch_size:
                 raise UserError(
@@ -121,8 +128,10 @@ def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence
     return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
 
 
-def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None) -> Data:
-    """Open, index and check the data of a run."""
+def open_data(
+    config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None, steps: range | None = None
+) -> Data:
+    """Open, index and check the data of a run, or of some of its steps."""
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
     train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
@@ -134,5 +143,5 @@ def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabri
     )
     share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0,)
     data = Data(dataset, sequence, train, test, config, *share)
-    data.check()
+    data.check(steps)
     return data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from starseg.config import RunConfig
 from starseg.data.dataset import open_dataset
 from starseg.data.index import class_index
 from starseg.data.step import Batch
-from starseg.engine.checkpoint import StepInfo, load_model
+from starseg.engine.checkpoint import StepInfo
 from starseg.engine.data import Data, workers_for
 from starseg.engine.launch import make_fabric
 from starseg.engine.metrics import summarize
@@ -80,13 +79,3 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     rule = METHODS[info.method](method_options(info.method, config)).rule(published)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
     return {**summarize(confusion, info.names, info.base, published), "confusion": confusion.tolist()}
-
-
-def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a step directory; see :func:`evaluate_model`.
-
-    Raises:
-        UserError: no step directory, or data whose classes are not the model's.
-    """
-    model, info = load_model(folder)
-    return evaluate_model(model, info, config, console)

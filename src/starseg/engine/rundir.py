@@ -72,7 +72,7 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> None:
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
+    elif run_dir.is_dir() and any(not entry.name.startswith("step_") for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomic(path, text.encode())

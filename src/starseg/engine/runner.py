@@ -40,20 +40,24 @@ class Runner:
     Args:
         config: validated configuration.
         console: where progress and tables go.
+        steps: which steps; all by default.
         free: keys that may moreover differ from those of the directory's finished steps.
 
     Raises:
-        UserError: bad data, a directory of another run.
+        UserError: bad data, a step that does not exist, a directory of another run.
     """
 
-    def __init__(self, config: RunConfig, console: Console, free: Keys = frozenset()) -> None:
+    def __init__(
+        self, config: RunConfig, console: Console, steps: range | None = None, free: Keys = frozenset()
+    ) -> None:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = resolve(config, self.method.defaults(config.data.dataset))
         self.fabric = make_fabric(self.config.train)
-        self.data = open_data(self.config, self.method, self.console, self.fabric)
+        self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
         self.task = self.data.task
+        self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
         if self.leader:
             claim(self.run_dir, self.config, free)
@@ -63,20 +67,17 @@ class Runner:
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
 
-    def run(self, steps: range | None = None) -> Path:
+    def run(self) -> Path:
         """Run the wanted steps that are not finished yet, and return the run directory.
 
         Raises:
-            UserError: a wanted step does not exist or its predecessor is missing.
+            UserError: the step before a wanted one is missing.
         """
-        wanted = steps if steps is not None else range(len(self.task))
-        if not wanted or wanted[-1] >= len(self.task):
-            raise UserError(f"task {self.task.name} has steps 0-{len(self.task) - 1}, asked for {steps and steps[-1]}")
-        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
+        if 0 in self.steps and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
             adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
             self._write_results()
         self.fabric.barrier()
-        for step in wanted:
+        for step in self.steps:
             if checkpoint.is_finished(self.step_dir(step)):
                 self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
             else:
@@ -181,7 +182,7 @@ class Runner:
         assert phase.epochs and phase.lr and config.train.warmup is not None, "resolved in __init__"
         ctx, memory = self._context(step)
         images = len(self.data.positions(step, "train"))
-        new = ", ".join(map(self.task.label, self.task.new(step)))
+        new = self.task.list_names(self.task.new(step))
         self.console.print(
             f"step {step}: learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations",
             highlight=False,
@@ -268,4 +269,4 @@ def train(config: RunConfig, steps: range | None = None, console: Console | None
     Raises:
         UserError: anything in the input that must be mended first.
     """
-    return Runner(config, console or Console()).run(steps)
+    return Runner(config, console or Console(), steps).run()
