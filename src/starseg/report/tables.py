@@ -14,6 +14,10 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def kilobytes(size: int) -> str:
+    return f"{size / 1024:,.1f} KB" if size else "-"
+
+
 def iou_table(results: Mapping[str, Any]) -> Group:
     """IoU per class (a row each) after every step (a column each), then the means."""
     run, steps = results["run"], results["steps"]
@@ -34,14 +38,16 @@ def iou_table(results: Mapping[str, Any]) -> Group:
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
     table = Table(title="mIoU in percent after the last step")
-    for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "seconds"):
+    for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "exemplars", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, results in runs.items():
         first, last = results["steps"][0], results["steps"][-1]
         kept = f"{100 * last['miou']['old'] / first['miou']['old']:.0f} %" if len(results["steps"]) > 1 else "-"
         figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
-        bank = f"{last['bank_bytes'] / 1024:.1f} KB" if last["bank_bytes"] else "-"
-        table.add_row(name, *figures, kept, bank, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+        stored = (last["bank_bytes"], last.get("exemplar_bytes", 0))
+        table.add_row(
+            name, *figures, kept, *map(kilobytes, stored), f"{sum(s['seconds'] for s in results['steps']):.0f}"
+        )
     return table
 
 
