@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def read_lines(path: Path, layout: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
+
+
+def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
+    """Class names as they stand in a list.
+
+    Raises:
+        UserError: a name stands there twice.
+    """
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: names a class twice: {', '.join(twice)}; give every class a name of its own")
+    return tuple(names)
 
 
 def refuse_missing(dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starseg.data.dataset import Dataset, Split, read_lines
+from starseg.data.dataset import Dataset, Split, distinct, read_lines
 from starseg.errors import UserError
 
 VOC_NAMES = [
@@ -70,4 +70,6 @@ def open_voc(root: Path) -> Dataset:
     names_file = root / "classes.txt"
     names = read_lines(names_file, _EXPECTED) if names_file.is_file() else VOC_NAMES
     train = _split(root, "train_aug", "SegmentationClassAug")
-    return Dataset("voc", root, tuple(names), train, _split(root, "val", "SegmentationClass"), test_fill=0)
+    return Dataset(
+        "voc", root, distinct(names, names_file), train, _split(root, "val", "SegmentationClass"), test_fill=0
+    )

@@ -92,6 +92,8 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> IO[str]
 
 def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
     path = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     if path.is_file():
         mine = yaml.safe_load(dump_config(config))
         changed = _differences(yaml.safe_load(path.read_text()), mine, _FREE_KEYS | free)
@@ -104,8 +106,8 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
 
 
-def adopt(source: Path, target: Path, mine: checkpoint.StepInfo) -> None:
-    """Take another run's finished step 0 as ours.
+def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
+    """Look at another run's step 0 before taking it as ours.
 
     Raises:
         UserError: it is not finished, or learnt something else than ``mine``.
@@ -116,6 +118,10 @@ def adopt(source: Path, target: Path, mine: checkpoint.StepInfo) -> None:
         raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")
     if not checkpoint.is_finished(source):
         raise UserError(f"start_from: {source} is not finished")
+
+
+def adopt(source: Path, target: Path) -> None:
+    """Take another run's finished step as ours."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))

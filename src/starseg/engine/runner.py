@@ -28,10 +28,11 @@ from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
 from starseg.engine.resume import Guard, clear, read_state, write_state
-from starseg.engine.rundir import Keys, adopt, claim, resolve
+from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
 from starseg.models import Segmenter
+from starseg.models.backbones import make_backbone
 from starseg.report.tables import iou_table
 
 
@@ -60,6 +61,8 @@ class Runner:
         self.task = self.data.task
         self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
+        if self.leader:
+            self._check_start()
         self.lock = claim(self.run_dir, self.config, free) if self.leader else None
         self.fabric.launch()
         self.add_up = adder(self.fabric)
@@ -67,12 +70,19 @@ class Runner:
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
 
-    def run(self) -> Path:
-        """Run the wanted steps that are not finished yet, and return the run directory.
+    def _check_start(self) -> None:
+        """Refuse a run whose first step has nothing to start from, before anything is written."""
+        first = next((t for t in self.steps if not checkpoint.is_finished(self.step_dir(t))), None)
+        model, start_from = self.config.model, self.config.start_from
+        if first and not checkpoint.is_finished(self.step_dir(first - 1)):
+            raise UserError(f"step {first} needs step {first - 1}, which is not finished: {self.step_dir(first - 1)}")
+        if first == 0 and start_from:
+            refuse_to_adopt(start_from, self._info(0, [len(self.task.new(0))]))
+        elif first == 0:
+            make_backbone(model.backbone, model.output_stride, model.pretrained)
 
-        Raises:
-            UserError: the step before a wanted one is missing.
-        """
+    def run(self) -> Path:
+        """Run the wanted steps that are not finished yet, and return the run directory."""
         try:
             self._run_steps()
         finally:
@@ -82,7 +92,7 @@ class Runner:
 
     def _run_steps(self) -> None:
         if 0 in self.steps and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
-            adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
+            adopt(self.config.start_from, self.step_dir(0))
             self._write_results()
         self.fabric.barrier()
         for step in self.steps:
@@ -120,8 +130,6 @@ class Runner:
             model = Segmenter(model_config.backbone, [new], model_config.output_stride, model_config.pretrained)
             return model.to(memory_format=torch.channels_last), None
         previous = self.step_dir(step - 1)
-        if not checkpoint.is_finished(previous):
-            raise UserError(f"step {step} needs step {step - 1}, which is not finished: {previous}")
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
         old = copy.deepcopy(model).requires_grad_(False)
