@@ -38,6 +38,14 @@ def _steps(text: str | None) -> range | None:
     return range(int(first), int(last or first) + 1)
 
 
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """ "0.75,1" as numbers."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UserError(f"{option}: expected numbers with commas between them, got {text!r}") from None
+
+
 @contextmanager
 def _resumable() -> Iterator[None]:
     """Ctrl-C ends with exit code 130 and says how to go on."""
@@ -96,6 +104,32 @@ def evaluate(
     console.print(figures_table(str(step_dir), figures))
     if json_file:
         write_json(json_file, figures)
+
+
+@app.command()
+def predict(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the masks.", show_default=False)],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also draw tinted images with a legend.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write each image's share of each class.")] = None,
+    window: Annotated[bool, typer.Option("--window", help="Slide crops over the full-size image.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    scales: Annotated[str, typer.Option(help="Average over these sizes, e.g. 0.75,1,1.25.")] = "1",
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
+
+    By default an image is resized so that its short side is the training crop's, and the logits are brought back to
+    its size.
+    """
+    from starseg.predict import Options, load
+    from starseg.predict_files import predict_files
+
+    options = Options(window, flip, _numbers("--scales", scales), batch_size)
+    if predict_files(load(step_dir, device), images, out, console, options, overlays, json_file):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -70,14 +70,22 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def read_image(path: Path) -> Tensor:
+def image_tensor(image: Image.Image) -> Tensor:
     """An image as [3, H, W] uint8, rotated as its EXIF data says."""
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as [3, H, W] uint8, rotated as its EXIF data says.
+
+    Raises:
+        UserError: missing, damaged, no image, or of more pixels than Pillow opens.
+    """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+            return image_tensor(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot read this image ({error})") from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 class StepDataset(Dataset[Batch]):

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from starseg.config import load_config
 from starseg.data.index import class_index
-from starseg.data.palette import voc_palette
+from starseg.data.palette import paint, voc_palette
 from starseg.data.step import StepDataset, select_images
 from starseg.engine.checkpoint import is_finished, load_model, read_json
 from starseg.engine.data import dataset_and_task
 from starseg.errors import UserError
 from starseg.losses import resize
 from starseg.methods import METHODS, method_options
-from starseg.tasks import IGNORE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -98,12 +97,6 @@ def gallery(run: Path, count: int = _IMAGES, last_only: bool = False) -> Gallery
     return Gallery(task.class_names(last), images, truth, predictions)
 
 
-def _paint(ids: Tensor) -> np.ndarray:
-    colours = voc_palette()
-    colours[IGNORE] = (224, 224, 192)
-    return colours[ids.numpy()]
-
-
 def draw_gallery(shown: Gallery, path: Path) -> Path:
     """Write a grid: a row an image; image, truth and each prediction a column; a legend of the classes."""
     columns = ["image", "truth", *shown.predictions]
@@ -113,8 +106,8 @@ def draw_gallery(shown: Gallery, path: Path) -> Path:
     for i in range(rows):
         cells = [
             shown.images[i].permute(1, 2, 0).numpy(),
-            _paint(shown.truth[i]),
-            *(_paint(p[i]) for p in shown.predictions.values()),
+            paint(shown.truth[i].numpy()),
+            *(paint(p[i].numpy()) for p in shown.predictions.values()),
         ]
         for axis, cell in zip(axes[i], cells, strict=True):
             axis.imshow(cell, interpolation="nearest")
