@@ -14,29 +14,12 @@ import starseg
 from starseg.cli import main
 from starseg.data.palette import voc_palette
 from starseg.data.transforms import test_transform as crop_transform
-from starseg.engine.checkpoint import StepInfo, save_step
 from starseg.errors import UserError
 from starseg.losses import resize
-from starseg.models import Segmenter
 from starseg.predict import Predictor, fitted_size, load
 from starseg.predict_files import draw_overlay, find_images, plan_targets, predict_files
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def step_dir(tmp_path: Path) -> Path:
-    """A step with random weights whose dataset ids are not its training ids."""
-    model = Segmenter("test_resnet", [2, 1]).eval()
-    for head in model.heads:
-        torch.nn.init.normal_(head.weight, std=3.0)
-    info = StepInfo(
-        **{"backbone": "test_resnet", "output_stride": 16, "head_sizes": [2, 1], "method": "star", "dataset": "voc"},
-        **{"names": ["background", "cat", "dog", "cow"], "dataset_ids": [0, 8, 12, 10], "task": "t", "step": 1},
-        **{"setting": "overlap", "seed": 0, "compat": None, "base": 2, "crop": 64, "test_fill": 0},
-    )
-    save_step(tmp_path / "step_1", model, info, {}, {})
-    return tmp_path / "step_1"
 
 
 @pytest.fixture

@@ -133,6 +133,32 @@ def predict(
 
 
 @app.command()
+def export(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Write ONNX here.", show_default=False)] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the convolutions of the ONNX file.")] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--images", help="Check (and calibrate) on these; by default test images.", show_default=False),
+    ] = None,
+    hub: Annotated[
+        Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
+    ] = None,
+) -> None:
+    """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
+    if out is None and hub is None:
+        raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
+    if out:
+        from starseg.export import export_onnx
+
+        export_onnx(step_dir, out, console, int8, images or [])
+    if hub:
+        from starseg.hub import write_hub
+
+        console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("report"),
