@@ -79,12 +79,12 @@ def train(
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
     from starseg.config import load_config
     from starseg.engine.runner import train as run
-    from starseg.report.figures import write_figures
+    from starseg.report.page import write_report
 
     changed = [*(overrides or []), *([f"out={json.dumps(str(out))}"] if out else [])]
     with _resumable():
         run_dir = run(load_config(config, changed), _steps(steps), console)
-    write_figures([run_dir], run_dir, console)
+    write_report([run_dir], run_dir, console)
 
 
 @app.command(name="eval")
@@ -161,11 +161,13 @@ def export(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("report"),
+    out: Annotated[Path, typer.Option("--out", help="A page (report.html), or a folder for it and pictures.")] = Path(
+        "report"
+    ),
 ) -> None:
-    """Tables and pictures of one or several runs."""
+    """Tables, pictures and one self-contained HTML page of one or several runs."""
     from starseg.engine.checkpoint import read_json
-    from starseg.report.figures import write_figures
+    from starseg.report.page import write_report
     from starseg.report.tables import comparison_table, iou_table
 
     results = {run.name: read_json(run / "results.json") for run in runs}
@@ -173,7 +175,7 @@ def report(
         console.print(iou_table(result))
     if len(runs) > 1:
         console.print(comparison_table(results))
-    write_figures(runs, out, console)
+    write_report(runs, out, console)
 
 
 @app.command()

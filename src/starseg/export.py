@@ -18,14 +18,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize as resize_image
 
-from starseg.config import load_config
 from starseg.engine.checkpoint import write_atomic
-from starseg.engine.data import dataset_and_task
 from starseg.errors import UserError
 from starseg.losses import resize
-from starseg.methods import METHODS, method_options
 from starseg.predict import Predictor, fitted_size, load, to_tensor
 from starseg.predict_files import find_images
+from starseg.report.testset import run_data
 
 OPSET = 18
 _CHECKED, _CALIBRATED = 8, 32
@@ -97,9 +95,8 @@ def sample_images(step_dir: Path, given: Sequence[str], count: int) -> list[Tens
         files = find_images(given)
     else:
         try:
-            config = load_config(step_dir.resolve().parent / "config.yaml")
-            method = METHODS[config.method](method_options(config.method, config))
-            files = list(dataset_and_task(config, method)[0].test.images)
+            _, _, dataset, _ = run_data(step_dir.resolve().parent)
+            files = list(dataset.test.images)
         except UserError:
             return []
     picked = np.unique(np.linspace(0, len(files) - 1, count).astype(int))

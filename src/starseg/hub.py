@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from starseg import __version__
 from starseg.engine.checkpoint import load_model, read_json, write_atomic
 from starseg.errors import UserError
-from starseg.report.tables import percent
+from starseg.report.templating import template
 
 _FILES = ("model.safetensors", "model.json")
 
@@ -38,14 +36,7 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
         raise UserError(f"--hub: {folder} is the step itself; give another folder")
     model, info = load_model(step_dir)
     metrics = read_json(step_dir / "metrics.json")
-    environment = Environment(
-        loader=PackageLoader("starseg.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    card = environment.get_template("model_card.md.j2").render(
+    card = template("model_card.md.j2").render(
         info=info,
         classes=zip(info.names, info.dataset_ids, strict=True),
         metrics=metrics,
@@ -53,7 +44,6 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
         parameters=sum(p.numel() for p in model.parameters()),
         mean=[round(x, 4) for x in model.mean.flatten().tolist()],
         std=[round(x, 4) for x in model.std.flatten().tolist()],
-        percent=percent,
         version=__version__,
     )
     folder.mkdir(parents=True, exist_ok=True)
