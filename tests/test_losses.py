@@ -22,10 +22,11 @@ def test_a_batch_of_ignored_pixels_costs_nothing() -> None:
 
 
 def test_no_replayed_features_cost_nothing() -> None:
-    none = negatives_per_class(torch.zeros(0, 3))
+    none, count = negatives_per_class(torch.zeros(0, 3))
+    assert count == 0
     assert none.tolist() == [0, 0, 0]
     new = torch.rand(3)
-    torch.testing.assert_close(mix(new, none, none, 0.0, 0.0), new)
+    torch.testing.assert_close(mix(new, none, none, count, count), new)
 
 
 def test_ocfm_of_an_empty_region_is_zero_with_zero_gradients() -> None:

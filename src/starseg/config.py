@@ -19,16 +19,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K")}
+
+
 class DataConfig(Strict):
-    dataset: Literal["voc"] = "voc"
-    """Layout of the data on disk."""
-    root: Path = Path("./datasets/PascalVOC2012")
-    """The data set's folder."""
+    dataset: Literal["voc", "ade"] = "voc"
+    """Layout of the data on disk (docs/datasets.md)."""
+    root: Path | None = None
+    """The data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K. Read it from `folder`."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
+    lists: Path | None = None
+    """Folder of published image lists, <dataset>/<setting>_<task>_<train|test>_<step>.npy; one that is there replaces
+    the choice of images by their masks."""
     workers: int | Literal["auto"] = Field("auto")
     """Loader processes; "auto": up to 8 with a GPU, none on a CPU, whose cores the network needs. They never change
     a result."""
+
+    @property
+    def folder(self) -> Path:
+        """The data set's folder, given or by default."""
+        return self.root or _ROOTS[self.dataset]
 
 
 class TaskConfig(Strict):
@@ -38,6 +49,8 @@ class TaskConfig(Strict):
     """Classes of each step, by name or dataset id."""
     setting: Literal["overlap", "disjoint"] = "overlap"
     """Which training images a step may see."""
+    allow_absent: bool = False
+    """Train although no image shows some class in its step: its logit then learns from negatives alone."""
 
 
 class ModelConfig(Strict):
@@ -71,6 +84,17 @@ class TrainConfig(Strict):
     """"auto": bf16 where the hardware is fast at it, fp16 on older GPUs, else float32."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute."""
+    devices: int = Field(1, gt=0)
+    """Processes on each node, one per GPU (also --devices)."""
+    num_nodes: int = Field(1, gt=0)
+    """Nodes (also --num-nodes)."""
+
+
+class MemoryConfig(Strict):
+    size: int | None = Field(None, ge=0)
+    """Old images kept as exemplars; by default the method's (star 0, star-m 50)."""
+    copy_files: bool = Field(False, alias="copy")
+    """Copy them into the run directory, which then does not need the old data set."""
 
 
 class EvalConfig(Strict):
@@ -99,6 +123,7 @@ class RunConfig(BaseModel):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     eval: EvalConfig = EvalConfig()
 
     @property
@@ -109,26 +134,25 @@ class RunConfig(BaseModel):
         return Path("runs") / f"{self.data.dataset}_{task}_{self.task.setting}_{self.method}_seed{self.seed}"
 
     def method_section(self, name: str) -> dict[str, Any]:
-        """The options given for method ``name``, not validated yet."""
+        """The options given in section ``name``, not validated yet."""
         return dict((self.model_extra or {}).get(name) or {})
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(model: Any, path: tuple[int | str, ...]) -> list[str]:
     for key in path:
         field = getattr(model, "model_fields", {}).get(str(key))
         model = field.annotation if field else None
     return list(getattr(model, "model_fields", {}))
 
 
-def explain(error: ValidationError, prefix: str = "") -> str:
-    """A pydantic error as one line per mistake: key, what was wrong, what was received."""
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """A pydantic error of ``model`` as one line per mistake: key, what was wrong, what was received."""
     lines = []
     for item in error.errors():
         loc = item["loc"]
         key = prefix + ".".join(str(p) for p in loc)
         if item["type"] == "extra_forbidden":
-            known = _known_keys(loc[:-1])
+            known = _known_keys(model, loc[:-1])
             near = difflib.get_close_matches(str(loc[-1]), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else ""
             lines.append(f"{key}: unknown key; {hint}".rstrip("; "))
@@ -163,16 +187,23 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}:\n{explain(error)}") from error
-    if unknown := sorted(set(config.model_extra or {}) - set(METHODS)):
-        known = [*RunConfig.model_fields, *METHODS]
+        raise UserError(f"{source}:\n{explain(error, RunConfig)}") from error
+    sections = {method.section for method in METHODS.values()}
+    if unknown := sorted(set(config.model_extra or {}) - sections):
+        known = [*RunConfig.model_fields, *sorted(sections)]
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"{source}:\n{unknown[0]}: unknown key; {hint}")
     if config.method not in METHODS:
         raise UserError(f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}")
-    for name in {config.method, *(config.model_extra or {})}:
-        method_options(name, config)
+    for method in METHODS.values():
+        if method.section in (config.model_extra or {}):
+            method_options(method.name, config)
+    if config.memory.size and METHODS[config.method].memory_score is None:
+        keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory_score is not None))
+        raise UserError(
+            f"{source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: {keeping}"
+        )
     if config.task.name is None and config.task.steps is None:
         raise UserError(f"{source}:\ntask: give task.name (a published task such as 15-1) or task.steps")
     if config.data.crop % config.model.output_stride:
@@ -180,8 +211,12 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             f"{source}:\ndata.crop: {config.data.crop} is no multiple of model.output_stride "
             f"({config.model.output_stride}); the statistics are taken on that grid"
         )
-    if config.train.batch_size < 2:
-        raise UserError(f"{source}:\ntrain.batch_size: batch norm needs at least 2 images, got 1")
+    world = config.train.devices * config.train.num_nodes
+    if config.train.batch_size < 2 * world:
+        raise UserError(
+            f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes, "
+            f"got {config.train.batch_size} in all"
+        )
     return config
 
 
@@ -204,6 +239,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(tree, str(path))
 
 
+def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration with ``a.b=value`` overrides applied; refuses what :func:`load_config` refuses."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for assignment in overrides:
+        _set_dotted(tree, assignment)
+    return parse_config(tree, "overrides")
+
+
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, every field spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -3,11 +3,14 @@
 Shape letters: N images, H W pixels, h w feature cells, D feature channels, K classes, M feature vectors. Logits have no
 background channel. Labels are training ids, 0 background, 255 ignore. ``published`` selects the numerical choices of
 the published implementation where they differ (the P rows of REFERENCE's table of differences).
+
+``add_up`` sums a tensor over processes, so that a loss equals that of the global batch; numerators and denominators are
+summed, not means averaged. It must be differentiable (:attr:`starseg.methods.base.StepContext.add_up`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,28 @@ from starseg.tasks import BACKGROUND, IGNORE
 _PUBLISHED_EPS = 1e-12
 # Bounds the gradient of the normalisation where a feature vector is (nearly) zero.
 _SOUND_EPS = 1e-3
+AddUp = Callable[[Tensor], Tensor]
+
+
+def alone(values: Tensor) -> Tensor:
+    """The sum over one process."""
+    return values
+
+
+def ratio(total: Tensor, weight: Tensor | int, add_up: AddUp = alone) -> tuple[Tensor, Tensor]:
+    """Sums over processes as a mean.
+
+    Args:
+        total: [K] sums of this process.
+        weight: scalar, over how many (or how much) this process summed.
+        add_up: see above.
+
+    Returns:
+        [K] total / weight, 0 where the weight is 0, and the weight, both of all processes.
+    """
+    joined = add_up(torch.cat([total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)[None]]))
+    weight = joined[-1]
+    return joined[:-1] / torch.where(weight > 0, weight, 1), weight
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -32,7 +57,12 @@ def one_hot(labels: Tensor, first_id: int, classes: int) -> Tensor:
 
 
 def bce_per_class(
-    logits: Tensor, labels: Tensor, first_id: int, pos_weight: float = 1.0, published: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    first_id: int,
+    pos_weight: float = 1.0,
+    published: bool = False,
+    add_up: AddUp = alone,
 ) -> Tensor:
     """Base loss: per class c, BCE of its logit against [y = c], averaged over the pixels.
 
@@ -42,6 +72,7 @@ def bce_per_class(
         first_id: training id of channel 0.
         pos_weight: weight of positive pixels.
         published: ignored pixels count as negatives; by default they leave the loss and its mean.
+        add_up: over processes.
 
     Returns:
         [K]; 0 where every pixel is ignored.
@@ -50,36 +81,36 @@ def bce_per_class(
     weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
     if published:
-        return loss.mean((0, 2, 3))
+        return ratio(loss.sum((0, 2, 3)), labels.numel(), add_up)[0]
     valid = (labels != IGNORE)[:, None]
-    return (loss * valid).sum((0, 2, 3)) / valid.sum().clamp_min(1)
+    return ratio((loss * valid).sum((0, 2, 3)), valid.sum(), add_up)[0]
 
 
-def negatives_per_class(logits: Tensor) -> Tensor:
-    """BCE against 0 of [M, K] logits, averaged over M (L_replay and L_bg): [K], 0 for M = 0."""
-    return F.softplus(logits).sum(0) / max(len(logits), 1)
+def negatives_per_class(logits: Tensor, add_up: AddUp = alone) -> tuple[Tensor, Tensor]:
+    """BCE against 0 of [M, K] logits (L_replay and L_bg): its mean over M, [K], 0 for M = 0; and M of all processes."""
+    return ratio(F.softplus(logits).sum(0), len(logits), add_up)
 
 
-def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: float, background_weight: float) -> Tensor:
+def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: Tensor, background_weight: Tensor) -> Tensor:
     """mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
     total = new + replay_weight * replay + background_weight * background
     return total / (1 + replay_weight + background_weight)
 
 
-def ocfm(features: Tensor, old_features: Tensor, region: Tensor) -> Tensor:
+def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp = alone) -> Tensor:
     """Old-class feature maintenance: squared feature change where the old model sees an old class.
 
     Args:
         features, old_features: [N, D, h, w] float32.
         region: [N, H, W] bool, [p > 0 and y = 0].
+        add_up: over processes.
 
     Returns:
         Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region (published: NaN).
     """
     mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
-    area = mask.sum()
-    change = ((features - old_features).square() * mask).sum()
-    return change / (features.shape[1] * area.clamp_min(torch.finfo(area.dtype).tiny))
+    change = ((features - old_features).square() * mask).sum() / features.shape[1]
+    return ratio(change[None], mask.sum(), add_up)[0][0]
 
 
 def sad(
@@ -89,6 +120,7 @@ def sad(
     classes: int,
     old_prototypes: Tensor,
     published: bool = False,
+    add_up: AddUp = alone,
 ) -> Tensor:
     """Similarity-aware discrimination: keeps each new class's centre away from the nearest old prototype.
 
@@ -100,6 +132,7 @@ def sad(
         old_prototypes: [P, D] unit vectors.
         published: a class absent from the batch adds the constant 1 and vectors are normalised with an epsilon of
             1e-12; by default absent classes leave the mean and the epsilon bounds the gradient.
+        add_up: over processes.
 
     Returns:
         Scalar mean over the new classes of 1 / (distance to the nearest old prototype); 0 if there is none.
@@ -108,11 +141,11 @@ def sad(
         return features.sum() * 0
     eps = _PUBLISHED_EPS if published else _SOUND_EPS
     weights = resize(one_hot(labels, first_id, classes).to(features.dtype), features.shape[-2:])
-    sums = torch.einsum("nkhw,ndhw->kd", weights, F.normalize(features, dim=1, eps=eps))
+    sums = add_up(torch.einsum("nkhw,ndhw->kd", weights, F.normalize(features, dim=1, eps=eps)))
     distance = torch.cdist(F.normalize(sums, dim=1, eps=eps), old_prototypes).amin(1).clamp_min(1e-6)
     if published:
         return (1 / distance).mean()
-    shown = weights.sum((0, 2, 3)) > 0
+    shown = add_up(weights.sum((0, 2, 3))) > 0
     return torch.where(shown, 1 / distance, 0).sum() / shown.sum().clamp_min(1)
 
 

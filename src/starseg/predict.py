@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import crop
 from torchvision.transforms.v2.functional import resize as resize_image
 
-from starseg.data.step import image_tensor, read_image
+from starseg.data.files import image_tensor, read_image
 from starseg.engine.checkpoint import StepInfo, load_model
 from starseg.errors import UserError
 from starseg.losses import resize

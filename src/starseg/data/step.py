@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from starseg.data.dataset import Split
-from starseg.data.index import read_mask
+from starseg.data.files import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import test_transform, train_transform
-from starseg.errors import UserError
 from starseg.tasks import BACKGROUND, IGNORE, TaskSequence
 
 Kind = Literal["train", "val", "test"]
@@ -70,24 +67,6 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def image_tensor(image: Image.Image) -> Tensor:
-    """An image as [3, H, W] uint8, rotated as its EXIF data says."""
-    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as [3, H, W] uint8, rotated as its EXIF data says.
-
-    Raises:
-        UserError: missing, damaged, no image, or of more pixels than Pillow opens.
-    """
-    try:
-        with Image.open(path) as image:
-            return image_tensor(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot read this image ({error})") from error
-
-
 class StepDataset(Dataset[Batch]):
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
@@ -117,11 +96,7 @@ class StepDataset(Dataset[Batch]):
         index = int(self.positions[position])
         image = read_image(self.split.images[index])
         mask = torch.from_numpy(self.table[read_mask(self.split.masks[index])])[None]
-        if mask.shape[1:] != image.shape[1:]:
-            raise UserError(
-                f"{self.split.masks[index]}: this mask is {mask.shape[2]}x{mask.shape[1]}, "
-                f"its image {image.shape[2]}x{image.shape[1]} pixels"
-            )
+        refuse_other_size(image.shape[1:], mask.shape[1:], self.split.masks[index])
         if self.seed is not None and self.crop:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample_seed(*self.seed, epoch, index))
@@ -140,6 +115,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         epochs: which epochs to run through; a name ("after") is an epoch with crops of its own.
         seed: of the order, (run seed, step); None keeps the natural order.
         drop_last: leave out each epoch's incomplete batch.
+        rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
     """
 
     def __init__(
@@ -149,14 +125,11 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         epochs: Sequence[Epoch],
         seed: tuple[int, ...] | None = None,
         drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.size, self.batch_size, self.epochs, self.seed, self.drop_last = (
-            size,
-            batch_size,
-            epochs,
-            seed,
-            drop_last,
-        )
+        self.size, self.batch_size, self.epochs, self.seed = size, batch_size, epochs, seed
+        self.drop_last, self.rank, self.world = drop_last, rank, world
 
     @property
     def batches_per_epoch(self) -> int:
@@ -171,7 +144,8 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
             if self.seed is not None:
                 order = np.random.default_rng(sample_seed(*self.seed, epoch)).permutation(self.size)
             for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
-                yield [(epoch, int(i)) for i in order[start : start + self.batch_size]]
+                if len(share := order[start : start + self.batch_size][self.rank :: self.world]):
+                    yield [(epoch, int(i)) for i in share]
 
 
 def collate(samples: list[Batch]) -> Batch:

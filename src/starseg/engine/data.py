@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
-from starseg.data.dataset import Dataset, open_dataset
+from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
 from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, select_images
 from starseg.errors import UserError
@@ -37,23 +37,50 @@ class Data:
     test_pixels: np.ndarray
     config: RunConfig
     workers: int
+    rank: int = 0
+    world: int = 1
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
+        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
-        return select_images(pixels, self.task, step, kind)
+        return select_images(pixels, self.task, step, kind) if listed is None else listed
 
-    def check(self) -> None:
-        """Refuse a task whose steps cannot be trained.
+    def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
+        folder, task = self.config.data.lists, self.task
+        if folder is None:
+            return None
+        path = folder / self.dataset.key / f"{task.setting}_{task.name}_{kind}_{step:02d}.npy"
+        if not path.is_file():
+            return None
+        ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
+        places = {name: place for place, name in enumerate(ids)}
+        try:
+            return np.sort([places[name] for name in np.load(path, allow_pickle=False).tolist()])
+        except KeyError as error:
+            raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
+
+    def check(self, steps: range | None = None) -> None:
+        """Refuse a task whose steps (all by default) cannot be trained.
 
         Raises:
-            UserError: a class without a training pixel in its step, or fewer images than a batch.
+            UserError: no such step, a class without a training pixel in its step, or fewer images than a batch.
         """
-        for step in range(len(self.task)):
+        every = range(len(self.task))
+        wanted = every if steps is None else steps
+        if not wanted or wanted[0] not in every or wanted[-1] not in every:
+            asked = f"{wanted.start}-{wanted.stop - 1}"
+            raise UserError(f"task {self.task.name} has steps 0-{every[-1]}, asked for {asked}")
+        for step in wanted:
             chosen = self.positions(step, "train")
-            if empty := [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]:
+            absent = [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]
+            if absent and not self.config.task.allow_absent:
                 raise UserError(
-                    f"step {step}: no training image shows {', '.join(map(self.task.label, empty))} "
-                    f"(task {self.task.name}, {self.task.setting}); leave the class out or add images"
+                    f"step {step}: no training image shows {', '.join(map(self.task.label, absent))} "
+                    f"(task {self.task.name}, {self.task.setting}); leave the class out, add images, or train all the "
+                    "same with task.allow_absent=true"
                 )
             if len(chosen) < self.config.train.batch_size:
                 raise UserError(
@@ -63,12 +90,19 @@ class Data:
             if not len(self.positions(step, "test")):
                 raise UserError(f"step {step}: no test image shows a class seen so far")
 
-    def train_loader(self, step: int, epochs: Sequence[int | str], drop_last: bool) -> DataLoader[Batch]:
-        """Augmented training crops; order and crops depend on (seed, step, epoch, sample) alone."""
+    def train_loader(
+        self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES
+    ) -> DataLoader[Batch]:
+        """Augmented training crops of a step's images and of its exemplar memory, labelled alike.
+
+        Order and crops depend on (seed, step, epoch, sample) alone.
+        """
         seed = (self.config.seed, step)
         table = self.task.relabelling(step, "train")
-        crops = StepDataset(self.dataset.train, self.positions(step, "train"), table, self.config.data.crop, seed)
-        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last)
+        split, positions = self.dataset.train, self.positions(step, "train")
+        positions = np.append(positions, len(split) + np.arange(len(exemplars)))
+        crops = StepDataset(split + exemplars, positions, table, self.config.data.crop, seed)
+        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last, self.rank, self.world)
         return make_loader(crops, sampler, self.workers)
 
     def test_loader(self, step: int) -> DataLoader[Batch]:
@@ -76,19 +110,28 @@ class Data:
         table = self.task.relabelling(step, "test", self.dataset.test_fill)
         crop = None if full else self.config.data.crop
         images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
+        batch = self.world if full else self.config.eval.batch_size
         return make_loader(
-            images, EpochSampler(len(images), 1 if full else self.config.eval.batch_size, [0]), self.workers
+            images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world), self.workers
         )
 
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
     """The configured data set and the steps in which ``method`` learns the configured task."""
-    dataset, task = open_dataset(config.data), config.task
-    return dataset, method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+    dataset = open_dataset(config.data)
+    return dataset, task_on(dataset, config, method)
 
 
-def open_data(config: RunConfig, method: Method, workers: int, console: Console) -> Data:
-    """Open, index and check the data of a run."""
+def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
+    """The steps in which ``method`` learns the configured task on a data set."""
+    task = config.task
+    return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+
+
+def open_data(
+    config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None, steps: range | None = None
+) -> Data:
+    """Open, index and check the data of a run, or of some of its steps."""
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
     train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
@@ -98,6 +141,7 @@ def open_data(config: RunConfig, method: Method, workers: int, console: Console)
         highlight=False,
         soft_wrap=True,
     )
-    data = Data(dataset, sequence, train, test, config, workers)
-    data.check()
+    share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0,)
+    data = Data(dataset, sequence, train, test, config, *share)
+    data.check(steps)
     return data

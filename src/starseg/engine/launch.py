@@ -1,12 +1,24 @@
-"""Devices and precision, through lightning-fabric."""
+"""Devices, precision and processes, through lightning-fabric."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from starseg.config import TrainConfig
 from starseg.errors import UserError
+
+logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
+# Its successor, forward_sync_buffers, is not in the older releases of torch that we support.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
 def _auto_precision(cuda: bool) -> str:
@@ -16,14 +28,60 @@ def _auto_precision(cuda: bool) -> str:
     return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32"
 
 
+def is_leader() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank_zero_only.rank in (0, None)  # type: ignore[attr-defined]
+
+
 def make_fabric(config: TrainConfig) -> Fabric:
-    """One process on the configured device.
+    """The configured devices and processes, not launched yet.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: a GPU is asked for and there is none, or fewer than asked for.
     """
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.accelerator == "gpu" and not available:
         raise UserError("train.accelerator: gpu is asked for, but torch sees none; use cpu or auto")
-    cuda = config.accelerator != "cpu" and torch.cuda.is_available()
+    cuda = config.accelerator != "cpu" and available > 0
+    if cuda and config.devices > available:
+        raise UserError(f"train.devices: {config.devices} GPUs are asked for, torch sees {available}")
     precision = _auto_precision(cuda) if config.precision == "auto" else config.precision
-    return Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    several = config.devices * config.num_nodes > 1
+    return Fabric(
+        accelerator="cuda" if cuda else "cpu",
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        # Buffers are averaged once, when a step has trained (`average_buffers`).
+        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes, each of which then computes the same loss from it.
+
+    The gradient that reaches a process's own summand is the loss's, times the number of processes, because the
+    strategy averages parameter gradients over processes where the sum is meant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, fabric: Fabric) -> Tensor:
+        ctx.world = fabric.world_size
+        return fabric.all_reduce(values.detach().clone(), reduce_op="sum")  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.world, None
+
+
+def adder(fabric: Fabric) -> Callable[[Tensor], Tensor]:
+    """A differentiable sum over the processes of ``fabric``; see :class:`StepContext`."""
+    return lambda values: values if fabric.world_size == 1 else _Sum.apply(values, fabric)
+
+
+def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
+    """Make floating-point buffers (batch norm's statistics) the mean over processes."""
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(fabric.all_reduce(buffer.clone(), reduce_op="mean"))  # type: ignore[arg-type]

@@ -6,85 +6,32 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning_fabric import seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from starseg.config import RunConfig, dump_config
-from starseg.data.dataset import open_dataset
-from starseg.data.index import class_index
+from starseg.config import RunConfig
 from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.data import Data, open_data, workers_for
+from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import fit_step, make_optimizer, to_device
-from starseg.engine.launch import make_fabric
+from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
+from starseg.engine.rundir import Keys, adopt, claim, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
-from starseg.methods.base import Phase, Schedule
 from starseg.models import Segmenter
 from starseg.report.tables import iou_table
-from starseg.tasks import TaskSequence
-
-# Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
-_FREE_KEYS = {
-    ("out",),
-    ("data", "workers"),
-    ("data", "root"),
-    ("train", "accelerator"),
-    ("eval", "batch_size"),
-}
-
-
-def _resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
-    """Fill in what the method decides for this data set, so that the saved copy says all."""
-
-    def phase(given: Any, default: Phase) -> dict[str, Any]:
-        return {"epochs": given.epochs or default.epochs, "lr": given.lr or default.lr}
-
-    train = config.train
-    base, later = phase(train.base, schedule.base), phase(train.later, schedule.later)
-    warmup = schedule.warmup if train.warmup is None else train.warmup
-    resolved = train.model_copy(
-        update={
-            "base": train.base.model_copy(update=base),
-            "later": train.later.model_copy(update=later),
-            "warmup": warmup,
-        }
-    )
-    return config.model_copy(update={"train": resolved})
-
-
-def _differences(a: Any, b: Any, path: tuple[str, ...] = ()) -> list[str]:
-    if path in _FREE_KEYS:
-        return []
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted({*a, *b}) for d in _differences(a.get(k), b.get(k), (*path, k))]
-    return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
-
-
-def _claim(run_dir: Path, config: RunConfig) -> None:
-    """Save the resolved configuration, or refuse a directory that belongs to another one."""
-    text, path = dump_config(config), run_dir / "config.yaml"
-    if path.is_file():
-        changed = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
-        if changed and any(map(checkpoint.is_finished, run_dir.glob("step_*"))):
-            raise UserError(
-                f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
-                "Give another directory with --out, or remove this one to start over."
-            )
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(path, text.encode())
 
 
 class Runner:
@@ -93,56 +40,49 @@ class Runner:
     Args:
         config: validated configuration.
         console: where progress and tables go.
+        steps: which steps; all by default.
+        free: keys that may moreover differ from those of the directory's finished steps.
 
     Raises:
-        UserError: bad data, a directory of another run.
+        UserError: bad data, a step that does not exist, a directory of another run.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.console = console
+    def __init__(
+        self, config: RunConfig, console: Console, steps: range | None = None, free: Keys = frozenset()
+    ) -> None:
+        self.leader = is_leader()
+        self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
-        self.config = _resolve(config, self.method.defaults(config.data.dataset))
+        self.config = resolve(config, self.method.defaults(config.data.dataset))
         self.fabric = make_fabric(self.config.train)
-        self.data = open_data(self.config, self.method, workers_for(self.config, self.fabric), console)
+        self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
         self.task = self.data.task
+        self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
-        _claim(self.run_dir, self.config)
+        if self.leader:
+            claim(self.run_dir, self.config, free)
+        self.fabric.launch()
+        self.add_up = adder(self.fabric)
 
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
 
-    def run(self, steps: range | None = None) -> Path:
+    def run(self) -> Path:
         """Run the wanted steps that are not finished yet, and return the run directory.
 
         Raises:
-            UserError: a wanted step does not exist or its predecessor is missing.
+            UserError: the step before a wanted one is missing.
         """
-        wanted = steps if steps is not None else range(len(self.task))
-        if not wanted or wanted[-1] >= len(self.task):
-            raise UserError(f"--steps: task {self.task.name} has steps 0-{len(self.task) - 1}")
-        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)):
-            self._adopt(self.config.start_from)
-        for step in wanted:
+        if 0 in self.steps and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
+            adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
+            self._write_results()
+        self.fabric.barrier()
+        for step in self.steps:
             if checkpoint.is_finished(self.step_dir(step)):
                 self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
             else:
                 self._train(step)
         return self.run_dir
-
-    def _adopt(self, source: Path) -> None:
-        """Take another run's finished step 0 as ours."""
-        info = checkpoint.load_info(source)
-        mine = self._info(0, info.head_sizes)
-        same = ("backbone", "output_stride", "dataset_ids", "names", "dataset", "setting", "crop", "compat")
-        if changed := [k for k in same if getattr(info, k) != getattr(mine, k)]:
-            raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")
-        if not checkpoint.is_finished(source):
-            raise UserError(f"start_from: {source} is not finished")
-        partial = self.run_dir / ".step_0.tmp"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))
-        partial.replace(self.step_dir(0))
-        self._write_results()
 
     def _info(self, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:
         c, task = self.config, self.task
@@ -179,27 +119,60 @@ class Runner:
         model.add_head(new)
         return model, old
 
-    def _context(self, step: int) -> StepContext:
+    def _memory(self, step: int, old: Segmenter | None) -> Memory:
+        """The step's exemplar memory, chosen with the previous step's model."""
+        size, previous = self.config.memory.size, self.step_dir(step - 1)
+        if not size or old is None:
+            return Memory()
+        data, score = self.data, self.method.memory_score
+        assert score is not None, "parse_config refuses a size for methods without a memory"
+
+        def found(earlier: int) -> Tensor:
+            loader = data.train_loader(earlier, ["memory"], drop_last=False)
+            batches = self._scan(old, loader, f"step {step} scan for exemplars")
+            return self.add_up(confident_classes(old, batches, data.positions(earlier, "train"), score))
+
+        with torch.no_grad():
+            memory = choose_memory(data, step, size, previous, sample_seed(self.config.seed, step, "memory"), found)
+        self.console.print(f"step {step}: {len(memory.files)} old images as exemplars", highlight=False)
+        return memory
+
+    def _context(self, step: int) -> tuple[StepContext, Memory]:
+        """What the method is told of a step, and the step's exemplar memory."""
+        fabric = self.fabric
         seed_everything(sample_seed(self.config.seed, step) % 2**32, verbose=False)
         model, old = self._models(step)
-        device = self.fabric.device
+        if fabric.global_rank:
+            seed_everything(sample_seed(self.config.seed, step, fabric.global_rank) % 2**32, verbose=False)
+        if fabric.world_size > 1 and fabric.device.type == "cuda" and not step:
+            model = convert_sync_batchnorm(model)
+        device = fabric.device
+        old = old.to(device) if old else None
+        memory = self._memory(step, old)
         generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))
-        batches = len(self.data.positions(step, "train")) // self.config.train.batch_size
-        return StepContext(
+        images = len(self.data.positions(step, "train")) + len(memory.files)
+        context = StepContext(
             task=self.task,
             step=step,
             dataset=self.data.dataset.key,
             published=self.config.compat == "published",
             model=model.to(device),
-            old_model=old.to(device) if old else None,
-            iterations=batches,
-            scan=lambda name: self._scan(step, model, name),
+            old_model=old,
+            iterations=images // self.config.train.batch_size,
+            scan=lambda name: self._scan(
+                model,
+                self.data.train_loader(step, [name], drop_last=False, exemplars=memory.files),
+                f"step {step} scan {name}",
+            ),
             generator=generator,
+            add_up=self.add_up,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
         )
+        return context, memory
 
-    def _scan(self, step: int, model: Segmenter, name: str) -> Iterator[Batch]:
-        loader = self.data.train_loader(step, [name], drop_last=False)
-        for batch in track(self.console, f"step {step} scan {name}", loader, len(loader)):
+    def _scan(self, model: Segmenter, loader: DataLoader[Batch], title: str) -> Iterator[Batch]:
+        for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 
     def _train(self, step: int) -> None:
@@ -207,9 +180,9 @@ class Runner:
         start, config, method = time.monotonic(), self.config, self.method
         phase = config.train.later if step else config.train.base
         assert phase.epochs and phase.lr and config.train.warmup is not None, "resolved in __init__"
-        ctx = self._context(step)
+        ctx, memory = self._context(step)
         images = len(self.data.positions(step, "train"))
-        new = ", ".join(map(self.task.label, self.task.new(step)))
+        new = self.task.list_names(self.task.new(step))
         self.console.print(
             f"step {step}: learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations",
             highlight=False,
@@ -220,30 +193,38 @@ class Runner:
         with torch.no_grad():
             method.begin_step(ctx)
         logs = self.step_dir(step) / "logs"
-        shutil.rmtree(logs, ignore_errors=True)
+        if self.leader:
+            shutil.rmtree(logs, ignore_errors=True)
         logger = TensorBoardLogger(root_dir=logs, name="", version="")
-        loader = self.data.train_loader(step, range(phase.epochs), drop_last=True)
+        loader = self.data.train_loader(step, range(phase.epochs), drop_last=True, exemplars=memory.files)
         optimizer = make_optimizer(method, ctx, phase.lr, config.train.weight_decay)
         with bar(self.console, f"step {step}", len(loader)) as shown:
             fit_step(self.fabric, method, ctx, optimizer, loader, phase.epochs, config.train.warmup, shown, logger)
         logger.finalize("success")
         ctx.model.eval()
         with torch.no_grad():
+            average_buffers(ctx.model, self.fabric)
             method.end_step(ctx)
         bank = method.state_dict()
         metrics = self._evaluate(ctx) | {
             "seconds": round(time.monotonic() - start, 2),
             "images": images,
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
+            "exemplars": len(memory.files),
+            "exemplar_bytes": memory.nbytes,
         }
-        info = self._info(step, ctx.model.head_sizes)
-        checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
-        self.console.print(iou_table(self._write_results()))
+        if self.leader:
+            info = self._info(step, ctx.model.head_sizes)
+            if config.memory.size and step:
+                memory.save(self.step_dir(step), self.step_dir(step - 1), step, config.memory.copy_files)
+            checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
+            self.console.print(iou_table(self._write_results()))
+        self.fabric.barrier()
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         loader = self.data.test_loader(ctx.step)
         batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.add_up)
         names = self.task.class_names(ctx.step)
         return {
             "step": ctx.step,
@@ -288,30 +269,4 @@ def train(config: RunConfig, steps: range | None = None, console: Console | None
     Raises:
         UserError: anything in the input that must be mended first.
     """
-    return Runner(config, console or Console()).run(steps)
-
-
-def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a step directory on the test split of ``config.data``.
-
-    Returns:
-        What :func:`starseg.engine.metrics.summarize` gives.
-
-    Raises:
-        UserError: no step directory, or data whose classes are not the model's.
-    """
-    model, info = checkpoint.load_model(folder)
-    fabric = make_fabric(config.train)
-    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
-    task = TaskSequence(info.task, (tuple(info.dataset_ids[1:]),), dataset.names, base=info.base)
-    if list(task.class_names(0)) != info.names:
-        raise UserError(f"{folder}: its classes {info.names[1:]} have other names in {dataset.root}")
-    pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
-    loader = data.test_loader(0)
-    published = info.compat == "published"
-    rule = METHODS[info.method](method_options(info.method, config))
-    confusion = confusion_matrix(
-        model.to(fabric.device), rule.rule(published), track(console, "test", loader, len(loader))
-    )
-    return summarize(confusion, info.names, info.base, published)
+    return Runner(config, console or Console(), steps).run()

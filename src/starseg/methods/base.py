@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from starseg.config import RunConfig, Strict, explain
 from starseg.data.step import Batch
 from starseg.errors import UserError
-from starseg.losses import bce_per_class, resize
+from starseg.losses import alone, bce_per_class, resize
 from starseg.models import Output, Segmenter
 from starseg.models.segmenter import predict
 from starseg.tasks import TaskSequence
@@ -31,6 +31,8 @@ def register_method(name: str) -> Callable[[T], T]:
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
         cls.name = name
+        if "section" not in cls.__dict__:
+            cls.section = name
         METHODS[name] = cls
         return cls
 
@@ -44,9 +46,9 @@ def method_options(name: str, config: RunConfig) -> Strict:
         UserError: unknown or wrong options, named with their section.
     """
     try:
-        return METHODS[name].Options.model_validate(config.method_section(name))
+        return METHODS[name].Options.model_validate(config.method_section(METHODS[name].section))
     except ValidationError as error:
-        raise UserError(explain(error, prefix=f"{name}.")) from error
+        raise UserError(explain(error, METHODS[name].Options, f"{METHODS[name].section}.")) from error
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Schedule:
         base, later: step 0, and every step after it.
         warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
         pos_weight: of the class loss.
+        memory: old images kept as exemplars.
     """
 
     base: Phase
     later: Phase
     warmup: float
     pos_weight: float
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,11 @@ class StepContext:
         model: the network being trained; its last head is the new one.
         old_model: the frozen previous network, None at step 0.
         iterations: of one epoch.
-        scan: one pass over the step's augmented training crops, last incomplete batch included; images normalised,
-            all on the device. Each name gives other crops.
-        generator: for draws during training, on the device.
+        scan: one pass over this process's share of the step's augmented training crops, last incomplete batch included;
+            images normalised, all on the device. Each name gives other crops.
+        generator: for draws during training, on the device; the same draws in every process.
+        add_up: sums a tensor over processes, differentiably: every process then holds the loss of the global batch.
+        rank, world: number of this process, and of how many.
     """
 
     task: TaskSequence
@@ -98,6 +104,9 @@ class StepContext:
     iterations: int
     scan: Callable[[str], Iterator[Batch]]
     generator: torch.Generator
+    add_up: Callable[[Tensor], Tensor] = alone
+    rank: int = 0
+    world: int = 1
 
     @property
     def new_classes(self) -> int:
@@ -131,7 +140,11 @@ class Method:
     """
 
     name: ClassVar[str]
+    section: ClassVar[str]
+    """Of the configuration, with its options; by default its name."""
     summary: ClassVar[str] = ""
+    memory_score: ClassVar[float | None] = None
+    """Sigmoid from which on a prediction names a class of an image that may become an exemplar; None: keeps none."""
     Options: ClassVar[type[Strict]] = ClassLossOptions
 
     def __init__(self, options: Any) -> None:
@@ -167,7 +180,10 @@ class Method:
         ]
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Called before a step trains, with the model already grown and without gradients; may scan the data."""
+        """Called before a step trains, with the model already grown and without gradients; may scan the data.
+
+        It must depend on the context alone: a run that was killed in mid-step calls it again.
+        """
         self.ctx = ctx
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
@@ -185,7 +201,7 @@ class Method:
         ctx = self.ctx
         logits = resize(output.logits[:, ctx.old_classes :].float(), batch.labels.shape[-2:])
         weight = self.options.pos_weight or self.defaults(ctx.dataset).pos_weight
-        return bce_per_class(logits, batch.labels, ctx.first_new, weight, ctx.published)
+        return bce_per_class(logits, batch.labels, ctx.first_new, weight, ctx.published, ctx.add_up)
 
     def end_step(self, ctx: StepContext) -> None:
         """Called after a step has trained, with the model in eval mode and without gradients; may scan the data."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from starseg.data.step import Batch
 from starseg.errors import UserError
 from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
-from starseg.methods.base import ClassLossOptions, Method, Network, StepContext, register_method
+from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.plan import ReplayPlan, make_plan
 from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
@@ -32,6 +34,7 @@ class StarOptions(ClassLossOptions):
 @register_method("star")
 class Star(Method):
     summary = "prototype replay: about 2 KB per class in place of old images"
+    memory_score = 0.9
     Options = StarOptions
     options: StarOptions
 
@@ -53,6 +56,7 @@ class Star(Method):
         predicted = torch.zeros(1 + ctx.old_classes, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
             predicted += self.count_old(batch, ctx.old_model(batch.images).logits)
+        predicted = ctx.add_up(predicted)
         self.plan = make_plan(ctx.task.setting, self.bank.counts, predicted, ctx.new_classes, ctx.iterations)
 
     def count_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class Star(Method):
             return {"mbce": self.options.mbce * self.class_loss(batch, new(batch.images)).sum()}
         ctx, options, bank = self.ctx, self.options, self.bank
         assert bank is not None, "begin_step refuses a step without a bank"
-        replayed = bank.draw(self.plan.per_iteration, ctx.generator, options.norm_noise)
+        replayed = bank.draw(self.plan.per_iteration, ctx.generator, options.norm_noise)[ctx.rank :: ctx.world]
         output, previous = new(batch.images, replayed), old(batch.images)
         features = output.features.float()
         seen = self.see_old(batch, previous.logits)
@@ -82,20 +86,23 @@ class Star(Method):
         extra = replayed.new_zeros(0, ctx.new_classes)
         if output.extra_logits is not None:
             extra = output.extra_logits[:, ctx.old_classes :].float()
-        owed = new_logits.movedim(1, -1)[cells]
-        total = cells.numel()
+        negatives, replays = negatives_per_class(extra, ctx.add_up)
+        background, owed = negatives_per_class(new_logits.movedim(1, -1)[cells], ctx.add_up)
+        total = ctx.add_up(torch.tensor(cells.numel(), device=ctx.device))
         mbce = mix(
             self.class_loss(batch, output),
-            negatives_per_class(extra),
-            negatives_per_class(owed),
-            len(extra) / total,
-            self.plan.background_ratio * len(owed) / total,
+            negatives,
+            background,
+            replays / total,
+            self.plan.background_ratio * owed / total,
         )
+        region = (labels == BACKGROUND) & (seen > 0)
         old_classes = bank.prototypes if ctx.published else bank.prototypes[bank.present]
         return {
             "mbce": options.mbce * mbce.sum(),
-            "ocfm": options.ocfm * ocfm(features, previous.features.float(), (labels == BACKGROUND) & (seen > 0)),
-            "sad": options.sad * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published),
+            "ocfm": options.ocfm * ocfm(features, previous.features.float(), region, ctx.add_up),
+            "sad": options.sad
+            * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published, ctx.add_up),
         }
 
     def end_step(self, ctx: StepContext) -> None:
@@ -109,7 +116,7 @@ class Star(Method):
             statistics = statistics or FeatureStatistics.zeros(ctx.new_classes, features.shape[1], ctx.device)
             statistics.update(features, labels)
         assert statistics is not None, "a step has at least one image"
-        measured = statistics.finish(self.bank, ctx.published)
+        measured = statistics.reduce(ctx.add_up).finish(self.bank, ctx.published)
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -117,3 +124,12 @@ class Star(Method):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.bank = PrototypeBank.from_state_dict(state) if state else None
+
+
+@register_method("star-m")
+class StarM(Star):
+    summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
+    section = "star"
+
+    def defaults(self, dataset: str) -> Schedule:
+        return replace(super().defaults(dataset), memory=50)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from starseg.data.index import class_index
-from starseg.data.step import select_images
 from starseg.engine.checkpoint import load_info, read_json
+from starseg.engine.data import Data
 from starseg.errors import UserError
 from starseg.report.tables import old_kept
 from starseg.report.testset import finished_steps, run_data
@@ -88,26 +88,40 @@ def confusion_groups(matrix: np.ndarray, names: Sequence[str], base: int, pairs:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of the bank against those of the images and masks of the steps before the last."""
+    """What is kept of old classes against the images and masks of the steps before the last.
+
+    Attributes:
+        bank: bytes of the method's state.
+        exemplars, exemplar_bytes: old images kept.
+        images, raw: how many images those steps had, and the bytes of their files; None where the data set is gone.
+    """
 
     bank: int
-    images: int | None
-    raw: int | None
+    exemplars: int
+    exemplar_bytes: int
+    images: int | None = None
+    raw: int | None = None
+
+    @property
+    def kept(self) -> int:
+        return self.bank + self.exemplar_bytes
 
 
 def _storage(run: Path, results: dict[str, Any]) -> Storage:
-    steps, bank = results["steps"], results["steps"][-1]["bank_bytes"]
+    steps, last = results["steps"], results["steps"][-1]
+    kept = Storage(last["bank_bytes"], last.get("exemplars", 0), last.get("exemplar_bytes", 0))
     try:
-        _, _, dataset, task = run_data(run)
+        config, _, dataset, task = run_data(run)
         pixels = class_index(dataset, dataset.train)
-        earlier = [select_images(pixels, task, s["step"], "train") for s in steps[:-1]]
+        data = Data(dataset, task, pixels, pixels[:0], config, 0)
+        earlier = [data.positions(s["step"], "train") for s in steps[:-1]]
         if not earlier:
-            return Storage(bank, None, None)
+            return kept
         used = np.unique(np.concatenate(earlier))
         raw = sum(f.stat().st_size for i in used for f in (dataset.train.images[i], dataset.train.masks[i]))
     except (UserError, OSError):
-        return Storage(bank, None, None)
-    return Storage(bank, len(used), raw)
+        return kept
+    return replace(kept, images=len(used), raw=raw)
 
 
 def loss_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:

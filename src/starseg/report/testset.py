@@ -12,9 +12,9 @@ from torch import Tensor
 from starseg.config import RunConfig, load_config
 from starseg.data.dataset import Dataset
 from starseg.data.index import class_index
-from starseg.data.step import StepDataset, select_images
+from starseg.data.step import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model
-from starseg.engine.data import dataset_and_task
+from starseg.engine.data import Data, dataset_and_task
 from starseg.errors import UserError
 from starseg.losses import resize
 from starseg.methods import METHODS, Method, method_options
@@ -102,5 +102,5 @@ def open_test_set(run: Path) -> TestSet:
     folders = finished_steps(run)
     config, method, dataset, task = run_data(run)
     pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
-    positions = select_images(pixels, task, last, "test")
+    positions = Data(dataset, task, pixels[:0], pixels, config, 0).positions(last, "test")
     return TestSet(config, method, dataset, task, folders, last, pixels, positions)

@@ -1,0 +1,77 @@
+"""Exemplar memory: which images STAR-M, SSUL-M and DKD-M keep (REFERENCE, "STAR-M"; the selection is SSUL's)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starseg.tasks import BACKGROUND
+
+
+class Exemplar(NamedTuple):
+    """An image that is kept, or may be.
+
+    Attributes:
+        name: the data set's own identifier of it (:attr:`starseg.data.dataset.Split.ids`).
+        classes: dataset ids of the classes it is known to show, ascending.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+
+
+def merge(exemplars: Iterable[Exemplar]) -> list[Exemplar]:
+    """Each image once, with all classes that it is known to show."""
+    classes: dict[str, set[int]] = {}
+    for name, shown in exemplars:
+        classes.setdefault(name, set()).update(shown)
+    return [Exemplar(name, tuple(sorted(shown))) for name, shown in classes.items()]
+
+
+def round_robin(candidates: Sequence[Exemplar], classes: Sequence[int], size: int) -> dict[int, list[Exemplar]]:
+    """Take for each class in turn the first candidate left that shows it, until ``size`` are taken or none is left.
+
+    Returns:
+        The images taken for each class.
+    """
+    left = list(candidates)
+    chosen: dict[int, list[Exemplar]] = {c: [] for c in classes}
+    taken = 0
+    while taken < size:
+        before = taken
+        for c in classes:
+            place = next((i for i, exemplar in enumerate(left) if c in exemplar.classes), None)
+            if place is not None and taken < size:
+                chosen[c].append(left.pop(place))
+                taken += 1
+        if taken == before:
+            break
+    return chosen
+
+
+def fill_in(labels: Tensor, logits: Tensor, score: float) -> Tensor:
+    """Labels with the confident predictions filled in where they say background.
+
+    Args:
+        labels: [N, H, W] training ids.
+        logits: [N, C, H, W], channel c is training id c + 1.
+        score: sigmoid from which on a prediction counts.
+
+    Returns:
+        [N, H, W] int64.
+    """
+    best, winner = logits.sigmoid().max(1)
+    return torch.where((labels == BACKGROUND) & (best >= score), winner + 1, labels.long())
+
+
+def choose(candidates: Sequence[Exemplar], classes: Sequence[int], size: int, seed: int) -> list[Exemplar]:
+    """Choose a memory of at most ``size`` images, balanced over ``classes``, in an order drawn from ``seed``."""
+    draw = np.random.default_rng(seed)
+    shuffled = [candidates[i] for i in draw.permutation(len(candidates))]
+    order = [classes[i] for i in draw.permutation(len(classes))]
+    chosen = round_robin(shuffled, order, size)
+    return [exemplar for c in classes for exemplar in chosen[c]]
