@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from starseg import __version__
-from starseg.errors import UserError
+from starseg.errors import Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,13 +62,13 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """Ctrl-C ends with exit code 130 and says how to go on."""
+def resumable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end with exit code 143 and 130 and say how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; finished steps are kept, the same command goes on after them")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Stopped) as stop:
+        Console(stderr=True).print("stopped; what was done is kept, the same command goes on from there")
+        raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
 
 
 def _version(wanted: bool) -> None:
@@ -90,6 +91,7 @@ def train(
     steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 1 or 0-2.", show_default=False)] = None,
     devices: Annotated[int | None, typer.Option(help="Processes on each node.", show_default=False)] = None,
     num_nodes: Annotated[int | None, typer.Option(help="Nodes.", show_default=False)] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU too.")] = False,
     out: Out = None,
 ) -> None:
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
@@ -99,8 +101,9 @@ def train(
     from starseg.report.page import write_report
 
     options = {"out": out and json.dumps(str(out)), "train.devices": devices, "train.num_nodes": num_nodes}
+    options["train.deterministic"] = deterministic or None
     changed = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    with _resumable():
+    with resumable():
         run_dir = run(load_config(config, changed), _steps(steps), console)
     if is_leader():
         write_report([run_dir], run_dir, console)
@@ -218,7 +221,7 @@ def demo(
     """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
     from starseg.demo import run_demo
 
-    with _resumable():
+    with resumable():
         run_demo(out, console)
 
 
@@ -275,11 +278,11 @@ def check(
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
-    """A user's mistake is one message and exit code 2; with ``debug`` also a traceback."""
+    """A user's mistake, and a full disk, is one message and exit code 2; with ``debug`` also a traceback."""
     try:
         yield
-    except UserError as error:
-        if debug:
+    except (UserError, OSError) as error:
+        if debug or (isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
             raise
         Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -88,6 +88,10 @@ class TrainConfig(Strict):
     """Processes on each node, one per GPU (also --devices)."""
     num_nodes: int = Field(1, gt=0)
     """Nodes (also --num-nodes)."""
+    save_minutes: float = Field(10, gt=0)
+    """Longest time between two saves of a step's state, which is also saved at each epoch's end."""
+    deterministic: bool = False
+    """Deterministic algorithms on a GPU too (also --deterministic); a CPU is always bitwise repeatable."""
 
 
 class MemoryConfig(Strict):

@@ -81,7 +81,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny))
-    monkeypatch.setattr("starseg.engine.runner.fit_step", interrupted)
+    monkeypatch.setattr("starseg.engine.fit.StepTraining.run", interrupted)
     monkeypatch.setattr(sys, "argv", ["starseg", "train", str(config)])
     with pytest.raises(SystemExit) as stopped:
         main()

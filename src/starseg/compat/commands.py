@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from starseg.cli import reporting_errors
+from starseg.cli import reporting_errors, resumable
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
 from starseg.errors import UserError
 
@@ -182,6 +182,6 @@ def _main(
     dataset: str, training: bool, argv: list[str] | None, run: Callable[[argparse.Namespace, Console], None]
 ) -> None:
     args = _parser(dataset, training).parse_args(argv)
-    with reporting_errors(args.debug):
+    with reporting_errors(args.debug), resumable():
         quiet = os.environ.get("LOCAL_RANK", "0") != "0"
         run(args, Console(quiet=quiet))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from starseg.errors import UserError
@@ -53,6 +53,20 @@ def read_image(path: Path) -> Tensor:
     """
     with _opened(path, "image") as image:
         return image_tensor(image)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, upright; reads the file to its end, at a reduced scale where the format has one.
+
+    Raises:
+        UserError: missing, unreadable or truncated.
+    """
+    with _opened(path, "image") as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        image.draft(None, (1, 1))
+        image.load()
+    return (width, height) if turned else (height, width)
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Class index: how many pixels of each id every mask holds; scanned once in parallel, cached on disk."""
+"""Class index: how many pixels of each id every mask holds; every file read once in parallel, counts cached on disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from starseg.data.dataset import Dataset, Split
-from starseg.data.files import read_mask
+from starseg.data.files import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import IGNORE
 
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_dir() -> Path:
@@ -28,22 +28,34 @@ def count_ids(mask: np.ndarray) -> np.ndarray:
     return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
 
 
-def _count(path: Path) -> np.ndarray:
-    return count_ids(read_mask(path))
+def _count(mask: Path, image: Path | None) -> np.ndarray:
+    ids = read_mask(mask)
+    if image is not None:
+        refuse_other_size(image_size(image), ids.shape, mask)
+    return count_ids(ids)
 
 
-def _key(root: Path, masks: Sequence[Path]) -> str:
+def _key(root: Path, files: Sequence[Path]) -> str:
     digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode())
-    for path in masks:
+    for path in files:
         stat = path.stat()
         digest.update(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
 
 
-def scan_masks(masks: Sequence[Path]) -> np.ndarray:
-    """Count the pixels of every id in every mask, [N, 256] int32, on all cores."""
+def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> np.ndarray:
+    """Count the pixels of every id in every mask, [N, 256] int32, on all cores.
+
+    Args:
+        masks: the masks.
+        images: read as well, and their sizes compared.
+
+    Raises:
+        UserError: a file is unreadable or truncated, or a mask is not as large as its image.
+    """
+    beside: Sequence[Path | None] = images or [None] * len(masks)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return np.stack(list(pool.map(_count, masks, chunksize=max(1, min(256, len(masks) // 8)))))
+        return np.stack(list(pool.map(_count, masks, beside, chunksize=max(1, min(256, len(masks) // 8)))))
 
 
 def unknown_ids(pixels: np.ndarray, classes: int) -> np.ndarray:
@@ -60,7 +72,7 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
         [len(split), 256] int32; ``index > 0`` is the presence matrix.
 
     Raises:
-        UserError: a mask is unreadable or holds ids outside the class list.
+        UserError: an image or mask is unreadable, their sizes differ, or a mask holds ids outside the class list.
     """
     pixels = _cached_scan(dataset, split)
     unknown = unknown_ids(pixels, len(dataset.names))
@@ -74,14 +86,14 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
-    """Scan the masks, or take the counts from the cache, keyed by their list with sizes and modification times."""
-    path = cache_dir() / "index" / f"{_key(dataset.root, split.masks)}.npz"
+    """Scan the files, or take the counts from the cache, keyed by their list with sizes and modification times."""
+    path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
     if path.is_file():
         try:
             return np.load(path, allow_pickle=False)["pixels"]
         except (OSError, ValueError, KeyError):
             path.unlink()
-    pixels = scan_masks(split.masks)
+    pixels = scan_masks(split.masks, split.images)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     with partial.open("wb") as file:

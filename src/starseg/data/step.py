@@ -115,6 +115,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         epochs: which epochs to run through; a name ("after") is an epoch with crops of its own.
         seed: of the order, (run seed, step); None keeps the natural order.
         drop_last: leave out each epoch's incomplete batch.
+        start: how many batches to leave out, those that a broken run has seen.
         rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
     """
 
@@ -127,23 +128,27 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
+        start: int = 0,
     ) -> None:
         self.size, self.batch_size, self.epochs, self.seed = size, batch_size, epochs, seed
-        self.drop_last, self.rank, self.world = drop_last, rank, world
+        self.drop_last, self.rank, self.world, self.start = drop_last, rank, world, start
 
     @property
     def batches_per_epoch(self) -> int:
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
     def __len__(self) -> int:
-        return self.batches_per_epoch * len(self.epochs)
+        return self.batches_per_epoch * len(self.epochs) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[Epoch, int]]]:
-        for epoch in self.epochs:
+        seen, rest = divmod(self.start, self.batches_per_epoch)
+        for epoch in self.epochs[seen:]:
             order = np.arange(self.size)
             if self.seed is not None:
                 order = np.random.default_rng(sample_seed(*self.seed, epoch)).permutation(self.size)
-            for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
+            first = rest if epoch == self.epochs[seen] else 0
+            for number in range(first, self.batches_per_epoch):
+                start = number * self.batch_size
                 if len(share := order[start : start + self.batch_size][self.rank :: self.world]):
                     yield [(epoch, int(i)) for i in share]
 

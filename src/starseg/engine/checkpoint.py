@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from starseg.errors import UserError
@@ -20,13 +21,27 @@ FORMAT = 1
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new."""
+    """Write ``data`` so that ``path`` holds either its old content or all of the new.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot write it ({error.strerror}); what was there before is intact. "
+            "Mend that and give the same command again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,13 +63,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file of a step directory.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: missing or damaged; metrics.json beside it holds the SHA-256 of what was written.
     """
     try:
-        return load_file(path)
+        data = path.read_bytes()
+        written = read_json(path.parent / "metrics.json").get("files", {}) if is_finished(path.parent) else {}
+        if path.name in written and hashlib.sha256(data).hexdigest() != written[path.name]:
+            raise UserError(
+                f"{path}: damaged, not what was written; restore it, or remove {path.parent} and later steps to train "
+                "them again"
+            )
+        return load(data)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({error})") from error
 
@@ -93,13 +115,17 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
     """Publish a step; ``metrics.json`` comes last and marks it as finished."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", save(weights))
-    write_json(folder / "model.json", {"format": FORMAT, **asdict(info)})
+    files = {"model.safetensors": save(weights)}
     if bank:
         tensors = {k: v.cpu().contiguous() for k, v in bank.items()}
-        metadata = {"format": str(FORMAT), "classes": json.dumps(info.names[1:])}
-        write_atomic(folder / "bank.safetensors", save(tensors, metadata))
-    write_json(folder / "metrics.json", metrics)
+        # One entry: safetensors writes several in an order that differs from process to process.
+        metadata = {"starseg": json.dumps({"format": FORMAT, "classes": info.names[1:]})}
+        files["bank.safetensors"] = save(tensors, metadata)
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+    write_json(folder / "model.json", {"format": FORMAT, **asdict(info)})
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    write_json(folder / "metrics.json", {**metrics, "files": digests})
 
 
 def is_finished(folder: Path) -> bool:

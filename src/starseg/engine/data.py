@@ -91,18 +91,19 @@ class Data:
                 raise UserError(f"step {step}: no test image shows a class seen so far")
 
     def train_loader(
-        self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES
+        self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
     ) -> DataLoader[Batch]:
         """Augmented training crops of a step's images and of its exemplar memory, labelled alike.
 
-        Order and crops depend on (seed, step, epoch, sample) alone.
+        Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
         """
         seed = (self.config.seed, step)
         table = self.task.relabelling(step, "train")
         split, positions = self.dataset.train, self.positions(step, "train")
         positions = np.append(positions, len(split) + np.arange(len(exemplars)))
         crops = StepDataset(split + exemplars, positions, table, self.config.data.crop, seed)
-        sampler = EpochSampler(len(crops), self.config.train.batch_size, epochs, seed, drop_last, self.rank, self.world)
+        batch = self.config.train.batch_size
+        sampler = EpochSampler(len(crops), batch, epochs, seed, drop_last, self.rank, self.world, start)
         return make_loader(crops, sampler, self.workers)
 
     def test_loader(self, step: int) -> DataLoader[Batch]:

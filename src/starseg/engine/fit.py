@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from starseg.config import TrainConfig
 from starseg.data.step import Batch
 from starseg.engine.progress import Bar
+from starseg.engine.resume import Guard, every_process, restore_process
 from starseg.errors import UserError
 from starseg.methods import Method, StepContext
 from starseg.models import Output, Segmenter
@@ -51,56 +54,107 @@ def _frozen(fabric: Fabric, model: Segmenter, images: Tensor) -> Output:
         return model(images)
 
 
-def fit_step(
-    fabric: Fabric,
-    method: Method,
-    ctx: StepContext,
-    optimizer: SGD,
-    loader: Iterable[Batch],
-    epochs: int,
-    warmup: float,
-    bar: Bar,
-    logger: TensorBoardLogger,
-) -> None:
-    """Train ``ctx.model`` in place.
+class StepTraining:
+    """The loop of one step, and all of its state.
 
     Args:
-        fabric: device and precision.
+        fabric: device, precision, processes.
         method: whose losses are minimised.
-        ctx: the step; its iterations times ``epochs`` is how many batches ``loader`` gives.
-        optimizer: over the model's parameters.
-        loader: uint8 batches.
-        epochs: for the log.
-        warmup: see :func:`lr_factor`.
-        bar: advanced a batch at a time.
-        logger: takes loss terms and learning rates.
-
-    Raises:
-        UserError: the loss is NaN or infinite.
+        ctx: the step.
+        epochs, lr: of the step.
+        config: warm-up and weight decay.
     """
-    total = epochs * ctx.iterations
-    schedule = LambdaLR(optimizer, partial(lr_factor, total=total, warmup=warmup))
-    new, optimizer_ = fabric.setup(ctx.model, optimizer)
-    old = partial(_frozen, fabric, ctx.old_model) if ctx.old_model else None
-    ctx.model.train()
-    for iteration, raw in enumerate(loader):
-        batch = to_device(raw, ctx.model)
-        losses = method.losses(batch, new, old)
-        loss = torch.stack(list(losses.values())).sum()
-        optimizer_.zero_grad()
-        fabric.backward(loss)
-        optimizer_.step()
-        schedule.step()
-        bar.advance()
-        epoch, last = iteration // ctx.iterations + 1, (iteration + 1) % ctx.iterations == 0
-        if last or iteration % _LOG_EVERY == 0:
-            terms = {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
-            if not math.isfinite(terms["loss"]):
+
+    def __init__(
+        self, fabric: Fabric, method: Method, ctx: StepContext, epochs: int, lr: float, config: TrainConfig
+    ) -> None:
+        assert config.warmup is not None, "resolved by the runner"
+        self.fabric, self.method, self.ctx, self.epochs = fabric, method, ctx, epochs
+        self.total, self.iteration = epochs * ctx.iterations, 0
+        self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay)
+        self.schedule = LambdaLR(self.optimizer, partial(lr_factor, total=self.total, warmup=config.warmup))
+        self.new, self.wrapped = fabric.setup(ctx.model, self.optimizer)
+        self.processes: list[dict[str, Any]] = []
+        # What the device computed but nobody has looked at yet: looking waits for a GPU.
+        self.unseen: list[tuple[Batch, dict[str, Tensor]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after :attr:`iteration` iterations; every process must call it."""
+        return {
+            "iteration": self.iteration,
+            "model": self.ctx.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "generator": self.ctx.generator.get_state(),
+            "processes": every_process(self.ctx.model, self.fabric),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.ctx.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.ctx.generator.set_state(state["generator"])
+        self.processes = state["processes"]
+
+    def run(
+        self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
+    ) -> None:
+        """Train ``ctx.model`` in place, from :attr:`iteration` on.
+
+        Args:
+            loader: uint8 batches, the next one first.
+            bar: advanced a batch at a time.
+            logger: takes loss terms and learning rates.
+            guard: says when to save.
+            save: keeps :meth:`state_dict`.
+
+        Raises:
+            UserError: a loss is NaN or infinite.
+            Stopped: a signal came; the state is saved.
+        """
+        self.ctx.model.train()
+        batches = iter(loader)  # which draws a number that the interrupted run had drawn too
+        restore_process(self.processes, self.ctx.model, self.fabric)
+        for raw in batches:
+            losses = self._iterate(raw)
+            epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
+            self.unseen.append((raw, losses))
+            bar.advance()
+            due = guard.due(last)
+            if due or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY:
+                self._look(epoch)
+            if last or self.iteration % _LOG_EVERY == 1:
+                terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
+                rates = {f"lr/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
+                logger.log_metrics({f"loss/{k}": v for k, v in terms.items()} | rates, step=self.iteration - 1)
+                if last or bar.live:
+                    bar.show(f"epoch {epoch}/{self.epochs}", terms, len(raw))
+            if due:
+                save()
+                guard.saved_now()
+
+    def _iterate(self, raw: Batch) -> dict[str, Tensor]:
+        old = partial(_frozen, self.fabric, self.ctx.old_model) if self.ctx.old_model else None
+        losses = self.method.losses(to_device(raw, self.ctx.model), self.new, old)
+        self.wrapped.zero_grad()
+        self.fabric.backward(torch.stack(list(losses.values())).sum())
+        self.wrapped.step()
+        self.schedule.step()
+        self.iteration += 1
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _look(self, epoch: int) -> None:
+        """Refuse to go on, and to save, with a loss that is no number."""
+        first = self.iteration - len(self.unseen)
+        for offset, (raw, losses) in enumerate(self.unseen):
+            terms = {name: value.item() for name, value in losses.items()}
+            if not all(map(math.isfinite, terms.values())):
                 raise UserError(
-                    f"step {ctx.step}, epoch {epoch}, iteration {iteration}: the loss is {terms['loss']} ({terms}); "
-                    f"images {raw.indices.tolist()}. Lower the learning rate or use train.precision=32"
+                    f"step {self.ctx.step}, epoch {epoch}, iteration {first + offset}: a loss is no finite number: "
+                    f"{terms}; images {raw.indices.tolist()}. The state before is kept. Lower the learning rate, or "
+                    "use train.precision=32"
                 )
-            rates = {f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups}
-            logger.log_metrics({f"loss/{k}": v for k, v in terms.items()} | rates, step=iteration)
-            if last or bar.live:
-                bar.show(f"epoch {epoch}/{epochs}", terms, len(raw))
+        self.unseen.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,10 @@ def make_fabric(config: TrainConfig) -> Fabric:
     cuda = config.accelerator != "cpu" and available > 0
     if cuda and config.devices > available:
         raise UserError(f"train.devices: {config.devices} GPUs are asked for, torch sees {available}")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     precision = _auto_precision(cuda) if config.precision == "auto" else config.precision
     several = config.devices * config.num_nodes > 1
     return Fabric(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from starseg.config import RunConfig, dump_config
 from starseg.engine import checkpoint
+from starseg.engine.resume import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 from starseg.methods.base import Phase, Schedule
@@ -24,6 +27,7 @@ _FREE_KEYS: Keys = frozenset(
         ("train", "accelerator"),
         ("train", "devices"),
         ("train", "num_nodes"),
+        ("train", "save_minutes"),
         ("eval", "batch_size"),
     }
 )
@@ -62,20 +66,42 @@ def _differences(a: Any, b: Any, free: Keys, path: tuple[str, ...] = ()) -> list
     return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
 
 
-def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> None:
-    """Save the resolved configuration, or refuse a directory that belongs to another one."""
-    text, path = dump_config(config), run_dir / "config.yaml"
+def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> IO[str]:
+    """Lock a run directory and save the resolved configuration in it; the lock lasts until the file is closed.
+
+    Raises:
+        UserError: the directory belongs to another configuration, or another process is running in it.
+    """
+    _refuse_another_run(run_dir, config, free)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        raise UserError(
+            f"{run_dir}: another process (pid {owner}) is running in it; wait for it, or give another one with --out"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    return lock
+
+
+def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
+    path = run_dir / "config.yaml"
     if path.is_file():
-        changed = _differences(yaml.safe_load(path.read_text()), yaml.safe_load(text), _FREE_KEYS | free)
-        if changed and any(map(checkpoint.is_finished, run_dir.glob("step_*"))):
+        mine = yaml.safe_load(dump_config(config))
+        changed = _differences(yaml.safe_load(path.read_text()), mine, _FREE_KEYS | free)
+        if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(not entry.name.startswith("step_") for entry in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(not entry.name.startswith(("step_", ".lock")) for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(path, text.encode())
 
 
 def adopt(source: Path, target: Path, mine: checkpoint.StepInfo) -> None:

@@ -23,10 +23,11 @@ from starseg.engine import checkpoint
 from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
-from starseg.engine.fit import fit_step, make_optimizer, to_device
+from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
+from starseg.engine.resume import Guard, clear, read_state, write_state
 from starseg.engine.rundir import Keys, adopt, claim, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
@@ -59,8 +60,7 @@ class Runner:
         self.task = self.data.task
         self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
-        if self.leader:
-            claim(self.run_dir, self.config, free)
+        self.lock = claim(self.run_dir, self.config, free) if self.leader else None
         self.fabric.launch()
         self.add_up = adder(self.fabric)
 
@@ -73,6 +73,14 @@ class Runner:
         Raises:
             UserError: the step before a wanted one is missing.
         """
+        try:
+            self._run_steps()
+        finally:
+            if self.lock:
+                self.lock.close()
+        return self.run_dir
+
+    def _run_steps(self) -> None:
         if 0 in self.steps and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
             adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
             self._write_results()
@@ -81,8 +89,9 @@ class Runner:
             if checkpoint.is_finished(self.step_dir(step)):
                 self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
             else:
-                self._train(step)
-        return self.run_dir
+                guard = Guard(self.fabric, self.config.train.save_minutes)
+                with guard.watching():
+                    self._train(step, guard)
 
     def _info(self, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:
         c, task = self.config, self.task
@@ -175,11 +184,11 @@ class Runner:
         for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 
-    def _train(self, step: int) -> None:
+    def _train(self, step: int, guard: Guard) -> None:
         """Train, evaluate and publish one step."""
         start, config, method = time.monotonic(), self.config, self.method
         phase = config.train.later if step else config.train.base
-        assert phase.epochs and phase.lr and config.train.warmup is not None, "resolved in __init__"
+        assert phase.epochs and phase.lr, "resolved in __init__"
         ctx, memory = self._context(step)
         images = len(self.data.positions(step, "train"))
         new = self.task.list_names(self.task.new(step))
@@ -192,22 +201,15 @@ class Runner:
         ctx.model.eval()
         with torch.no_grad():
             method.begin_step(ctx)
-        logs = self.step_dir(step) / "logs"
-        if self.leader:
-            shutil.rmtree(logs, ignore_errors=True)
-        logger = TensorBoardLogger(root_dir=logs, name="", version="")
-        loader = self.data.train_loader(step, range(phase.epochs), drop_last=True, exemplars=memory.files)
-        optimizer = make_optimizer(method, ctx, phase.lr, config.train.weight_decay)
-        with bar(self.console, f"step {step}", len(loader)) as shown:
-            fit_step(self.fabric, method, ctx, optimizer, loader, phase.epochs, config.train.warmup, shown, logger)
-        logger.finalize("success")
+        training = StepTraining(self.fabric, method, ctx, phase.epochs, phase.lr, config.train)
+        spent = self._fit(training, memory, guard)
         ctx.model.eval()
         with torch.no_grad():
             average_buffers(ctx.model, self.fabric)
             method.end_step(ctx)
         bank = method.state_dict()
         metrics = self._evaluate(ctx) | {
-            "seconds": round(time.monotonic() - start, 2),
+            "seconds": round(time.monotonic() - start + spent, 2),
             "images": images,
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
             "exemplars": len(memory.files),
@@ -218,8 +220,36 @@ class Runner:
             if config.memory.size and step:
                 memory.save(self.step_dir(step), self.step_dir(step - 1), step, config.memory.copy_files)
             checkpoint.save_step(self.step_dir(step), ctx.model, info, bank, metrics)
+            clear(self.step_dir(step))
             self.console.print(iou_table(self._write_results()))
         self.fabric.barrier()
+
+    def _fit(self, training: StepTraining, memory: Memory, guard: Guard) -> float:
+        """Train, from where a broken run left off; the seconds spent before."""
+        step, start = training.ctx.step, time.monotonic()
+        folder = self.step_dir(step)
+        state = read_state(folder, self.console)
+        spent = state["seconds"] if state else 0.0
+        if state:
+            training.load_state_dict(state)
+            done = f"{training.iteration} of {training.total} iterations are done"
+            self.console.print(f"step {step}: going on, {done}", highlight=False)
+        elif self.leader:
+            shutil.rmtree(folder / "logs", ignore_errors=True)
+
+        def save() -> None:
+            values = training.state_dict() | {"seconds": spent + time.monotonic() - start}
+            if self.leader:
+                write_state(folder, values)
+
+        purge = training.iteration if state else None
+        logger = TensorBoardLogger(root_dir=folder / "logs", name="", version="", purge_step=purge)
+        epochs = range(training.epochs)
+        loader = self.data.train_loader(step, epochs, True, memory.files, start=training.iteration)
+        with bar(self.console, f"step {step}", len(loader)) as shown, guard.saving():
+            training.run(loader, shown, logger, guard, save)
+        logger.finalize("success")
+        return spent
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         loader = self.data.test_loader(ctx.step)
@@ -248,7 +278,8 @@ class Runner:
                 "precision": str(self.fabric._precision.precision),
             },
             "steps": [
-                {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k != "confusion"} for s in steps
+                {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k not in ("confusion", "files")}
+                for s in steps
             ],
         }
         checkpoint.write_json(self.run_dir / "results.json", results)

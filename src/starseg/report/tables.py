@@ -14,6 +14,10 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def kilobytes(size: int) -> str:
+    return f"{size / 1024:,.1f} KB" if size else "-"
+
+
 def iou_table(results: Mapping[str, Any]) -> Group:
     """IoU per class (a row each) after every step (a column each), then the means."""
     run, steps = results["run"], results["steps"]
@@ -40,14 +44,16 @@ def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
     table = Table(title="mIoU in percent after the last step")
-    for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "seconds"):
+    for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "exemplars", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, results in runs.items():
         last, left = results["steps"][-1], old_kept(results["steps"])
         kept = "-" if left is None else f"{left:.0f} %"
         figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
-        bank = f"{last['bank_bytes'] / 1024:.1f} KB" if last["bank_bytes"] else "-"
-        table.add_row(name, *figures, kept, bank, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+        stored = (last["bank_bytes"], last.get("exemplar_bytes", 0))
+        table.add_row(
+            name, *figures, kept, *map(kilobytes, stored), f"{sum(s['seconds'] for s in results['steps']):.0f}"
+        )
     return table
 
 
