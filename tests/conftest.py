@@ -79,3 +79,21 @@ def tiny(shapes: Path, tmp_path: Path) -> dict:
         "model": {"backbone": "test_resnet", "pretrained": False},
         "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
     }
+
+
+@pytest.fixture
+def step_dir(tmp_path: Path) -> Path:
+    """A step with random weights whose dataset ids are not its training ids."""
+    from starseg.engine.checkpoint import StepInfo, save_step
+    from starseg.models import Segmenter
+
+    model = Segmenter("test_resnet", [2, 1]).eval()
+    for head in model.heads:
+        torch.nn.init.normal_(head.weight, std=3.0)
+    info = StepInfo(
+        **{"backbone": "test_resnet", "output_stride": 16, "head_sizes": [2, 1], "method": "star", "dataset": "voc"},
+        **{"names": ["background", "cat", "dog", "cow"], "dataset_ids": [0, 8, 12, 10], "task": "t", "step": 1},
+        **{"setting": "overlap", "seed": 0, "compat": None, "base": 2, "crop": 64, "test_fill": 0},
+    )
+    save_step(tmp_path / "step_1", model, info, {}, {})
+    return tmp_path / "step_1"

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _API = {
     "train": "starseg.engine.runner",
     "load_config": "starseg.config",
+    "load": "starseg.predict",
     "Method": "starseg.methods",
     "register_method": "starseg.methods",
 }

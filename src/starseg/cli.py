@@ -53,6 +53,14 @@ def _steps(text: str | None) -> range | None:
     return range(int(first), int(last or first) + 1)
 
 
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """ "0.75,1" as numbers."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UserError(f"{option}: expected numbers with commas between them, got {text!r}") from None
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """SIGTERM and Ctrl-C end with exit code 143 and 130 and say how to go on."""
@@ -90,7 +98,7 @@ def train(
     from starseg.config import load_config
     from starseg.engine.launch import is_leader
     from starseg.engine.runner import train as run
-    from starseg.report.figures import write_figures
+    from starseg.report.page import write_report
 
     options = {"out": out and json.dumps(str(out)), "train.devices": devices, "train.num_nodes": num_nodes}
     options["train.deterministic"] = deterministic or None
@@ -98,7 +106,7 @@ def train(
     with resumable():
         run_dir = run(load_config(config, changed), _steps(steps), console)
     if is_leader():
-        write_figures([run_dir], run_dir, console)
+        write_report([run_dir], run_dir, console)
 
 
 @app.command(name="eval")
@@ -135,13 +143,67 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the masks.", show_default=False)],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also draw tinted images with a legend.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write each image's share of each class.")] = None,
+    window: Annotated[bool, typer.Option("--window", help="Slide crops over the full-size image.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    scales: Annotated[str, typer.Option(help="Average over these sizes, e.g. 0.75,1,1.25.")] = "1",
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
+
+    By default an image is resized so that its short side is the training crop's, and the logits are brought back to
+    its size.
+    """
+    from starseg.predict import Options, load
+    from starseg.predict_files import predict_files
+
+    options = Options(window, flip, _numbers("--scales", scales), batch_size)
+    if predict_files(load(step_dir, device), images, out, console, options, overlays, json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Write ONNX here.", show_default=False)] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the convolutions of the ONNX file.")] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--images", help="Check (and calibrate) on these; by default test images.", show_default=False),
+    ] = None,
+    hub: Annotated[
+        Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
+    ] = None,
+) -> None:
+    """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
+    if out is None and hub is None:
+        raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
+    if out:
+        from starseg.export import export_onnx
+
+        export_onnx(step_dir, out, console, int8, images or [])
+    if hub:
+        from starseg.hub import write_hub
+
+        console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("report"),
+    out: Annotated[Path, typer.Option("--out", help="A page (report.html), or a folder for it and pictures.")] = Path(
+        "report"
+    ),
 ) -> None:
-    """Tables and pictures of one or several runs."""
+    """Tables, pictures and one self-contained HTML page of one or several runs."""
     from starseg.engine.checkpoint import read_json
-    from starseg.report.figures import write_figures
+    from starseg.report.page import write_report
     from starseg.report.tables import comparison_table, iou_table
 
     results = {run.name: read_json(run / "results.json") for run in runs}
@@ -149,7 +211,7 @@ def report(
         console.print(iou_table(result))
     if len(runs) > 1:
         console.print(comparison_table(results))
-    write_figures(runs, out, console)
+    write_report(runs, out, console)
 
 
 @app.command()

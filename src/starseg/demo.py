@@ -14,7 +14,7 @@ from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
 from starseg.engine.checkpoint import read_json
 from starseg.engine.runner import train
-from starseg.report.figures import write_figures
+from starseg.report.page import write_report
 from starseg.report.tables import comparison_table
 
 METHODS = ("star", "finetune", "joint")
@@ -52,7 +52,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Path]:
         runs[method] = train(parse_config(tree, "demo"), console=console)
     console.rule("result")
     console.print(comparison_table({name: read_json(run / "results.json") for name, run in runs.items()}))
-    write_figures([runs["star"]], runs["star"], console)
-    write_figures(list(runs.values()), out, console)
+    write_report([runs["star"]], runs["star"], console)
+    write_report(list(runs.values()), out, console)
     console.print(f"all done in {time.monotonic() - start:.0f} s; runs in {out}", highlight=False)
     return runs

@@ -37,17 +37,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Path) -> Tensor:
+def image_tensor(image: Image.Image) -> Tensor:
     """An image of any colour mode as RGB, [3, H, W] uint8, rotated as its EXIF data says.
 
     Of 16-bit images the high byte is taken; what is transparent becomes white.
+    """
+    return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as :func:`image_tensor` gives it.
 
     Raises:
         UserError: missing, unreadable or truncated.
     """
     with _opened(path, "image") as image:
-        rgb = np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    return torch.from_numpy(rgb).permute(2, 0, 1)
+        return image_tensor(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -13,16 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import load_config
-from starseg.data.index import class_index
-from starseg.data.palette import voc_palette
-from starseg.data.step import StepDataset, select_images
-from starseg.engine.checkpoint import is_finished, load_model, read_json
-from starseg.engine.data import dataset_and_task
+from starseg.data.palette import paint, voc_palette
+from starseg.engine.checkpoint import read_json
 from starseg.errors import UserError
-from starseg.losses import resize
-from starseg.methods import METHODS, method_options
-from starseg.tasks import IGNORE
+from starseg.report.testset import open_test_set
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,18 +41,6 @@ class Gallery:
     predictions: dict[str, Tensor]
 
 
-def finished_steps(run: Path) -> list[Path]:
-    """The run's finished step directories, in order.
-
-    Raises:
-        UserError: there is none.
-    """
-    folders = sorted((p for p in run.glob("step_*") if is_finished(p)), key=lambda p: int(p.name.split("_")[1]))
-    if not folders:
-        raise UserError(f"{run}: no finished step in this run directory")
-    return folders
-
-
 def _spread(pixels: np.ndarray, new: Sequence[int], old: Sequence[int], count: int) -> np.ndarray:
     """Images in turn for each class: those that show much of it, and old and new classes together."""
     share = np.sqrt(pixels[:, [*new, *old]] / pixels.sum(1, keepdims=True))
@@ -71,37 +53,21 @@ def _spread(pixels: np.ndarray, new: Sequence[int], old: Sequence[int], count: i
     return np.array(chosen)
 
 
-@torch.inference_mode()
 def gallery(run: Path, count: int = _IMAGES, last_only: bool = False) -> Gallery:
     """Predict a few test images with the models of a run's finished steps.
 
     Raises:
         UserError: no finished step, or the data set is not where the run's configuration says.
     """
-    config, folders = load_config(run / "config.yaml"), finished_steps(run)
-    method = METHODS[config.method](method_options(config.method, config))
-    dataset, task = dataset_and_task(config, method)
-    last = int(folders[-1].name.split("_")[1])
-    pixels = class_index(dataset, dataset.test)
-    positions = select_images(pixels, task, last, "test")
-    order = task.seen(last)
-    best = _spread(pixels[positions], order[task.base :] or order, order[: task.base], min(count, len(positions)))
-    table = task.relabelling(last, "test", dataset.test_fill)
-    samples = StepDataset(dataset.test, positions[best], table, config.data.crop, None)
-    batch = [samples[0, i] for i in range(len(samples))]
-    images, truth = torch.stack([b.images for b in batch]), torch.stack([b.labels for b in batch])
-    predictions = {}
-    for folder in folders[-1:] if last_only else folders:
-        model, _ = load_model(folder)
-        logits = resize(model(model.normalize(images)).logits, truth.shape[-2:])
-        predictions[folder.name.replace("_", " ")] = method.rule(config.compat == "published")(logits).byte()
-    return Gallery(task.class_names(last), images, truth, predictions)
-
-
-def _paint(ids: Tensor) -> np.ndarray:
-    colours = voc_palette()
-    colours[IGNORE] = (224, 224, 192)
-    return colours[ids.numpy()]
+    test = open_test_set(run)
+    task, positions = test.task, test.positions
+    order = task.seen(test.last)
+    new, old = order[task.base :] or order, order[: task.base]
+    best = _spread(test.pixels[positions], new, old, min(count, len(positions)))
+    images, truth = test.samples(positions[best])
+    folders = test.folders[-1:] if last_only else test.folders
+    predictions = {folder.name.replace("_", " "): test.predict(folder, images) for folder in folders}
+    return Gallery(task.class_names(test.last), images, truth, predictions)
 
 
 def draw_gallery(shown: Gallery, path: Path) -> Path:
@@ -113,8 +79,8 @@ def draw_gallery(shown: Gallery, path: Path) -> Path:
     for i in range(rows):
         cells = [
             shown.images[i].permute(1, 2, 0).numpy(),
-            _paint(shown.truth[i]),
-            *(_paint(p[i]) for p in shown.predictions.values()),
+            paint(shown.truth[i].numpy()),
+            *(paint(p[i].numpy()) for p in shown.predictions.values()),
         ]
         for axis, cell in zip(axes[i], cells, strict=True):
             axis.imshow(cell, interpolation="nearest")
@@ -182,10 +148,21 @@ def draw_iou(results: dict[str, dict[str, Any]], path: Path) -> Path:
     return path
 
 
+def _side_by_side(runs: Sequence[Path]) -> Gallery:
+    """Every step of one run, or the last step of each of several."""
+    if len(runs) == 1:
+        return gallery(runs[0])
+    galleries = {run.name: gallery(run, last_only=True) for run in runs}
+    first = next(iter(galleries.values()))
+    same = {n: g for n, g in galleries.items() if torch.equal(g.images, first.images)}
+    predictions = {n: p for n, g in same.items() for p in g.predictions.values()}
+    return Gallery(first.names, first.images, first.truth, predictions)
+
+
 def write_figures(runs: Sequence[Path], out: Path, console: Console) -> None:
     """Write ``iou.png`` and ``pictures.png`` of one run, or of several side by side, and say where.
 
-    With one run the pictures show every step, with several each run's last step.
+    With one run the pictures show every step, with several each run's last step; without the data set there are none.
 
     Raises:
         UserError: a folder that is no run.
@@ -193,18 +170,9 @@ def write_figures(runs: Sequence[Path], out: Path, console: Console) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = {run.name: read_json(run / "results.json") for run in runs}
     paths = [draw_iou(results, out / "iou.png")]
-    if len(runs) == 1:
-        shown = gallery(runs[0])
-    else:
-        galleries = {run.name: gallery(run, last_only=True) for run in runs}
-        first = next(iter(galleries.values()))
-        same = {n: g for n, g in galleries.items() if torch.equal(g.images, first.images)}
-        shown = Gallery(
-            first.names,
-            first.images,
-            first.truth,
-            {n: p for n, g in same.items() for p in g.predictions.values()},
-        )
-    paths.append(draw_gallery(shown, out / "pictures.png"))
+    try:
+        paths.append(draw_gallery(_side_by_side(runs), out / "pictures.png"))
+    except UserError as error:
+        console.print(f"pictures.png left out: {error}", highlight=False, soft_wrap=True)
     for path in paths:
         console.print(f"picture: {path}", highlight=False, soft_wrap=True)

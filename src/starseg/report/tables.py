@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -35,14 +35,20 @@ def iou_table(results: Mapping[str, Any]) -> Group:
     return Group(Text(title), table)
 
 
+def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """The old mIoU after the last step in percent of that after step 0; None for a single step."""
+    first, last = steps[0]["miou"]["old"], steps[-1]["miou"]["old"]
+    return 100 * last / first if len(steps) > 1 and first and last is not None else None
+
+
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
     table = Table(title="mIoU in percent after the last step")
     for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "exemplars", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, results in runs.items():
-        first, last = results["steps"][0], results["steps"][-1]
-        kept = f"{100 * last['miou']['old'] / first['miou']['old']:.0f} %" if len(results["steps"]) > 1 else "-"
+        last, left = results["steps"][-1], old_kept(results["steps"])
+        kept = "-" if left is None else f"{left:.0f} %"
         figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
         stored = (last["bank_bytes"], last.get("exemplar_bytes", 0))
         table.add_row(

@@ -1,0 +1,41 @@
+"""Segment images with an exported model; needs onnxruntime, numpy and pillow, nothing of starseg.
+
+python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+COLOURS = np.random.default_rng(1).integers(40, 256, (256, 3), np.uint8)
+COLOURS[0] = 0
+
+
+def main(model: str, *files: str) -> None:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    names = dict(zip(json.loads(about["dataset_ids"]), json.loads(about["classes"]), strict=True))
+    crop, stride = int(about["crop"]), int(about["output_stride"])
+    for file in map(Path, files):
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        factor = crop / min(image.size) / stride
+        size = [max(1, round(side * factor)) * stride for side in image.size]
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+        (mask,) = session.run(["mask"], {"images": pixels.transpose(2, 0, 1)[None]})
+        result = Image.fromarray(mask[0]).resize(image.size, Image.Resampling.NEAREST)
+        result.putpalette(COLOURS.tobytes())
+        target = file.with_name(f"{file.stem}_mask.png")
+        result.save(target)
+        ids, counts = np.unique(mask, return_counts=True)
+        shares = ", ".join(f"{names[i]} {100 * n / mask.size:.0f} %" for i, n in zip(ids, counts, strict=True))
+        print(f"{target}: {shares}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -1,0 +1,106 @@
+"""A run's test images, and what the models of its steps make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starseg.config import RunConfig, load_config
+from starseg.data.dataset import Dataset
+from starseg.data.index import class_index
+from starseg.data.step import StepDataset
+from starseg.engine.checkpoint import is_finished, load_model
+from starseg.engine.data import Data, dataset_and_task
+from starseg.errors import UserError
+from starseg.losses import resize
+from starseg.methods import METHODS, Method, method_options
+from starseg.tasks import TaskSequence
+
+_BATCH = 8
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.split("_")[1])
+
+
+def finished_steps(run: Path) -> list[Path]:
+    """The run's finished step directories, in order.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted((p for p in run.glob("step_*") if is_finished(p)), key=step_number)
+    if not folders:
+        raise UserError(f"{run}: no finished step in this run directory")
+    return folders
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The test images of a run's last finished step.
+
+    Attributes:
+        config, method, dataset, task: of the run.
+        folders: its finished step directories.
+        last: the number of the last of them.
+        pixels: [M, 256] class index of the test split.
+        positions: the images that show a class learnt so far.
+    """
+
+    __test__ = False
+
+    config: RunConfig
+    method: Method
+    dataset: Dataset
+    task: TaskSequence
+    folders: list[Path]
+    last: int
+    pixels: np.ndarray
+    positions: np.ndarray
+
+    def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Test crops [N, 3, H, W] uint8 and their truth [N, H, W] uint8 training ids."""
+        table = self.task.relabelling(self.last, "test", self.dataset.test_fill)
+        crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
+        batch = [crops[0, i] for i in range(len(crops))]
+        return torch.stack([b.images for b in batch]), torch.stack([b.labels for b in batch])
+
+    @torch.inference_mode()
+    def predict(self, folder: Path, images: Tensor) -> Tensor:
+        """[N, H, W] uint8 training ids of [N, 3, H, W] uint8 images by a step's model."""
+        model, _ = load_model(folder)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        rule = self.method.rule(self.config.compat == "published")
+        parts = []
+        for batch in images.split(_BATCH):
+            logits = model(model.normalize(batch)).logits
+            parts.append(rule(resize(logits, batch.shape[-2:])).byte().cpu())
+        return torch.cat(parts)
+
+
+def run_data(run: Path) -> tuple[RunConfig, Method, Dataset, TaskSequence]:
+    """The configuration of a run with its method, data set and task.
+
+    Raises:
+        UserError: no config.yaml, or the data set is not where it says.
+    """
+    config = load_config(run / "config.yaml")
+    method = METHODS[config.method](method_options(config.method, config))
+    return config, method, *dataset_and_task(config, method)
+
+
+def open_test_set(run: Path) -> TestSet:
+    """Open the test images of a run.
+
+    Raises:
+        UserError: no finished step, or the data set is not where the run's configuration says.
+    """
+    folders = finished_steps(run)
+    config, method, dataset, task = run_data(run)
+    pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
+    positions = Data(dataset, task, pixels[:0], pixels, config, 0).positions(last, "test")
+    return TestSet(config, method, dataset, task, folders, last, pixels, positions)
