@@ -13,6 +13,7 @@ from starseg.errors import UserError
 from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
 from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
 from starseg.replay.bank import Norms, PrototypeBank
+from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
 from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
 from starseg.tasks import BACKGROUND
@@ -34,7 +35,9 @@ class StarOptions(ClassLossOptions):
 @register_method("star")
 class Star(Method):
     summary = "prototype replay: about 2 KB per class in place of old images"
-    memory_score = 0.9
+    source = "Chen et al., NeurIPS 2023"
+    stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
+    memory = MemoryRule(score=0.9)
     Options = StarOptions
     options: StarOptions
 
@@ -129,7 +132,8 @@ class Star(Method):
 @register_method("star-m")
 class StarM(Star):
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
+    stores = Star.stores + "; 50 images"
     section = "star"
 
-    def defaults(self, dataset: str) -> Schedule:
-        return replace(super().defaults(dataset), memory=50)
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        return replace(super().defaults(dataset, task), memory=50)

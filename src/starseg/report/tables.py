@@ -28,7 +28,7 @@ def iou_table(results: Mapping[str, Any]) -> Group:
     for group in ("old", "new", "all", "harmonic"):
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
     table.add_row("pixel accuracy", *(percent(s["pixel_accuracy"]["all"]) for s in steps))
-    return Group(Text(title), table)
+    return Group(Text(title), table, *(Text(f"note: {note}") for note in run.get("notes", [])))
 
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -41,7 +41,10 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         kept = f"{100 * last['miou']['old'] / first['miou']['old']:.0f} %" if len(results["steps"]) > 1 else "-"
         figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
         bank = f"{last['bank_bytes'] / 1024:.1f} KB" if last["bank_bytes"] else "-"
-        table.add_row(name, *figures, kept, bank, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+        marked = f"{name} *" if results["run"].get("notes") else name
+        table.add_row(marked, *figures, kept, bank, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+    notes = {note for results in runs.values() for note in results["run"].get("notes", [])}
+    table.caption = "\n".join(f"* {note}" for note in sorted(notes)) or None
     return table
 
 
