@@ -105,6 +105,12 @@ class Segmenter(nn.Module):
         self.heads.append(make_head(FEATURES, classes, self.layout.conv).to(like.device))
         self.head_sizes.append(classes)
 
+    def cut_heads(self, keep: int) -> list[nn.Module]:
+        """Take off and return all heads but the first ``keep``."""
+        taken = list(self.heads[keep:])
+        self.heads, self.head_sizes = self.heads[:keep], self.head_sizes[:keep]
+        return taken
+
     def freeze_norm(self, keep: Iterable[nn.Module] = ()) -> None:
         """Freeze batch norm (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so.
 
