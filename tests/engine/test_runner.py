@@ -11,7 +11,6 @@ from starseg.engine import runner as runner_module
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.runner import evaluate_step, train
 from starseg.errors import UserError
-from starseg.methods import METHODS
 
 QUIET = Console(quiet=True)
 
@@ -20,7 +19,7 @@ def _run(settings: dict, steps: range | None = None) -> dict:
     return json.loads((train(parse_config(settings), steps, QUIET) / "results.json").read_text())
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["star", "finetune", "joint", "mib"])
 def test_every_method_runs_the_sequence(tiny: dict, method: str) -> None:
     results = _run({**tiny, "method": method})
     run, steps = Path(tiny["out"]), results["steps"]

@@ -31,10 +31,6 @@ class Adapter(Star):
     Options = AdapterOptions
     options: AdapterOptions
 
-    def __init__(self, options: AdapterOptions) -> None:
-        super().__init__(options)
-        self.drift: Drift | None = None
-
     def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
         predicted, labelled = cells[: ctx.first_new], cells[ctx.first_new :]
         return make_adapter_plan(ctx.task.setting, bank.counts, predicted, labelled, ctx.iterations)
@@ -51,17 +47,14 @@ class Adapter(Star):
         return self.options.uac * loss
 
     def end_step(self, ctx: StepContext) -> None:
-        """Append the new classes to the bank, then let the old prototypes follow their features."""
-        old, self.drift = self.bank, None
+        """Append the new classes to the bank, and let the old prototypes follow their features in a second pass."""
+        old = self.bank
         super().end_step(ctx)
-        if self.drift is not None and old is not None and self.bank is not None:
-            self.bank = self.drift.move(self.bank, old.counts[1:], ctx.add_up)
-
-    def look(self, batch: Batch, output: Output) -> Output:
-        ctx = self.ctx
-        if ctx.old_model is not None and self.options.adc and not ctx.published:
-            previous = ctx.old_model(batch.images)
-            self.drift = self.drift or Drift.zeros(ctx.old_classes, output.features.shape[1], ctx.device)
+        if old is None or self.bank is None or ctx.old_model is None or not self.options.adc or ctx.published:
+            return
+        drift = Drift.zeros(ctx.old_classes, old.prototypes.shape[1], ctx.device)
+        for batch in ctx.scan("after"):
+            previous, output = ctx.old_model(batch.images), ctx.model(batch.images)
             labels = on_grid(batch.labels, ctx.model.output_stride)
-            self.drift.update(previous.features, previous.logits, output.features, output.logits, labels)
-        return output
+            drift.update(previous.features, previous.logits, output.features, output.logits, labels)
+        self.bank = drift.move(self.bank, old.counts[1:], ctx.add_up)

@@ -17,7 +17,7 @@ from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
-from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
+from starseg.replay.statistics import count_ids, measure, old_prediction, on_grid
 from starseg.tasks import BACKGROUND
 
 
@@ -55,7 +55,7 @@ class Star(Method):
             return
         if self.bank is None or len(self.bank) != ctx.old_classes:
             raise UserError(
-                f"step {ctx.step}: STAR needs the prototype bank of {ctx.old_classes} old classes from step "
+                f"step {ctx.step}: {self.name} needs the prototype bank of {ctx.old_classes} old classes from step "
                 f"{ctx.step - 1}; that step was trained by another method or holds another task"
             )
         self.bank = self.bank.to(ctx.device)
@@ -126,21 +126,13 @@ class Star(Method):
 
     def end_step(self, ctx: StepContext) -> None:
         """Measure the new classes in one pass and append them to the bank."""
-        statistics: FeatureStatistics | None = None
-        for batch in ctx.scan("after"):
-            labels = on_grid(batch.labels, ctx.model.output_stride).long()
-            new = (labels >= ctx.first_new) & (labels < ctx.first_new + ctx.new_classes)
-            labels = torch.where(new, labels - ctx.old_classes, labels)
-            features = self.look(batch, ctx.model(batch.images)).features
-            statistics = statistics or FeatureStatistics.zeros(ctx.new_classes, features.shape[1], ctx.device)
-            statistics.update(features, labels)
-        assert statistics is not None, "a step has at least one image"
-        measured = statistics.reduce(ctx.add_up).finish(self.bank, ctx.published)
+        cells = (
+            (ctx.model(batch.images).features, on_grid(batch.labels, ctx.model.output_stride))
+            for batch in ctx.scan("after")
+        )
+        statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.add_up)
+        measured = statistics.finish(self.bank, ctx.published)
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
-
-    def look(self, batch: Batch, output: Output) -> Output:
-        """Called for each batch of the pass after a step; Adapter measures there how old classes moved."""
-        return output
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.bank.state_dict() if self.bank else {}
