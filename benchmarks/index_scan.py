@@ -27,8 +27,9 @@ def main(archive: Path, ids: Path) -> None:
         os.environ["STARSEG_CACHE"] = str(root / "cache")
         with tarfile.open(archive) as tar:
             tar.extractall(root, filter="data")
-        masks = tuple(root / "SegmentationClassAug" / f"{i}.png" for i in ids.read_text().split())
-        split = Split(masks, masks)
+        stems = tuple(ids.read_text().split())
+        masks = tuple(root / "SegmentationClassAug" / f"{stem}.png" for stem in stems)
+        split = Split(masks, masks, stems)
         dataset = Dataset("voc", root, tuple(VOC_NAMES), split, split, 0)
         for name in ("first scan", "cached start"):
             start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Shared fixtures. Tests never touch the user's cache."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,39 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from starseg.data.shapes import write_shapes
 
     return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=48, val=12, size=64, classes=5)
+
+
+@pytest.fixture(scope="session")
+def ade_shapes(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn data set in the ADE20K layout: its 5 classes are ids 1 to 5 of 150."""
+    root = tmp_path_factory.mktemp("ade_shapes")
+    for name, stem, masks in (
+        ("training", "train", "SegmentationClassAug"),
+        ("validation", "val", "SegmentationClass"),
+    ):
+        for kind, files in (
+            ("images", shapes.glob(f"JPEGImages/{stem}_*")),
+            ("annotations", shapes.glob(f"{masks}/*")),
+        ):
+            folder = root / kind / name
+            folder.mkdir(parents=True)
+            for file in files:
+                shutil.copy(file, folder)
+    drawn = (shapes / "classes.txt").read_text().split()[1:]
+    names = [*(f"{name}, drawn {name}" for name in drawn), *(f"thing {i}, also {i}" for i in range(6, 149))]
+    names += ["screen, silver screen", "screen, of a telephone"]
+    rows = ["Idx\tRatio\tTrain\tVal\tName", *(f"{i}\t0.01\t9\t3\t{name}" for i, name in enumerate(names, 1))]
+    (root / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def ade_sample() -> Path:
+    """Three real validation images of ADE20K."""
+    root = SHARED / "data" / "ade20k_sample"
+    if not root.is_dir():
+        pytest.skip(f"needs the real ADE20K sample at {root}; set STARSEG_SHARED to the folder that holds data/")
+    return root
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import yaml
 
 from starseg.config import dump_config, load_config, parse_config
 from starseg.errors import UserError
-from starseg.methods import METHODS
+from starseg.methods import METHODS, method_options
+from starseg.tasks import published_tasks
 
 TASK = {"task": {"name": "15-1"}}
 ROOT = Path(__file__).parents[1]
@@ -60,3 +61,33 @@ def test_the_saved_copy_is_the_same_configuration() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.yaml")) + sorted(ROOT.glob("configs/**/*.yaml")))
 def test_shipped_configs_are_valid(path: Path) -> None:
     assert load_config(path).method in METHODS
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
+    config = load_config(path)
+    method = METHODS[config.method](method_options(config.method, config))
+    dataset, task = path.parent.name, published_tasks(path.parent.name)[path.stem]
+    assert (config.data.dataset, config.task.name, config.task.setting) == (dataset, path.stem, "overlap")
+    assert config.method == ("joint" if path.stem == "joint" else "star")
+    assert sum(map(len, task)) == {"voc": 20, "ade": 150}[dataset]
+    root, *schedule = {
+        "voc": ("datasets/PascalVOC2012", (60, 1e-3), (60, 1e-4), 0.0, 4.0),
+        "ade": ("datasets/ADE20K", (100, 2.5e-3), (100, 2.5e-4), 0.2, 30.0),
+    }[dataset]
+    assert config.data.folder == Path(root)
+    defaults = method.defaults(dataset)
+    base, later = ((p.epochs, p.lr) for p in (defaults.base, defaults.later))
+    assert [base, later, defaults.warmup, defaults.pos_weight] == schedule
+    unset = config.train.model_dump(include={"base", "later", "warmup"})
+    assert unset == {"base": {"epochs": None, "lr": None}, "later": {"epochs": None, "lr": None}, "warmup": None}
+    assert method.options.pos_weight is None
+    assert (config.train.batch_size, config.data.crop, config.model.backbone) == (24, 512, "resnet101.tv_in1k")
+    variant = load_config(path, ["task.setting=disjoint", "method=star-m"])
+    assert (variant.task.setting, variant.method) == ("disjoint", "star-m")
+
+
+def test_every_published_protocol_is_shipped() -> None:
+    for dataset in ("voc", "ade"):
+        shipped = {path.stem for path in (ROOT / "configs" / dataset).glob("*.yaml")}
+        assert shipped == {name for name in published_tasks(dataset) if "_" not in name} - {"1-1"}

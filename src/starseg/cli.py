@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from starseg import __version__
 from starseg.errors import UserError
@@ -26,6 +27,19 @@ console = Console()
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_default=False)]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write what was found here.", callback=_in_a_folder, show_default=False),
+]
 
 
 def _steps(text: str | None) -> range | None:
@@ -86,19 +100,33 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    weights: Annotated[
+        Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
+    ],
     overrides: Overrides = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """IoU per class and means of a step directory, on the test split of its run's data set."""
-    from starseg.config import load_config
-    from starseg.engine.checkpoint import write_json
-    from starseg.engine.runner import evaluate_step
+    """IoU per class and means of a trained step, on the test split of its data set."""
+    from starseg.config import change_config, load_config
+    from starseg.engine.checkpoint import load_model, write_json
+    from starseg.engine.evaluate import evaluate_model
     from starseg.report.tables import figures_table
 
-    config = load_config(step_dir.resolve().parent / "config.yaml", overrides or [])
-    figures = evaluate_step(step_dir, config, console)
-    console.print(figures_table(str(step_dir), figures))
+    if weights.suffix == ".pth":
+        from torch.cuda import is_available
+
+        from starseg.compat.settings import parse_published, published_tree
+        from starseg.compat.weights import load_checkpoint
+
+        tree, source = published_tree(None, weights)
+        published = parse_published(tree, str(source))
+        config = change_config(published.to_run(gpu=is_available()), overrides or [])
+        model, info = load_checkpoint(weights, published)
+    else:
+        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
+        model, info = load_model(weights)
+    figures = evaluate_model(model, info, config, console)
+    console.print(figures_table(str(weights), figures))
     if json_file:
         write_json(json_file, figures)
 
@@ -160,18 +188,46 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
     method = METHODS[settings.method](method_options(settings.method, settings))
     data = open_data(settings, method, console)
     for step in range(len(data.task)):
-        names = ", ".join(map(data.task.label, data.task.new(step)))
+        names = data.task.list_names(data.task.new(step))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2."""
-    debug = "--debug" in sys.argv
+@data_app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Read every image and mask, list every broken file, count classes.
+
+    Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
+    """
+    from starseg.config import load_config
+    from starseg.data.check import check_data, print_report
+    from starseg.engine.checkpoint import write_json
+
+    report = check_data(load_config(config, overrides or []), console)
+    print_report(report, console)
+    if json_file:
+        write_json(json_file, report.as_data())
+    if report.broken or report.task_problem:
+        raise typer.Exit(1 if report.broken else 2)
+
+
+@contextmanager
+def reporting_errors(debug: bool) -> Iterator[None]:
+    """A user's mistake is one message and exit code 2; with ``debug`` also a traceback."""
     try:
-        app(standalone_mode=True)
+        yield
     except UserError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def main() -> None:
+    """Entry point."""
+    with reporting_errors("--debug" in sys.argv):
+        app(standalone_mode=True)

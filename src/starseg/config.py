@@ -19,16 +19,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K")}
+
+
 class DataConfig(Strict):
-    dataset: Literal["voc"] = "voc"
-    """Layout of the data on disk."""
-    root: Path = Path("./datasets/PascalVOC2012")
-    """The data set's folder."""
+    dataset: Literal["voc", "ade"] = "voc"
+    """Layout of the data on disk (docs/datasets.md)."""
+    root: Path | None = None
+    """The data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K. Read it from `folder`."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
+    lists: Path | None = None
+    """Folder of published image lists, <dataset>/<setting>_<task>_<train|test>_<step>.npy; one that is there replaces
+    the choice of images by their masks."""
     workers: int | Literal["auto"] = Field("auto")
     """Loader processes; "auto": up to 8 with a GPU, none on a CPU, whose cores the network needs. They never change
     a result."""
+
+    @property
+    def folder(self) -> Path:
+        """The data set's folder, given or by default."""
+        return self.root or _ROOTS[self.dataset]
 
 
 class TaskConfig(Strict):
@@ -38,6 +49,8 @@ class TaskConfig(Strict):
     """Classes of each step, by name or dataset id."""
     setting: Literal["overlap", "disjoint"] = "overlap"
     """Which training images a step may see."""
+    allow_absent: bool = False
+    """Train although no image shows some class in its step: its logit then learns from negatives alone."""
 
 
 class ModelConfig(Strict):
@@ -125,22 +138,21 @@ class RunConfig(BaseModel):
         return dict((self.model_extra or {}).get(name) or {})
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(model: Any, path: tuple[int | str, ...]) -> list[str]:
     for key in path:
         field = getattr(model, "model_fields", {}).get(str(key))
         model = field.annotation if field else None
     return list(getattr(model, "model_fields", {}))
 
 
-def explain(error: ValidationError, prefix: str = "") -> str:
-    """A pydantic error as one line per mistake: key, what was wrong, what was received."""
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """A pydantic error of ``model`` as one line per mistake: key, what was wrong, what was received."""
     lines = []
     for item in error.errors():
         loc = item["loc"]
         key = prefix + ".".join(str(p) for p in loc)
         if item["type"] == "extra_forbidden":
-            known = _known_keys(loc[:-1])
+            known = _known_keys(model, loc[:-1])
             near = difflib.get_close_matches(str(loc[-1]), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else ""
             lines.append(f"{key}: unknown key; {hint}".rstrip("; "))
@@ -175,7 +187,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}:\n{explain(error)}") from error
+        raise UserError(f"{source}:\n{explain(error, RunConfig)}") from error
     sections = {method.section for method in METHODS.values()}
     if unknown := sorted(set(config.model_extra or {}) - sections):
         known = [*RunConfig.model_fields, *sorted(sections)]
@@ -225,6 +237,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     for assignment in overrides:
         _set_dotted(tree, assignment)
     return parse_config(tree, str(path))
+
+
+def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration with ``a.b=value`` overrides applied; refuses what :func:`load_config` refuses."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for assignment in overrides:
+        _set_dotted(tree, assignment)
+    return parse_config(tree, "overrides")
 
 
 def dump_config(config: RunConfig) -> str:

@@ -26,9 +26,10 @@ from torch.optim import SGD
 from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
 from starseg.data.step import Batch
-from starseg.engine.checkpoint import read_json
+from starseg.engine.checkpoint import load_model, read_json
+from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import make_optimizer
-from starseg.engine.runner import evaluate_step, train
+from starseg.engine.runner import train
 from starseg.losses import alone
 from starseg.methods import METHODS, Method, StepContext
 from starseg.models import Output, Segmenter
@@ -374,7 +375,7 @@ def check_run(name: str, data: Path, out: Path) -> None:
     results = read_json(train(config, console=quiet) / "results.json")
     assert list(results["steps"][-1]["iou"]) == ["background", "heart", "disc", "triangle", "hexagon", "square"]
     for entry in results["steps"]:
-        again = evaluate_step(out / f"step_{entry['step']}", config, quiet)
+        again = evaluate_model(*load_model(out / f"step_{entry['step']}"), config, quiet)
         assert again["iou"] == entry["iou"], f"step {entry['step']}: evaluated again, its directory gives other figures"
 
 

@@ -115,6 +115,13 @@ class TaskSequence:
         """The class's name, or its number where it has none."""
         return self.names[dataset_id] if 0 <= dataset_id < len(self.names) else str(dataset_id)
 
+    def list_names(self, dataset_ids: Sequence[int], limit: int = 12) -> str:
+        """Class names for a message; the middle of a long list is left out."""
+        names = [self.label(c) for c in dataset_ids]
+        if len(names) > limit:
+            names = [*names[: limit - 2], f"... ({len(names)} classes)", names[-1]]
+        return ", ".join(names)
+
     def new(self, step: int) -> tuple[int, ...]:
         """Dataset ids learnt in ``step``."""
         return self.steps[step]

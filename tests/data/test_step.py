@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from starseg.config import DataConfig
 from starseg.data import index as index_module
-from starseg.data.dataset import Split
+from starseg.data.dataset import Split, open_dataset
 from starseg.data.index import cache_dir, class_index
 from starseg.data.step import EpochSampler, StepDataset, make_loader, select_images
 from starseg.data.transforms import test_transform as centre_transform
@@ -74,7 +75,7 @@ def test_test_labels_are_resized_like_pil() -> None:
 def test_a_mask_of_another_size_is_named(shapes: Path, tmp_path: Path) -> None:
     mask = tmp_path / "wrong.png"
     Image.fromarray(np.zeros((10, 20), np.uint8)).save(mask)
-    data = StepDataset(Split((open_voc(shapes).train.images[0],), (mask,)), np.arange(1), IDENTITY, 48, None)
+    data = StepDataset(Split((open_voc(shapes).train.images[0],), (mask,), ("x",)), np.arange(1), IDENTITY, 48, None)
     with pytest.raises(UserError, match=r"wrong\.png: this mask is 20x10, its image 64x64"):
         data[0, 0]
 
@@ -87,7 +88,7 @@ def test_unreadable_files_are_named(tmp_path: Path, shapes: Path) -> None:
     good = open_voc(shapes).train
     for image, mask, name in ((broken, good.masks[0], "broken"), (good.images[0], colour, "colour")):
         with pytest.raises(UserError, match=name):
-            StepDataset(Split((image,), (mask,)), np.arange(1), IDENTITY, 48, None)[0, 0]
+            StepDataset(Split((image,), (mask,), ("x",)), np.arange(1), IDENTITY, 48, None)[0, 0]
 
 
 def test_the_index_is_scanned_once_and_follows_the_files(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +104,28 @@ def test_the_index_is_scanned_once_and_follows_the_files(shapes: Path, monkeypat
     assert np.array_equal(class_index(dataset, dataset.test), first)
 
 
+def test_published_identifiers_are_the_lines_of_the_lists(shapes: Path) -> None:
+    dataset = open_voc(shapes)
+    assert dataset.train.ids[0] == "/JPEGImages/train_00000.jpg /SegmentationClassAug/train_00000.png"
+    assert dataset.test.ids[0] == "val_00000"
+    assert all(len(split.ids) == len(split) for split in dataset.splits.values())
+
+
 def test_wrong_layouts_are_explained(tmp_path: Path, shapes: Path) -> None:
     with pytest.raises(UserError, match=r"train_aug\.txt: cannot read this list.*VOC layout"):
         open_voc(tmp_path)
     lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for content, message in (("a b c\n", "line 1: expected"), ("\n", "empty"), ("x\n", "2 listed files are missing")):
-        (lists / "train_aug.txt").write_text(content)
+    (lists / "val.txt").write_text("x\n")
+    for content, message in (
+        (b"a b c\n", r"train_aug\.txt, line 1: expected"),
+        (b"\n", "list of training images is empty"),
+        (b"x\n", r"1 of 1 training images are missing, the first is .*JPEGImages/x\.jpg"),
+        (b"\xff\xfe", r"train_aug\.txt: cannot read this list \(not a UTF-8 text\)"),
+    ):
+        (lists / "train_aug.txt").write_bytes(content)
         with pytest.raises(UserError, match=message):
-            open_voc(tmp_path)
+            open_dataset(DataConfig(root=tmp_path))
 
 
 def test_selection_of_the_real_subset(voc_subset: Path) -> None:

@@ -46,6 +46,12 @@ def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
         (["train", "{config}", "--steps", "a-b"], "--steps: expected a step or a range"),
         (["train", "{config}", "train.accelerator=gpu"], "train.accelerator: gpu is asked for"),
         (["eval", "/nowhere/step_0"], "config.yaml: cannot read"),
+        (
+            ["eval", "/nowhere/step_0", "--json", "/nowhere/e.json"],
+            "--json /nowhere/e.json: expected a file in a folder",
+        ),
+        (["data", "check", "{config}", "--json", "/"], "--json /: expected a file in a folder that exists"),
+        (["data", "check", "{config}", "data.dataset=ade"], "objectInfo150.txt: cannot read this list"),
         (["report", "/nowhere"], "/nowhere/results.json: cannot read it"),
     ],
 )

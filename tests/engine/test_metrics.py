@@ -24,6 +24,13 @@ def test_absent_classes_leave_the_means_unless_published() -> None:
     assert published["new"] == 0 and published["all"] == pytest.approx(200 / 3)
 
 
+def test_the_foreground_mean_leaves_out_id_0() -> None:
+    figures = summarize(np.array([[6, 4, 0], [0, 5, 5], [0, 0, 10]]), "abc", 1)
+    iou = figures["iou"]
+    assert figures["miou_foreground"]["old"] == iou["b"] and figures["miou_foreground"]["new"] == iou["c"]
+    assert figures["miou_foreground"]["all"] == pytest.approx((iou["b"] + iou["c"]) / 2)
+
+
 def test_a_step_without_new_classes_has_no_new_figures() -> None:
     figures = summarize(np.diag([5, 5]), "ab", 1)
     assert figures["miou"]["new"] is figures["pixel_accuracy"]["new"] is None

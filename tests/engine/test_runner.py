@@ -9,7 +9,8 @@ from rich.console import Console
 from starseg.config import parse_config
 from starseg.engine import runner as runner_module
 from starseg.engine.checkpoint import load_bank, load_model
-from starseg.engine.runner import evaluate_step, train
+from starseg.engine.evaluate import evaluate_model
+from starseg.engine.runner import train
 from starseg.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -30,7 +31,7 @@ def test_every_method_runs_the_sequence(tiny: dict, method: str) -> None:
         assert {"step", "iou", "miou", "pixel_accuracy", "seconds", "images", "bank_bytes"} <= set(entry)
         folder = run / f"step_{entry['step']}"
         assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "model.json", "metrics.json", "logs"}
-        again = evaluate_step(folder, parse_config({**tiny, "method": method}), QUIET)
+        again = evaluate_model(*load_model(folder), parse_config({**tiny, "method": method}), QUIET)
         assert again["iou"] == entry["iou"]
     assert set(steps[-1]["miou"]) == {"old", "new", "all", "harmonic"}
 
@@ -111,7 +112,7 @@ def test_mistakes_are_found_before_training(tiny: dict, tmp_path: Path) -> None:
             _run({**tiny, **changed}, steps)
 
     refused(r"step \d: \d+ training images, fewer than train.batch_size", train={"batch_size": 37})
-    refused("--steps: task tiny has steps 0-2", range(2, 4))
+    refused("task tiny has steps 0-2, asked for 2-3", range(2, 4))
     refused("step 1 needs step 0", range(1, 2))
     refused(
         "no training image shows heart",

@@ -11,7 +11,14 @@ from starseg.errors import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """Image and mask files, pairwise."""
+    """Image and mask files, pairwise.
+
+    Attributes:
+        images: image files.
+        masks: their masks.
+        ids: their published identifiers, as memory and index files name them: VOC the line of the list file, ADE20K
+            the file name without suffix.
+    """
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
@@ -32,7 +39,7 @@ class Dataset:
     """A data set on disk.
 
     Attributes:
-        key: its layout ("voc", ...), which also names its published tasks and defaults.
+        key: its layout ("voc", "ade"), which also names its published tasks and defaults.
         root: its folder.
         names: class names by dataset id, the background first.
         train: training files.
@@ -47,23 +54,60 @@ class Dataset:
     test: Split
     test_fill: int
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Both splits, by what messages call them."""
+        return {"training": self.train, "test": self.test}
 
-def check_files(key: str, split: Split) -> Split:
-    """Return ``split`` if all its files exist.
+
+def read_lines(path: Path, layout: str) -> list[str]:
+    """The lines of a list that belongs to a layout, stripped, without empty ones.
 
     Raises:
-        UserError: names the first missing file and how many there are.
+        UserError: unreadable; ``layout`` says what data.root must look like.
     """
-    if not len(split):
-        raise UserError(f"{key}: the list of images is empty")
-    missing = [p for p in (*split.images, *split.masks) if not p.is_file()]
-    if missing:
-        raise UserError(f"{key}: {len(missing)} listed files are missing, the first is {missing[0]}")
-    return split
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+        raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
+
+
+def refuse_missing(dataset: Dataset) -> None:
+    """Look for every file of a data set.
+
+    Raises:
+        UserError: an empty split, or a missing file: names the first one and how many there are.
+    """
+    for name, split in dataset.splits.items():
+        if not len(split):
+            raise UserError(f"{dataset.root}: its list of {name} images is empty; see docs/datasets.md")
+        for kind, files in (("images", split.images), ("masks", split.masks)):
+            if missing := [path for path in files if not path.is_file()]:
+                raise UserError(
+                    f"{len(missing)} of {len(files)} {name} {kind} are missing, the first is {missing[0]}; "
+                    "`starseg data check` lists them, docs/datasets.md says where to get them"
+                )
+
+
+def list_dataset(config: DataConfig) -> Dataset:
+    """The configured data set as its lists say, whether or not the files are there.
+
+    Raises:
+        UserError: the folder has another layout.
+    """
+    from starseg.data.ade20k import open_ade
+    from starseg.data.voc import open_voc
+
+    return {"voc": open_voc, "ade": open_ade}[config.dataset](config.folder)
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Read the file lists of the configured data set."""
-    from starseg.data.voc import open_voc
+    """The configured data set.
 
-    return {"voc": open_voc}[config.dataset](config.root)
+    Raises:
+        UserError: the folder has another layout, or a file is missing.
+    """
+    dataset = list_dataset(config)
+    refuse_missing(dataset)
+    return dataset

@@ -9,10 +9,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from starseg.data.dataset import Dataset, Split
+from starseg.data.files import read_mask
 from starseg.errors import UserError
+from starseg.tasks import IGNORE
 
 _VERSION = 1
 
@@ -22,23 +23,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("STARSEG_CACHE") or Path.home() / ".cache" / "starseg")
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The mask's ids, [H, W] uint8 (palette or grey PNG).
-
-    Raises:
-        UserError: unreadable, or not one 8-bit channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(f"{path}: a mask must be an 8-bit palette or grey image, this is {image.mode!r}")
-            return np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot read this mask ({error})") from error
+def count_ids(mask: np.ndarray) -> np.ndarray:
+    """Pixels of every id in a mask of uint8, [256] int32."""
+    return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
 
 
 def _count(path: Path) -> np.ndarray:
-    return np.bincount(read_mask(path).ravel(), minlength=256).astype(np.int32)
+    return count_ids(read_mask(path))
 
 
 def _key(root: Path, masks: Sequence[Path]) -> str:
@@ -55,14 +46,35 @@ def scan_masks(masks: Sequence[Path]) -> np.ndarray:
         return np.stack(list(pool.map(_count, masks, chunksize=max(1, min(256, len(masks) // 8)))))
 
 
-def class_index(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels of every id in every mask of a split, from the cache where the same files were scanned before.
+def unknown_ids(pixels: np.ndarray, classes: int) -> np.ndarray:
+    """Which ids are neither one of ``classes`` (the background included) nor 255: [..., 256] bool."""
+    known = np.zeros(256, bool)
+    known[:classes] = known[IGNORE] = True
+    return (pixels > 0) & ~known
 
-    The cache is keyed by the list of masks with their sizes and modification times.
+
+def class_index(dataset: Dataset, split: Split) -> np.ndarray:
+    """Pixels of every id in every mask of a split.
 
     Returns:
         [len(split), 256] int32; ``index > 0`` is the presence matrix.
+
+    Raises:
+        UserError: a mask is unreadable or holds ids outside the class list.
     """
+    pixels = _cached_scan(dataset, split)
+    unknown = unknown_ids(pixels, len(dataset.names))
+    if (wrong := np.flatnonzero(unknown.any(1))).size:
+        raise UserError(
+            f"{split.masks[wrong[0]]}: ids {np.flatnonzero(unknown[wrong[0]]).tolist()} are no classes of this data "
+            f"set (0 to {len(dataset.names) - 1}, and 255 for ignored pixels); {wrong.size} of {len(split)} masks hold "
+            "such ids: mend them, or name the classes; `starseg data check` lists them"
+        )
+    return pixels
+
+
+def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
+    """Scan the masks, or take the counts from the cache, keyed by their list with sizes and modification times."""
     path = cache_dir() / "index" / f"{_key(dataset.root, split.masks)}.npz"
     if path.is_file():
         try:

@@ -10,14 +10,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from starseg.data.dataset import Split
-from starseg.data.index import read_mask
+from starseg.data.files import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import test_transform, train_transform
-from starseg.errors import UserError
 from starseg.tasks import BACKGROUND, IGNORE, TaskSequence
 
 Kind = Literal["train", "val", "test"]
@@ -74,16 +72,6 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def read_image(path: Path) -> Tensor:
-    """An image as [3, H, W] uint8, rotated as its EXIF data says."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this image ({error})") from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-
-
 class StepDataset(Dataset[Batch]):
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
@@ -138,11 +126,7 @@ class StepDataset(Dataset[Batch]):
     def _read(self, path: Path, image: Tensor, table: np.ndarray | None = None) -> Tensor:
         values = read_mask(path)
         mask = torch.from_numpy(np.array(values) if table is None else table[values])[None]
-        if mask.shape[1:] != image.shape[1:]:
-            raise UserError(
-                f"{path}: this mask is {mask.shape[2]}x{mask.shape[1]}, "
-                f"its image {image.shape[2]}x{image.shape[1]} pixels"
-            )
+        refuse_other_size(image.shape[1:], mask.shape[1:], path)
         return mask
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starseg.data.dataset import Dataset, Split, check_files
+from starseg.data.dataset import Dataset, Split, read_lines
 from starseg.errors import UserError
 
 VOC_NAMES = [
@@ -37,21 +37,15 @@ VOC_NAMES = [
     "tvmonitor",
 ]
 _LISTS = Path("ImageSets/Segmentation")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read this list ({error.strerror}); data.root must be a folder in the VOC layout: "
-            "JPEGImages, SegmentationClassAug, SegmentationClass, ImageSets/Segmentation/{train_aug,val}.txt"
-        ) from error
+_EXPECTED = (
+    "data.root must be a folder in the VOC layout: JPEGImages, SegmentationClassAug, SegmentationClass, "
+    "ImageSets/Segmentation/{train_aug,val}.txt (docs/datasets.md)"
+)
 
 
 def _split(root: Path, name: str, mask_folder: str) -> Split:
-    images, masks = [], []
-    lines = _lines(root / _LISTS / f"{name}.txt")
+    path = root / _LISTS / f"{name}.txt"
+    lines, images, masks = read_lines(path, _EXPECTED), [], []
     for number, line in enumerate(lines, 1):
         match line.split():
             case [image, mask]:
@@ -62,19 +56,18 @@ def _split(root: Path, name: str, mask_folder: str) -> Split:
                 masks.append(root / mask_folder / f"{stem}.png")
             case _:
                 raise UserError(
-                    f"{root / _LISTS / name}.txt, line {number}: expected '/JPEGImages/x.jpg /{mask_folder}/x.png' "
-                    f"or 'x', got {line!r}"
+                    f"{path}, line {number}: expected '/JPEGImages/x.jpg /{mask_folder}/x.png' or 'x', got {line!r}"
                 )
-    return check_files(f"{root / _LISTS / name}.txt", Split(tuple(images), tuple(masks), tuple(lines)))
+    return Split(tuple(images), tuple(masks), tuple(lines))
 
 
 def open_voc(root: Path) -> Dataset:
     """Open a data set in the VOC layout; classes not learnt yet count as background in tests.
 
     Raises:
-        UserError: a list or a listed file is missing, or a line has another form.
+        UserError: a list is missing, or a line has another form.
     """
     names_file = root / "classes.txt"
-    names = _lines(names_file) if names_file.is_file() else VOC_NAMES
+    names = read_lines(names_file, _EXPECTED) if names_file.is_file() else VOC_NAMES
     train = _split(root, "train_aug", "SegmentationClassAug")
     return Dataset("voc", root, tuple(names), train, _split(root, "val", "SegmentationClass"), test_fill=0)

@@ -45,21 +45,46 @@ class Data:
     saliency: Path | None = None
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
+        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
-        return select_images(pixels, self.task, step, kind)
+        return select_images(pixels, self.task, step, kind) if listed is None else listed
 
-    def check(self) -> None:
-        """Refuse a task whose steps cannot be trained.
+    def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
+        folder, task = self.config.data.lists, self.task
+        if folder is None:
+            return None
+        path = folder / self.dataset.key / f"{task.setting}_{task.name}_{kind}_{step:02d}.npy"
+        if not path.is_file():
+            return None
+        ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
+        places = {name: place for place, name in enumerate(ids)}
+        try:
+            return np.sort([places[name] for name in np.load(path, allow_pickle=False).tolist()])
+        except KeyError as error:
+            raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
+
+    def check(self, steps: range | None = None) -> None:
+        """Refuse a task whose steps (all by default) cannot be trained.
 
         Raises:
-            UserError: a class without a training pixel in its step, or fewer images than a batch.
+            UserError: no such step, a class without a training pixel in its step, or fewer images than a batch.
         """
-        for step in range(len(self.task)):
+        every = range(len(self.task))
+        wanted = every if steps is None else steps
+        if not wanted or wanted[0] not in every or wanted[-1] not in every:
+            asked = f"{wanted.start}-{wanted.stop - 1}"
+            raise UserError(f"task {self.task.name} has steps 0-{every[-1]}, asked for {asked}")
+        for step in wanted:
             chosen = self.positions(step, "train")
-            if empty := [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]:
+            absent = [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]
+            if absent and not self.config.task.allow_absent:
                 raise UserError(
-                    f"step {step}: no training image shows {', '.join(map(self.task.label, empty))} "
-                    f"(task {self.task.name}, {self.task.setting}); leave the class out or add images"
+                    f"step {step}: no training image shows {', '.join(map(self.task.label, absent))} "
+                    f"(task {self.task.name}, {self.task.setting}); leave the class out, add images, or train all the "
+                    "same with task.allow_absent=true"
                 )
             if len(chosen) < self.config.train.batch_size:
                 raise UserError(
@@ -113,12 +138,20 @@ class Data:
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
     """The configured data set and the steps in which ``method`` learns the configured task."""
-    dataset, task = open_dataset(config.data), config.task
-    return dataset, method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+    dataset = open_dataset(config.data)
+    return dataset, task_on(dataset, config, method)
 
 
-def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None) -> Data:
-    """Open, index and check the data of a run."""
+def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
+    """The steps in which ``method`` learns the configured task on a data set."""
+    task = config.task
+    return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+
+
+def open_data(
+    config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None, steps: range | None = None
+) -> Data:
+    """Open, index and check the data of a run, or of some of its steps."""
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
     train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
@@ -131,5 +164,5 @@ def open_data(config: RunConfig, method: Method, console: Console, fabric: Fabri
     share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0, 0, 1)
     saliency = method.saliency(dataset.key)
     data = Data(dataset, sequence, train, test, config, *share, memory=method.memory, saliency=saliency)
-    data.check()
+    data.check(steps)
     return data

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from starseg.config import RunConfig
+from starseg.data.dataset import open_dataset
+from starseg.data.index import class_index
 from starseg.data.step import Batch
+from starseg.engine.checkpoint import StepInfo
+from starseg.engine.data import Data, workers_for
+from starseg.engine.launch import make_fabric
+from starseg.engine.metrics import summarize
+from starseg.engine.progress import track
+from starseg.errors import UserError
 from starseg.losses import AddUp, alone, resize
+from starseg.methods import METHODS, method_options
 from starseg.models import Segmenter
-from starseg.tasks import IGNORE
+from starseg.tasks import IGNORE, TaskSequence
 
 
 @torch.inference_mode()
@@ -39,3 +53,29 @@ def confusion_matrix(
         labels = batch.labels.to(predicted.device).long()
         total += multiclass_confusion_matrix(predicted, labels, classes, ignore_index=IGNORE, validate_args=False)
     return add_up(total).cpu().numpy()
+
+
+def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Score a network on the test split of ``config.data``.
+
+    Returns:
+        What :func:`starseg.engine.metrics.summarize` gives, and the "confusion" matrix.
+
+    Raises:
+        UserError: the data's classes are not the model's.
+    """
+    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1}))
+    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
+    ids = iter(info.dataset_ids[1:])
+    steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)
+    task = TaskSequence(info.task, steps, dataset.names, info.setting, base=info.base)  # type: ignore[arg-type]
+    last = len(task) - 1
+    if list(task.class_names(last)) != info.names:
+        raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
+    pixels = class_index(dataset, dataset.test)
+    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
+    loader = data.test_loader(last)
+    published = info.compat == "published"
+    rule = METHODS[info.method](method_options(info.method, config)).rule(published)
+    confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
+    return {**summarize(confusion, info.names, info.base, published), "confusion": confusion.tolist()}

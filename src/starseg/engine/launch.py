@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,10 @@ from torch import Tensor
 
 from starseg.config import TrainConfig
 from starseg.errors import UserError
+
+logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
+# Its successor, forward_sync_buffers, is not in the older releases of torch that we support.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
 def _auto_precision(cuda: bool) -> str:

@@ -29,7 +29,8 @@ def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published:
         published: add 1e-6 to the intersection in the IoU's denominator and count absent classes as 0 in means.
 
     Returns:
-        {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "class_accuracy", "pixel_accuracy", each
+        {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "miou_foreground" (without id 0: the
+        background, or "other" of ADE20K), "class_accuracy", "pixel_accuracy", each
         {"old", "new", "all", "harmonic"}}.
     """
     matrix = np.asarray(confusion, np.float64)
@@ -39,9 +40,9 @@ def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published:
         iou = hit / (rows + columns - hit - (1e-6 if published else 0.0)) * 100
     groups = {"old": slice(0, 1 + base), "new": slice(1 + base, None), "all": slice(None)}
 
-    def means(values: np.ndarray) -> dict[str, float | None]:
+    def means(values: np.ndarray, first: int = 0) -> dict[str, float | None]:
         filled = np.nan_to_num(values) if published else values
-        figures = {g: _mean(filled[s]) for g, s in groups.items()}
+        figures = {g: _mean(filled[max(first, s.start or 0) : s.stop]) for g, s in groups.items()}
         return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
 
     def pixels() -> dict[str, float | None]:
@@ -57,6 +58,7 @@ def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published:
         "iou": by_name(iou),
         "accuracy": by_name(accuracy),
         "miou": means(iou),
+        "miou_foreground": means(iou, first=1),
         "class_accuracy": means(accuracy),
         "pixel_accuracy": pixels(),
     }

@@ -6,7 +6,6 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
-from starseg.data.dataset import open_dataset
-from starseg.data.index import class_index
 from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.data import Data, open_data, workers_for
+from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import fit_step, make_optimizer, to_device
 from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
-from starseg.engine.rundir import adopt, claim, resolve
+from starseg.engine.rundir import Keys, adopt, claim, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
 from starseg.models import Segmenter
 from starseg.report.tables import iou_table
-from starseg.tasks import TaskSequence
 
 
 class Runner:
@@ -44,45 +40,47 @@ class Runner:
     Args:
         config: validated configuration.
         console: where progress and tables go.
+        steps: which steps; all by default.
+        free: keys that may moreover differ from those of the directory's finished steps.
 
     Raises:
-        UserError: bad data, a directory of another run.
+        UserError: bad data, a step that does not exist, a directory of another run.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, console: Console, steps: range | None = None, free: Keys = frozenset()
+    ) -> None:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
         self.fabric = make_fabric(self.config.train)
-        self.data = open_data(self.config, self.method, self.console, self.fabric)
+        self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
         self.notes = self.method.notes(self.data.dataset.key)
         for note in self.notes:
             self.console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
         self.task = self.data.task
+        self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
         if self.leader:
-            claim(self.run_dir, self.config)
+            claim(self.run_dir, self.config, free)
         self.fabric.launch()
         self.add_up = adder(self.fabric)
 
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
 
-    def run(self, steps: range | None = None) -> Path:
+    def run(self) -> Path:
         """Run the wanted steps that are not finished yet, and return the run directory.
 
         Raises:
-            UserError: a wanted step does not exist or its predecessor is missing.
+            UserError: the step before a wanted one is missing.
         """
-        wanted = steps if steps is not None else range(len(self.task))
-        if not wanted or wanted[-1] >= len(self.task):
-            raise UserError(f"--steps: task {self.task.name} has steps 0-{len(self.task) - 1}")
-        if 0 in wanted and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
+        if 0 in self.steps and self.config.start_from and not checkpoint.is_finished(self.step_dir(0)) and self.leader:
             adopt(self.config.start_from, self.step_dir(0), self._info(0, [len(self.task.new(0))]))
             self._write_results()
         self.fabric.barrier()
-        for step in wanted:
+        for step in self.steps:
             if checkpoint.is_finished(self.step_dir(step)):
                 self.console.print(f"step {step}: finished already, {self.step_dir(step)}", soft_wrap=True)
             else:
@@ -189,7 +187,7 @@ class Runner:
         assert phase.epochs and phase.lr and config.train.warmup is not None, "resolved in __init__"
         ctx, memory = self._context(step)
         images = len(self.data.positions(step, "train"))
-        new = ", ".join(map(self.task.label, self.task.new(step)))
+        new = self.task.list_names(self.task.new(step))
         self.console.print(
             f"step {step}: learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations",
             highlight=False,
@@ -279,30 +277,4 @@ def train(config: RunConfig, steps: range | None = None, console: Console | None
     Raises:
         UserError: anything in the input that must be mended first.
     """
-    return Runner(config, console or Console()).run(steps)
-
-
-def evaluate_step(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a step directory on the test split of ``config.data``.
-
-    Returns:
-        What :func:`starseg.engine.metrics.summarize` gives.
-
-    Raises:
-        UserError: no step directory, or data whose classes are not the model's.
-    """
-    model, info = checkpoint.load_model(folder)
-    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1}))
-    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
-    task = TaskSequence(info.task, (tuple(info.dataset_ids[1:]),), dataset.names, base=info.base)
-    if list(task.class_names(0)) != info.names:
-        raise UserError(f"{folder}: its classes {info.names[1:]} have other names in {dataset.root}")
-    pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
-    loader = data.test_loader(0)
-    published = info.compat == "published"
-    rule = METHODS[info.method](method_options(info.method, config))
-    confusion = confusion_matrix(
-        model.to(fabric.device), rule.rule(published), track(console, "test", loader, len(loader))
-    )
-    return summarize(confusion, info.names, info.base, published)
+    return Runner(config, console or Console(), steps).run()

@@ -52,7 +52,7 @@ def method_options(name: str, config: RunConfig) -> Strict:
     try:
         return METHODS[name].Options.model_validate(config.method_section(METHODS[name].section))
     except ValidationError as error:
-        raise UserError(explain(error, prefix=f"{METHODS[name].section}.")) from error
+        raise UserError(explain(error, METHODS[name].Options, f"{METHODS[name].section}.")) from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The published system's commands, configuration files and checkpoints, on our engine (docs/published.md)."""

@@ -1,0 +1,134 @@
+"""The published checkpoint and prototype files, read and written; names and shapes of the tensors are theirs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starseg.compat.settings import PublishedConfig
+from starseg.data.dataset import list_dataset
+from starseg.engine.checkpoint import StepInfo, write_atomic
+from starseg.errors import UserError
+from starseg.models import Segmenter
+from starseg.replay.bank import PrototypeBank
+from starseg.tasks import make_task
+
+_HEADS = {"cls.": "heads."}
+
+
+def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    def name(key: str) -> str:
+        return next((new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key)
+
+    return {name(key): value for key, value in state.items()}
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not {what}, or it holds more than plain tensors and numbers, which is never loaded "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected {what}, a dictionary; it holds a {type(content).__name__}")
+    return content
+
+
+def checkpoint_name(epoch: int) -> str:
+    return f"checkpoint-epoch{epoch}.pth"
+
+
+def prototypes_name(epoch: int) -> str:
+    return f"prototypes-epoch{epoch}.pth"
+
+
+def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, StepInfo]:
+    """A published checkpoint as a network in eval mode on the CPU; step and classes come from its heads.
+
+    Raises:
+        UserError: not a checkpoint, or one of another network or task.
+    """
+    content = _read(path, "a published checkpoint")
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a published checkpoint with a state_dict; it has {', '.join(content)}")
+    state = _renamed(state, {"module.": ""}) if all(k.startswith("module.") for k in state) else state
+    sizes = [len(state[k]) for k in state if k.startswith("cls.") and k.endswith(".weight")]
+    run = config.to_run()
+    dataset = list_dataset(run.data)
+    task = make_task(dataset.key, dataset.names, config.task.name, setting=config.task.setting)
+    step = len(sizes) - 1
+    expected = [len(task.new(t)) for t in range(len(task))][: step + 1]
+    if not sizes or sizes != expected:
+        raise UserError(
+            f"{path}: its heads hold {sizes} classes, task {task.name} of its configuration has {expected} up to there"
+        )
+    model = Segmenter(run.model.backbone, sizes, run.model.output_stride)
+    try:
+        model.load_state_dict(_renamed(state, _HEADS))
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit {run.model.backbone}: {str(error).splitlines()[1].strip()}") from error
+    info = StepInfo(
+        backbone=run.model.backbone,
+        output_stride=run.model.output_stride,
+        head_sizes=sizes,
+        names=list(task.class_names(step)),
+        dataset_ids=list(task.dataset_ids(step)),
+        method="star",
+        dataset=dataset.key,
+        task=task.name,
+        setting=task.setting,
+        step=step,
+        seed=config.seed,
+        compat=config.compat,
+        base=task.base,
+        crop=run.data.crop,
+        test_fill=dataset.test_fill,
+    )
+    return model.eval().to(memory_format=torch.channels_last), info
+
+
+def load_prototypes(path: Path) -> PrototypeBank:
+    """A published prototypes file.
+
+    Raises:
+        UserError: another file, or tensors of other shapes.
+    """
+    content = _read(path, "a published prototypes file")
+    wanted = ("numbers", "prototypes", "norm_mean_and_std", "noise")
+    if missing := [k for k in wanted if not isinstance(content.get(k), Tensor)]:
+        raise UserError(f"{path}: a published prototypes file holds {', '.join(wanted)}; here {missing[0]} is missing")
+    counts, prototypes, norms, noise = (content[k].float() for k in wanted)
+    classes = len(prototypes)
+    if counts.shape != (1 + classes,) or norms.shape != (2, classes) or noise.shape != prototypes.shape:
+        shapes = {k: tuple(content[k].shape) for k in wanted}
+        raise UserError(f"{path}: these shapes do not belong together: {shapes}")
+    return PrototypeBank(counts, prototypes, noise, norm_mean=norms[0], norm_std=norms[1])
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def save_published(folder: Path, epoch: int, model: dict[str, Tensor], bank: PrototypeBank) -> None:
+    """Write ``checkpoint-epoch<E>.pth`` and ``prototypes-epoch<E>.pth``.
+
+    The optimizer, schedule and scaler of the published files are left empty: nothing resumes from a finished step.
+    """
+    state = _renamed(model, {new: old for old, new in _HEADS.items()})
+    content: dict[str, Any] = {"arch": "DeepLabV3", "epoch": epoch, "state_dict": state, "monitor_best": 0}
+    _save(folder / checkpoint_name(epoch), content | {"optimizer": {}, "lr_scheduler": {}, "scaler": {}})
+    norms = torch.stack([bank.norm_mean, bank.norm_std])
+    prototypes = {"numbers": bank.counts, "prototypes": bank.prototypes, "norm_mean_and_std": norms}
+    _save(folder / prototypes_name(epoch), prototypes | {"noise": bank.noise})

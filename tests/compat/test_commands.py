@@ -1,0 +1,147 @@
+"""The published commands end to end: their files, and what is read back from them."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from starseg.cli import main
+from starseg.compat import commands
+from starseg.engine.checkpoint import read_json
+
+ROOT = Path(__file__).parents[2]
+Train = Callable[..., None]
+
+
+def _folder(tmp_path: Path, step: int, name: str = "STAR") -> Path:
+    return tmp_path / "saved" / "models" / f"overlap_5-3_{name}" / f"step_{step}"
+
+
+def test_steps_their_files_and_their_evaluation(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(0)
+    train(1, "--mem_size", "4")
+    folder = _folder(tmp_path, 1)
+    for name in ("checkpoint-epoch2.pth", "prototypes-epoch2.pth", "config.json", "memory.json", "model.safetensors"):
+        assert (folder / name).is_file(), name
+    saved = torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
+    assert saved["epoch"] == 2 and saved["arch"] == "DeepLabV3"
+    heads = {k: tuple(v.shape) for k, v in saved["state_dict"].items() if k.startswith("cls.")}
+    assert heads == {
+        "cls.0.weight": (5, 256, 1, 1),
+        "cls.0.bias": (5,),
+        "cls.1.weight": (3, 256, 1, 1),
+        "cls.1.bias": (3,),
+    }
+    prototypes = torch.load(folder / "prototypes-epoch2.pth", weights_only=True)
+    shapes = {k: tuple(v.shape) for k, v in prototypes.items()}
+    assert shapes == {"numbers": (9,), "prototypes": (8, 256), "norm_mean_and_std": (2, 8), "noise": (8, 256)}
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept["optimizer"]["args"]["lr"] == 1e-4 and kept["data_loader"]["args"]["memory"]["mem_size"] == 4
+    assert len(json.loads((folder / "memory.json").read_text())["step_1"]["memory_list"]) == 4
+
+    capsys.readouterr()
+    log = tmp_path / "log"
+    weights = str(folder / "checkpoint-epoch2.pth")
+    commands.evaluate("voc", ["--device", "cpu", "--test", "--resume", weights, "--save_dir", str(log)])
+    assert "mean all" in capsys.readouterr().out
+    [figures] = log.glob("log/overlap_5-3_STAR/test_*/metrics.json")
+    trained = read_json(folder / "metrics.json")
+    assert {k: trained[k] for k in ("iou", "miou", "confusion")} == {
+        k: read_json(figures)[k] for k in ("iou", "miou", "confusion")
+    }
+    monkeypatch.setattr(sys, "argv", ["starseg", "eval", weights, "--json", str(tmp_path / "native.json")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert read_json(tmp_path / "native.json")["iou"] == trained["iou"]
+
+
+def test_a_step_goes_on_from_published_files_as_from_our_own(train: Train, tmp_path: Path) -> None:
+    train(0)
+    train(1)
+    theirs = _folder(tmp_path, 0, "Theirs")
+    theirs.mkdir(parents=True)
+    for name in ("checkpoint-epoch2.pth", "prototypes-epoch2.pth", "config.json"):
+        shutil.copy(_folder(tmp_path, 0) / name, theirs)
+    train(1, "--name", "Theirs")
+    for name in ("model", "bank"):
+        ours = load_file(_folder(tmp_path, 1) / f"{name}.safetensors")
+        imported = load_file(_folder(tmp_path, 1, "Theirs") / f"{name}.safetensors")
+        assert ours.keys() == imported.keys() and all(torch.equal(ours[k], imported[k]) for k in ours)
+    a, b = (read_json(_folder(tmp_path, 1, name) / "metrics.json") for name in ("STAR", "Theirs"))
+    assert a["confusion"] == b["confusion"]
+    assert read_json(theirs / "metrics.json")["imported"] == "checkpoint-epoch2.pth"
+
+
+def test_published_image_lists_are_honoured(
+    train: Train, twenty_classes: Path, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = (twenty_classes / "ImageSets/Segmentation/train_aug.txt").read_text().splitlines()
+    lists = tmp_path / "data" / "voc"
+    lists.mkdir(parents=True)
+    np.save(lists / "overlap_5-3_train_00.npy", np.array(lines[:20]))
+    tree = json.loads(published.read_text())
+    tree["data_loader"]["args"]["task"]["idxs_path"] = str(tmp_path / "data")
+    published.write_text(json.dumps(tree))
+    train(0, "--ep", "1")
+    assert "from 20 images" in capsys.readouterr().out
+    np.save(lists / "overlap_5-3_train_00.npy", np.array(["/JPEGImages/nobody.jpg /x.png"]))
+    with pytest.raises(SystemExit):
+        train(0, "--ep", "1", "--name", "Other")
+    assert "nobody.jpg" in capsys.readouterr().err
+
+
+class _Trap:
+    def __reduce__(self) -> tuple:
+        return exec, ("raise SystemError('code in a checkpoint ran')",)
+
+
+def test_what_is_no_checkpoint_says_so(
+    train: Train, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(run: Callable[[], None], *messages: str) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and all(m in error for m in messages), error
+        assert "Traceback" not in error
+
+    refused(lambda: train(1), "step 1 starts from step 0, which is not there", str(_folder(tmp_path, 0)))
+    weights = tmp_path / "weights.pth"
+
+    def evaluate() -> None:
+        commands.evaluate("voc", ["-d", "cpu", "-r", str(weights), "-c", str(published)])
+
+    torch.save({"state_dict": {"cls.0.weight": _Trap()}}, weights)
+    refused(evaluate, str(weights), "not a published checkpoint")
+    weights.write_bytes(pickle.dumps(_Trap()))
+    refused(evaluate, "not a published checkpoint")
+    weights.write_bytes(b"PK\x03\x04 cut off")
+    refused(evaluate, "not a published checkpoint")
+    torch.save([1], weights)
+    refused(evaluate, "it holds a list")
+    torch.save({"state_dict": {"cls.0.weight": torch.zeros(7, 256, 1, 1)}}, weights)
+    refused(evaluate, "its heads hold [7] classes, task 5-3 of its configuration has [5]")
+    torch.save({"state_dict": {"cls.0.weight": torch.zeros(5, 256, 1, 1)}}, weights)
+    refused(evaluate, "does not fit test_resnet")
+    folder = _folder(tmp_path, 0)
+    folder.mkdir(parents=True)
+    shutil.copy(weights, folder / "checkpoint-epoch2.pth")
+    refused(lambda: train(1), "does not fit test_resnet")
+
+
+@pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])
+def test_the_scripts_at_the_root(name: str) -> None:
+    command = [sys.executable, str(ROOT / f"{name}.py"), "-r", "/nowhere/weight.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "there is no checkpoint /nowhere/weight.pth" in done.stderr

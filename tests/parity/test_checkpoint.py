@@ -1,0 +1,39 @@
+"""A published checkpoint with the golden weights, read by its own names (golden README, section 5)."""
+
+from pathlib import Path
+
+import torch
+
+from parity.golden import check_close, document, tensors
+from parity.test_model import generated
+from starseg.compat.settings import parse_published, read_published, set_key
+from starseg.compat.weights import load_checkpoint, save_published
+from starseg.losses import resize
+from starseg.replay.bank import PrototypeBank
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_keys_shapes_and_outputs(tmp_path: Path, shapes: Path) -> None:
+    keys = document("state_dict_keys")
+    state = {k["name"]: torch.from_numpy(generated(k["name"], k["shape"], keys["salt"])) for k in keys["keys"]}
+    torch.save({"arch": "DeepLabV3", "epoch": 60, "state_dict": state, "monitor_best": 0}, tmp_path / "weight.pth")
+    tree = read_published(ROOT / "configs" / "config_voc.json")
+    names = shapes / "classes.txt"
+    (tmp_path / "data").mkdir()
+    for part in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets"):
+        (tmp_path / "data" / part).symlink_to(shapes / part)
+    assert names.is_file()  # its copy is left out: without it the classes are VOC's
+    set_key(tree, "data_loader.args.root", str(tmp_path / "data"))
+    set_key(tree, "data_loader.args.task.name", "15-1")
+    model, info = load_checkpoint(tmp_path / "weight.pth", parse_published(tree, "golden"))
+    assert (info.head_sizes, info.step, info.dataset_ids) == (keys["classes"], 1, list(range(17)))
+    g = tensors("model_io", "in0/")
+    with torch.inference_mode():
+        check_close(resize(model(g["image"]).logits, g["image"].shape[-2:]), g["logits"], 1e-4)
+
+    zeros = PrototypeBank(*(torch.zeros(s) for s in ((17,), (16, 256), (16, 256), (16,), (16,))))
+    save_published(tmp_path, 60, model.state_dict(), zeros)
+    written = torch.load(tmp_path / "checkpoint-epoch60.pth", weights_only=True)["state_dict"]
+    assert list(written) == list(state)
+    assert all(torch.equal(written[k], state[k]) for k in state)
