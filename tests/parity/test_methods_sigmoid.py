@@ -63,7 +63,8 @@ def test_ssul_loss_and_prediction() -> None:
 def test_ssul_loss_pixel_by_pixel() -> None:
     method, g, labels, _ = _ssul()
     targets = method.targets(batch_of(labels, saliency=g["saliency"]), g["logits_prev"])
-    for n, i, j in [(0, 0, 0), (0, 5, 7), (len(targets) - 1, 3, 11)]:
+    last, h, w = (size - 1 for size in targets.shape)
+    for n, i, j in [(0, 0, 0), (0, h // 3, w // 2), (last, h, w // 4)]:
         pixel = (slice(n, n + 1), slice(i, i + 1), slice(j, j + 1))
         value = bce_per_class(g["logits"].movedim(1, -1)[pixel].movedim(-1, 1), targets[pixel], 0).sum()
         assert value.item() == pytest.approx(g["loss_map"][n, i, j].item(), rel=1e-5)

@@ -125,6 +125,9 @@ def test_plop_thresholds(variant: str) -> None:
     assert torch.equal(method.thresholds.isinf(), infinite)
     # Fine medians are exact to half of 2 ** 17 bins.
     check_close(method.thresholds[~infinite].float(), want[~infinite])
+    if variant == "normalised":
+        scale = len(want) * float(g["max_entropy"])
+        check_close((method.thresholds / scale).clamp_min(0.001).float(), g["thresholds_exact_median"][: len(want)])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
