@@ -228,10 +228,14 @@ def demo(
 @app.command()
 def methods() -> None:
     """The methods a configuration can name."""
+    from rich.table import Table
+
     from starseg.methods import METHODS
 
+    table = Table("method", "what it does", "source", "keeps from step to step")
     for name, method in sorted(METHODS.items()):
-        console.print(f"[bold]{name:10}[/] {method.summary}", highlight=False)
+        table.add_row(f"[bold]{name}[/]", method.summary, method.source, method.stores)
+    console.print(table)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")

@@ -203,8 +203,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     for method in METHODS.values():
         if method.section in (config.model_extra or {}):
             method_options(method.name, config)
-    if config.memory.size and METHODS[config.method].memory_score is None:
-        keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory_score is not None))
+    if config.memory.size and METHODS[config.method].memory is None:
+        keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory is not None))
         raise UserError(
             f"{source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: {keeping}"
         )

@@ -45,9 +45,19 @@ def ratio(total: Tensor, weight: Tensor | int, add_up: AddUp = alone) -> tuple[T
     return joined[:-1] / torch.where(weight > 0, weight, 1), weight
 
 
+def mean(values: Tensor, add_up: AddUp = alone) -> Tensor:
+    """Scalar mean over all entries of all processes."""
+    return ratio(values.sum()[None], values.numel(), add_up)[0][0]
+
+
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners False, no antialiasing: [N, C, *, *] -> [N, C, *size]."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsample(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [N, C, h, w] as float32 at the size of the labels [N, H, W]."""
+    return resize(logits.float(), labels.shape[-2:])
 
 
 def one_hot(labels: Tensor, first_id: int, classes: int) -> Tensor:
@@ -97,20 +107,22 @@ def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: Tensor, 
     return total / (1 + replay_weight + background_weight)
 
 
-def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp = alone) -> Tensor:
+def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp = alone, epsilon: float = 0.0) -> Tensor:
     """Old-class feature maintenance: squared feature change where the old model sees an old class.
 
     Args:
         features, old_features: [N, D, h, w] float32.
         region: [N, H, W] bool, [p > 0 and y = 0].
         add_up: over processes.
+        epsilon: added to the denominator once for all processes (Adapter).
 
     Returns:
         Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region (published: NaN).
     """
     mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
     change = ((features - old_features).square() * mask).sum() / features.shape[1]
-    return ratio(change[None], mask.sum(), add_up)[0][0]
+    (value,), weight = ratio(change[None], mask.sum(), add_up)
+    return value * weight / (weight + epsilon / features.shape[1]) if epsilon else value
 
 
 def sad(
@@ -147,6 +159,30 @@ def sad(
         return (1 / distance).mean()
     shown = add_up(weights.sum((0, 2, 3))) > 0
     return torch.where(shown, 1 / distance, 0).sum() / shown.sum().clamp_min(1)
+
+
+def uncertainty(logits: Tensor, labels: Tensor, add_up: AddUp = alone) -> Tensor:
+    """Adapter's constraint on uncertain pixels (Zhu et al., AAAI 2025): widens the lead of the best class.
+
+    Args:
+        logits: [N, K, H, W] of all classes.
+        labels: [N, H, W].
+        add_up: over processes.
+
+    Returns:
+        Scalar mean of [m (1 - (s1 - s2))]^2, s1 >= s2 the two largest sigmoids, s1 without gradient; m is 0 where the
+        best class is the label or s1 > 0.7, else 1.
+    """
+    best, second, winner = top_two(logits)
+    open_ = (winner + 1 != labels) & (best <= 0.7)
+    return mean((open_ * (1 - (best.detach() - second))).square(), add_up)
+
+
+def top_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two largest sigmoids over dimension 1 and the first one's channel; of one class the second is 0."""
+    values, winners = logits.sigmoid().topk(min(2, logits.shape[1]), dim=1)
+    second = values[:, 1] if values.shape[1] > 1 else torch.zeros_like(values[:, 0])
+    return values[:, 0], second, winners[:, 0]
 
 
 def background_cells(grid_labels: Tensor, grid_old: Tensor) -> Tensor:

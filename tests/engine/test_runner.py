@@ -12,7 +12,6 @@ from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
 from starseg.engine.runner import train
 from starseg.errors import UserError
-from starseg.methods import METHODS
 
 QUIET = Console(quiet=True)
 
@@ -21,7 +20,7 @@ def _run(settings: dict, steps: range | None = None) -> dict:
     return json.loads((train(parse_config(settings), steps, QUIET) / "results.json").read_text())
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["star", "finetune", "joint", "mib"])
 def test_every_method_runs_the_sequence(tiny: dict, method: str) -> None:
     results = _run({**tiny, "method": method})
     run, steps = Path(tiny["out"]), results["steps"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from parity.golden import document, tensors
-from starseg.replay.memory import Exemplar, fill_in, round_robin
+from starseg.pseudo import fill_in
+from starseg.replay.memory import Exemplar, round_robin
 
 
 def _exemplars(entries: list) -> list[Exemplar]:

@@ -63,7 +63,7 @@ def test_predicted_counts() -> None:
     for threshold, name in ((0.5, "pred_numbers"), (0.0, "pred_numbers_if_threshold_were_0")):
         method = star(old_threshold=threshold)
         method.ctx = star_context("overlap", n_old, n_new, batches, 16, None)
-        counts = sum(method.count_old(b, g["old_logits"][int(b.images)]) for b in batches)
+        counts = sum(method.count_cells(b, g["old_logits"][int(b.images)]) for b in batches)[: 1 + n_old]
         assert counts.tolist() == g[name].tolist()
     labels = on_grid(g["labels"].flatten(0, 1), 16)
     counts = count_ids(labels, 1 + n_old + n_new)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,11 +30,15 @@ class Batch:
         images: [N, 3, H, W] uint8 from the loader, normalised floats once on the device.
         labels: [N, H, W] uint8 training ids, 255 ignore.
         indices: [N] int64 positions in the split's file list.
+        saliency: [N, H, W] uint8 maps, where the method asks for them.
+        exemplar: [N] bool, which images come from the exemplar memory; None: not known.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    saliency: Tensor | None = None
+    exemplar: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,6 +81,9 @@ class StepDataset(Dataset[Batch]):
         table: [256] relabelling.
         crop: side of the square crops; None for whole images (tests only).
         seed: of the augmentation, (run seed, step); None for the test transform.
+        exemplars: how many of the split's last files are exemplars.
+        exemplar_table: [256] relabelling of exemplars, by default ``table``.
+        saliency: folder of grey PNGs named like the images, cropped alike; an exemplar's is zero.
     """
 
     def __init__(
@@ -85,8 +93,14 @@ class StepDataset(Dataset[Batch]):
         table: np.ndarray,
         crop: int | None,
         seed: tuple[int, ...] | None,
+        exemplars: int = 0,
+        exemplar_table: np.ndarray | None = None,
+        saliency: Path | None = None,
     ) -> None:
         self.split, self.positions, self.table, self.crop, self.seed = split, positions, table, crop, seed
+        self.first_exemplar = len(split) - exemplars
+        self.exemplar_table = table if exemplar_table is None else exemplar_table
+        self.saliency = saliency
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -95,15 +109,25 @@ class StepDataset(Dataset[Batch]):
         epoch, position = key
         index = int(self.positions[position])
         image = read_image(self.split.images[index])
-        mask = torch.from_numpy(self.table[read_mask(self.split.masks[index])])[None]
-        refuse_other_size(image.shape[1:], mask.shape[1:], self.split.masks[index])
+        exemplar = index >= self.first_exemplar
+        mask = self._read(self.split.masks[index], image, self.exemplar_table if exemplar else self.table)
+        if self.saliency:
+            grey = self.saliency / f"{self.split.images[index].stem}.png"
+            mask = torch.cat([mask, torch.zeros_like(mask) if exemplar else self._read(grey, image)])
         if self.seed is not None and self.crop:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample_seed(*self.seed, epoch, index))
                 image, mask = train_transform(image, mask, self.crop)
         elif self.crop:
             image, mask = test_transform(image, mask, self.crop)
-        return Batch(image, mask[0], torch.tensor(index))
+        saliency = mask[1] if self.saliency else None
+        return Batch(image, mask[0], torch.tensor(index), saliency, torch.tensor(exemplar))
+
+    def _read(self, path: Path, image: Tensor, table: np.ndarray | None = None) -> Tensor:
+        values = read_mask(path)
+        mask = torch.from_numpy(np.array(values) if table is None else table[values])[None]
+        refuse_other_size(image.shape[1:], mask.shape[1:], path)
+        return mask
 
 
 class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
@@ -117,6 +141,8 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         drop_last: leave out each epoch's incomplete batch.
         start: how many batches to leave out, those that a broken run has seen.
         rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
+        exemplars: how many samples follow the first ``size``; half of every batch is drawn from them, with crops of
+            their own in every batch.
     """
 
     def __init__(
@@ -129,7 +155,9 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        exemplars: int = 0,
     ) -> None:
+        self.exemplars = exemplars
         self.size, self.batch_size, self.epochs, self.seed = size, batch_size, epochs, seed
         self.drop_last, self.rank, self.world, self.start = drop_last, rank, world, start
 
@@ -149,12 +177,23 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
             first = rest if epoch == self.epochs[seen] else 0
             for number in range(first, self.batches_per_epoch):
                 start = number * self.batch_size
-                if len(share := order[start : start + self.batch_size][self.rank :: self.world]):
-                    yield [(epoch, int(i)) for i in share]
+                batch: list[tuple[Epoch, int]] = [(epoch, int(i)) for i in order[start : start + self.batch_size]]
+                if self.exemplars:
+                    batch = self._mix(batch, epoch, start)
+                if share := batch[self.rank :: self.world]:
+                    yield share
+
+    def _mix(self, batch: list[tuple[Epoch, int]], epoch: Epoch, start: int) -> list[tuple[Epoch, int]]:
+        """A batch with its second half replaced by exemplars."""
+        crops, drawn = f"{epoch} at {start}", len(batch) // 2
+        draw = np.random.default_rng(sample_seed(*(self.seed or ()), crops))
+        rows = draw.choice(self.exemplars, drawn, replace=drawn > self.exemplars)
+        return batch[: len(batch) - drawn] + [(crops, self.size + int(i)) for i in rows]
 
 
 def collate(samples: list[Batch]) -> Batch:
-    return Batch(*(torch.stack([getattr(s, f) for s in samples]) for f in ("images", "labels", "indices")))
+    columns = {f.name: [getattr(s, f.name) for s in samples] for f in fields(Batch)}
+    return Batch(**{name: torch.stack(values) for name, values in columns.items() if values[0] is not None})
 
 
 def make_loader(dataset: StepDataset, sampler: EpochSampler, workers: int) -> DataLoader[Batch]:

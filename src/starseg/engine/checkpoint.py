@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from starseg.errors import UserError
 from starseg.models import Segmenter
+from starseg.models.heads import HeadLayout
 
 FORMAT = 1
 
@@ -92,6 +93,7 @@ class StepInfo:
         base: how many classes tables call old.
         crop: side of the training crops.
         test_fill: what classes not learnt yet become in test labels.
+        lead, conv_heads: layout of the heads (:class:`starseg.models.heads.HeadLayout`).
     """
 
     backbone: str
@@ -109,6 +111,8 @@ class StepInfo:
     base: int
     crop: int
     test_fill: int
+    lead: list[str] = field(default_factory=list)
+    conv_heads: bool = False
 
 
 def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:
@@ -157,7 +161,8 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
         UserError: missing, damaged or not matching files.
     """
     info = load_info(folder)
-    model = Segmenter(info.backbone, info.head_sizes, info.output_stride)
+    layout = HeadLayout(tuple(info.lead), info.conv_heads)
+    model = Segmenter(info.backbone, info.head_sizes, info.output_stride, layout=layout)
     try:
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError as error:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -18,6 +19,7 @@ from starseg.data.index import class_index
 from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, select_images
 from starseg.errors import UserError
 from starseg.methods import Method
+from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence, make_task
 
 
@@ -39,6 +41,8 @@ class Data:
     workers: int
     rank: int = 0
     world: int = 1
+    memory: MemoryRule | None = None
+    saliency: Path | None = None
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
         """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
@@ -93,18 +97,33 @@ class Data:
     def train_loader(
         self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
     ) -> DataLoader[Batch]:
-        """Augmented training crops of a step's images and of its exemplar memory, labelled alike.
+        """Augmented training crops of a step's images and of its exemplar memory.
 
         Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
         """
-        seed = (self.config.seed, step)
+        seed, kept = (self.config.seed, step), len(exemplars)
         table = self.task.relabelling(step, "train")
+        all_seen = self.memory is not None and self.memory.labels == "seen"
         split, positions = self.dataset.train, self.positions(step, "train")
-        positions = np.append(positions, len(split) + np.arange(len(exemplars)))
-        crops = StepDataset(split + exemplars, positions, table, self.config.data.crop, seed)
-        batch = self.config.train.batch_size
-        sampler = EpochSampler(len(crops), batch, epochs, seed, drop_last, self.rank, self.world, start)
+        crops = StepDataset(
+            split + exemplars,
+            np.append(positions, len(split) + np.arange(kept)),
+            table,
+            self.config.data.crop,
+            seed,
+            kept,
+            self.task.relabelling(step, "test") if all_seen else table,
+            self.saliency,
+        )
+        size, batch = self.samples(step, kept), self.config.train.batch_size
+        drawn = len(crops) - size
+        sampler = EpochSampler(size, batch, epochs, seed, drop_last, self.rank, self.world, start, drawn)
         return make_loader(crops, sampler, self.workers)
+
+    def samples(self, step: int, exemplars: int) -> int:
+        """Samples of an epoch, which appended exemplars belong to, and those that fill half of each batch do not."""
+        appended = self.memory is None or self.memory.mix == "append"
+        return len(self.positions(step, "train")) + (exemplars if appended else 0)
 
     def test_loader(self, step: int) -> DataLoader[Batch]:
         full = self.config.eval.image == "full"
@@ -142,7 +161,8 @@ def open_data(
         highlight=False,
         soft_wrap=True,
     )
-    share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0,)
-    data = Data(dataset, sequence, train, test, config, *share)
+    share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0, 0, 1)
+    saliency = method.saliency(dataset.key)
+    data = Data(dataset, sequence, train, test, config, *share, memory=method.memory, saliency=saliency)
     data.check(steps)
     return data

@@ -19,7 +19,7 @@ from starseg.engine.data import Data
 from starseg.errors import UserError
 from starseg.losses import resize
 from starseg.models import Segmenter
-from starseg.replay.memory import Exemplar, choose, fill_in, merge
+from starseg.replay.memory import Exemplar, choose, merge
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,22 @@ def choose_memory(
     return Memory(tuple(chosen), locate((e.name for e in chosen), split, previous))
 
 
-def confident_classes(model: Segmenter, batches: Iterable[Batch], positions: np.ndarray, score: float) -> Tensor:
-    """What ``model`` sees with confidence in each image: [len(positions), 1 + C] counts of pixels."""
+def confident_classes(
+    model: Segmenter, batches: Iterable[Batch], positions: np.ndarray, fill_in: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What each image shows: [len(positions), 1 + C] counts of pixels.
+
+    Args:
+        model: the previous step's.
+        batches: the images.
+        positions: their positions in the training split, ascending.
+        fill_in: labels [N, H, W] with the confident predictions in logits [N, C, H, W] filled in.
+    """
     ids = 1 + sum(model.head_sizes)
     total = torch.zeros(len(positions), ids, dtype=torch.int64, device=model.mean.device)
     for batch in batches:
         logits = resize(model(batch.images).logits.float(), batch.labels.shape[-2:])
-        filled = fill_in(batch.labels, logits, score)
+        filled = fill_in(batch.labels, logits)
         rows = np.searchsorted(positions, batch.indices.numpy())
         for row, labels in zip(rows, filled, strict=True):
             total[row] += torch.bincount(labels[labels < ids].flatten(), minlength=ids)

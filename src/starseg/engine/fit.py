@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,21 +38,27 @@ def lr_factor(iteration: int, total: int, warmup: float) -> float:
 def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: float) -> SGD:
     """SGD with momentum 0.9 and Nesterov, one group per entry of the method's parameter groups."""
     groups = []
-    for name, module, factor in method.param_groups(ctx):
-        if parameters := [p for p in module.parameters() if p.requires_grad]:
-            groups.append({"params": parameters, "lr": lr * factor, "name": name})
+    for group in method.param_groups(ctx):
+        if parameters := [p for p in group.module.parameters() if p.requires_grad]:
+            decay = weight_decay if group.decay else 0.0
+            groups.append({"params": parameters, "lr": lr * group.lr, "name": group.name, "weight_decay": decay})
     return SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
-    """Labels moved, images moved and normalised."""
-    return Batch(model.normalize(batch.images), batch.labels.to(model.mean.device, non_blocking=True), batch.indices)
+    """All but the indices moved, images normalised."""
+    moved = {
+        name: value.to(model.mean.device, non_blocking=True)
+        for name in ("labels", "saliency", "exemplar")
+        if (value := getattr(batch, name)) is not None
+    }
+    return replace(batch, images=model.normalize(batch.images), **moved)
 
 
 @torch.no_grad()
-def _frozen(fabric: Fabric, model: Segmenter, images: Tensor) -> Output:
+def _frozen(fabric: Fabric, model: Segmenter, images: Tensor, stages: bool = False) -> Output:
     with fabric.autocast():
-        return model(images)
+        return model(images, stages=stages)
 
 
 class StepTraining:

@@ -55,9 +55,12 @@ class Runner:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
-        self.config = resolve(config, self.method.defaults(config.data.dataset))
+        self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
         self.fabric = make_fabric(self.config.train)
         self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
+        self.notes = self.method.notes(self.data.dataset.key)
+        for note in self.notes:
+            self.console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
         self.task = self.data.task
         self.steps = steps if steps is not None else range(len(self.task))
         self.run_dir = self.config.run_dir
@@ -121,13 +124,17 @@ class Runner:
             base=task.base,
             crop=c.data.crop,
             test_fill=self.data.dataset.test_fill,
+            lead=list(self.method.layout.lead),
+            conv_heads=self.method.layout.conv,
         )
 
     def _models(self, step: int) -> tuple[Segmenter, Segmenter | None]:
         """The network to train, its new head grown, and the frozen previous one."""
         model_config, new = self.config.model, len(self.task.new(step))
         if step == 0:
-            model = Segmenter(model_config.backbone, [new], model_config.output_stride, model_config.pretrained)
+            model = Segmenter(
+                model_config.backbone, [new], model_config.output_stride, model_config.pretrained, self.method.layout
+            )
             return model.to(memory_format=torch.channels_last), None
         previous = self.step_dir(step - 1)
         model, _ = checkpoint.load_model(previous)
@@ -141,13 +148,12 @@ class Runner:
         size, previous = self.config.memory.size, self.step_dir(step - 1)
         if not size or old is None:
             return Memory()
-        data, score = self.data, self.method.memory_score
-        assert score is not None, "parse_config refuses a size for methods without a memory"
+        data = self.data
 
         def found(earlier: int) -> Tensor:
             loader = data.train_loader(earlier, ["memory"], drop_last=False)
             batches = self._scan(old, loader, f"step {step} scan for exemplars")
-            return self.add_up(confident_classes(old, batches, data.positions(earlier, "train"), score))
+            return self.add_up(confident_classes(old, batches, data.positions(earlier, "train"), self.method.confident))
 
         with torch.no_grad():
             memory = choose_memory(data, step, size, previous, sample_seed(self.config.seed, step, "memory"), found)
@@ -161,13 +167,12 @@ class Runner:
         model, old = self._models(step)
         if fabric.global_rank:
             seed_everything(sample_seed(self.config.seed, step, fabric.global_rank) % 2**32, verbose=False)
-        if fabric.world_size > 1 and fabric.device.type == "cuda" and not step:
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
             model = convert_sync_batchnorm(model)
         device = fabric.device
         old = old.to(device) if old else None
         memory = self._memory(step, old)
         generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))
-        images = len(self.data.positions(step, "train")) + len(memory.files)
         context = StepContext(
             task=self.task,
             step=step,
@@ -175,7 +180,7 @@ class Runner:
             published=self.config.compat == "published",
             model=model.to(device),
             old_model=old,
-            iterations=images // self.config.train.batch_size,
+            iterations=self.data.samples(step, len(memory.files)) // self.config.train.batch_size,
             scan=lambda name: self._scan(
                 model,
                 self.data.train_loader(step, [name], drop_last=False, exemplars=memory.files),
@@ -205,6 +210,8 @@ class Runner:
             highlight=False,
             soft_wrap=True,
         )
+        with torch.no_grad():
+            method.init_heads(ctx)
         method.freeze(ctx)
         ctx.model.eval()
         with torch.no_grad():
@@ -284,6 +291,7 @@ class Runner:
                 "compat": self.config.compat,
                 "crop": self.config.data.crop,
                 "precision": str(self.fabric._precision.precision),
+                "notes": self.notes,
             },
             "steps": [
                 {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k not in ("confusion", "files")}

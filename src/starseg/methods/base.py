@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -16,7 +17,10 @@ from starseg.data.step import Batch
 from starseg.errors import UserError
 from starseg.losses import alone, bce_per_class, resize
 from starseg.models import Output, Segmenter
+from starseg.models.heads import SIGMOID, HeadLayout
 from starseg.models.segmenter import predict
+from starseg.pseudo import fill_in
+from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
 
 METHODS: dict[str, type[Method]] = {}
@@ -77,6 +81,22 @@ class Schedule:
     memory: int = 0
 
 
+class Group(NamedTuple):
+    """Parameters that the optimizer treats alike; those that need no gradient are left out.
+
+    Attributes:
+        name: for the log.
+        module: whose parameters.
+        lr: factor on the base learning rate.
+        decay: whether weight decay applies.
+    """
+
+    name: str
+    module: nn.Module
+    lr: float = 1.0
+    decay: bool = True
+
+
 @dataclass(frozen=True)
 class StepContext:
     """All that a method may know of the step it is in.
@@ -130,7 +150,7 @@ class ClassLossOptions(Strict):
     """Options of every method built on the base loss."""
 
     pos_weight: float | None = Field(None, gt=0)
-    """Weight of positive pixels; by default 4 on VOC, 30 on ADE20K."""
+    """Weight of positive pixels; by default the method's for this data set (STAR: 4 on VOC, 30 on ADE20K)."""
 
 
 class Method:
@@ -143,8 +163,13 @@ class Method:
     section: ClassVar[str]
     """Of the configuration, with its options; by default its name."""
     summary: ClassVar[str] = ""
-    memory_score: ClassVar[float | None] = None
-    """Sigmoid from which on a prediction names a class of an image that may become an exemplar; None: keeps none."""
+    source: ClassVar[str] = ""
+    """Where it was published."""
+    stores: ClassVar[str] = "the previous model"
+    """What it keeps from one step to the next."""
+    layout: ClassVar[HeadLayout] = SIGMOID
+    memory: ClassVar[MemoryRule | None] = None
+    """How it keeps and uses old images; None: it keeps none."""
     Options: ClassVar[type[Strict]] = ClassLossOptions
 
     def __init__(self, options: Any) -> None:
@@ -155,11 +180,22 @@ class Method:
         """The steps in which this method learns the task."""
         return task
 
-    def defaults(self, dataset: str) -> Schedule:
-        """Published hyper-parameters (REFERENCE, "Training one step")."""
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        """Published hyper-parameters for a data set and, where they differ, a published task."""
         if dataset == "ade":
             return Schedule(Phase(100, 2.5e-3), Phase(100, 2.5e-4), warmup=0.2, pos_weight=30.0)
         return Schedule(Phase(60, 1e-3), Phase(60, 1e-4), warmup=0.0, pos_weight=4.0)
+
+    def notes(self, dataset: str) -> list[str]:
+        """What sets this run apart from the published method; printed, and kept with the results for every table."""
+        return []
+
+    def saliency(self, dataset: str) -> Path | None:
+        """Folder of grey maps, one PNG per training image, that come with the batches; None: not needed."""
+        return None
+
+    def init_heads(self, ctx: StepContext) -> None:
+        """Initialise the new head otherwise than at random; called without gradients, with the old weights loaded."""
 
     def freeze(self, ctx: StepContext) -> None:
         """Decide what stays as it is: after step 0 batch norm, dropout and (unless published) the old heads."""
@@ -168,15 +204,15 @@ class Method:
             if not ctx.published:
                 ctx.model.heads[:-1].requires_grad_(False)
 
-    def param_groups(self, ctx: StepContext) -> list[tuple[str, nn.Module, float]]:
-        """(name, module, learning-rate factor); parameters that need no gradient are left out by the engine."""
+    def param_groups(self, ctx: StepContext) -> list[Group]:
+        """Learning-rate factors; every trained parameter is in one group."""
         model = ctx.model
         newest = 100.0 if ctx.step else 10.0
         return [
-            ("backbone", model.backbone, 1.0),
-            ("aspp", model.aspp, 10.0),
-            ("old heads", model.heads[:-1], 10.0),
-            ("new head", model.heads[-1], newest),
+            Group("backbone", model.backbone),
+            Group("aspp", model.aspp, 10.0),
+            Group("old heads", model.heads[:-1], 10.0),
+            Group("new head", model.heads[-1], newest),
         ]
 
     def begin_step(self, ctx: StepContext) -> None:
@@ -199,16 +235,25 @@ class Method:
     def class_loss(self, batch: Batch, output: Output) -> Tensor:
         """The base loss of the new classes, [K_new]."""
         ctx = self.ctx
-        logits = resize(output.logits[:, ctx.old_classes :].float(), batch.labels.shape[-2:])
-        weight = self.options.pos_weight or self.defaults(ctx.dataset).pos_weight
-        return bce_per_class(logits, batch.labels, ctx.first_new, weight, ctx.published, ctx.add_up)
+        new = output.logits[:, len(self.layout.lead) + ctx.old_classes :]
+        logits = resize(new.float(), batch.labels.shape[-2:])
+        return bce_per_class(logits, batch.labels, ctx.first_new, self.pos_weight(ctx), ctx.published, ctx.add_up)
+
+    def pos_weight(self, ctx: StepContext) -> float:
+        """Weight of positive pixels in the class loss."""
+        return self.options.pos_weight or self.defaults(ctx.dataset).pos_weight
 
     def end_step(self, ctx: StepContext) -> None:
         """Called after a step has trained, with the model in eval mode and without gradients; may scan the data."""
 
     def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
         """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""
-        return partial(predict, published=published)
+        return partial(predict, published=published, lead=len(self.layout.lead))
+
+    def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Labels with confident predictions filled in, for the choice of exemplars; see :func:`fill_in`."""
+        assert self.memory is not None, "only asked of a method with a memory"
+        return fill_in(labels, logits[:, len(self.layout.lead) :], self.memory.score)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must survive a step, kept as bank.safetensors in its directory."""

@@ -6,3 +6,5 @@ from starseg.methods.base import Method, register_method
 @register_method("finetune")
 class FineTune(Method):
     summary = "base loss on the new classes, nothing against forgetting"
+    stores = "nothing"
+    source = "lower bound"

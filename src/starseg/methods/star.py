@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -12,9 +13,11 @@ from starseg.data.step import Batch
 from starseg.errors import UserError
 from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
 from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
+from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
+from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
-from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
+from starseg.replay.statistics import count_ids, measure, old_prediction, on_grid
 from starseg.tasks import BACKGROUND
 
 
@@ -34,7 +37,10 @@ class StarOptions(ClassLossOptions):
 @register_method("star")
 class Star(Method):
     summary = "prototype replay: about 2 KB per class in place of old images"
-    memory_score = 0.9
+    source = "Chen et al., NeurIPS 2023"
+    stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
+    memory = MemoryRule(score=0.9)
+    ocfm_epsilon: ClassVar[float] = 0.0
     Options = StarOptions
     options: StarOptions
 
@@ -49,21 +55,26 @@ class Star(Method):
             return
         if self.bank is None or len(self.bank) != ctx.old_classes:
             raise UserError(
-                f"step {ctx.step}: STAR needs the prototype bank of {ctx.old_classes} old classes from step "
+                f"step {ctx.step}: {self.name} needs the prototype bank of {ctx.old_classes} old classes from step "
                 f"{ctx.step - 1}; that step was trained by another method or holds another task"
             )
         self.bank = self.bank.to(ctx.device)
-        predicted = torch.zeros(1 + ctx.old_classes, dtype=torch.int64, device=ctx.device)
+        cells = torch.zeros(ctx.first_new + ctx.new_classes, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
-            predicted += self.count_old(batch, ctx.old_model(batch.images).logits)
-        predicted = ctx.add_up(predicted)
-        self.plan = make_plan(ctx.task.setting, self.bank.counts, predicted, ctx.new_classes, ctx.iterations)
+            cells += self.count_cells(batch, ctx.old_model(batch.images).logits)
+        self.plan = self.make_plan(ctx, self.bank, ctx.add_up(cells))
 
-    def count_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
-        """Grid cells labelled background, by the old model's prediction there: [1 + K_old] int64."""
-        labels = on_grid(batch.labels, self.ctx.model.output_stride)
-        seen = on_grid(self.see_old(batch, old_logits), self.ctx.model.output_stride)
-        return count_ids(seen[labels == BACKGROUND], 1 + self.ctx.old_classes)
+    def count_cells(self, batch: Batch, old_logits: Tensor) -> Tensor:
+        """Grid cells by label, those labelled background by the old model's prediction: [1 + K_old + K_new] int64."""
+        ctx = self.ctx
+        labels = on_grid(batch.labels, ctx.model.output_stride)
+        seen = on_grid(self.see_old(batch, old_logits), ctx.model.output_stride)
+        return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ctx.first_new + ctx.new_classes)
+
+    def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
+        """The step's replay from what :meth:`count_cells` found in all its images."""
+        predicted = cells[: ctx.first_new]
+        return make_plan(ctx.task.setting, bank.counts, predicted, ctx.new_classes, ctx.iterations)
 
     def see_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
         """The old model's prediction at image size, [N, H, W] training ids."""
@@ -71,11 +82,19 @@ class Star(Method):
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         if old is None:
-            return {"mbce": self.options.mbce * self.class_loss(batch, new(batch.images)).sum()}
-        ctx, options, bank = self.ctx, self.options, self.bank
+            return self.base_terms(batch, new(batch.images))
+        ctx, bank = self.ctx, self.bank
         assert bank is not None, "begin_step refuses a step without a bank"
-        replayed = bank.draw(self.plan.per_iteration, ctx.generator, options.norm_noise)[ctx.rank :: ctx.world]
-        output, previous = new(batch.images, replayed), old(batch.images)
+        replayed = bank.draw(self.plan.per_iteration, ctx.generator, self.options.norm_noise)[ctx.rank :: ctx.world]
+        return self.terms(batch, new(batch.images, replayed), old(batch.images), bank)
+
+    def base_terms(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        """The losses of step 0."""
+        return {"mbce": self.options.mbce * self.class_loss(batch, output).sum()}
+
+    def terms(self, batch: Batch, output: Output, previous: Output, bank: PrototypeBank) -> dict[str, Tensor]:
+        """The losses of a later step, the replayed features among the new network's output."""
+        ctx, options = self.ctx, self.options
         features = output.features.float()
         seen = self.see_old(batch, previous.logits)
         labels = batch.labels
@@ -83,7 +102,7 @@ class Star(Method):
         cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
 
         new_logits = output.logits[:, ctx.old_classes :].float()
-        extra = replayed.new_zeros(0, ctx.new_classes)
+        extra = new_logits.new_zeros(0, ctx.new_classes)
         if output.extra_logits is not None:
             extra = output.extra_logits[:, ctx.old_classes :].float()
         negatives, replays = negatives_per_class(extra, ctx.add_up)
@@ -100,23 +119,19 @@ class Star(Method):
         old_classes = bank.prototypes if ctx.published else bank.prototypes[bank.present]
         return {
             "mbce": options.mbce * mbce.sum(),
-            "ocfm": options.ocfm * ocfm(features, previous.features.float(), region, ctx.add_up),
+            "ocfm": options.ocfm * ocfm(features, previous.features.float(), region, ctx.add_up, self.ocfm_epsilon),
             "sad": options.sad
             * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published, ctx.add_up),
         }
 
     def end_step(self, ctx: StepContext) -> None:
         """Measure the new classes in one pass and append them to the bank."""
-        statistics: FeatureStatistics | None = None
-        for batch in ctx.scan("after"):
-            labels = on_grid(batch.labels, ctx.model.output_stride).long()
-            new = (labels >= ctx.first_new) & (labels < ctx.first_new + ctx.new_classes)
-            labels = torch.where(new, labels - ctx.old_classes, labels)
-            features = ctx.model(batch.images).features
-            statistics = statistics or FeatureStatistics.zeros(ctx.new_classes, features.shape[1], ctx.device)
-            statistics.update(features, labels)
-        assert statistics is not None, "a step has at least one image"
-        measured = statistics.reduce(ctx.add_up).finish(self.bank, ctx.published)
+        cells = (
+            (ctx.model(batch.images).features, on_grid(batch.labels, ctx.model.output_stride))
+            for batch in ctx.scan("after")
+        )
+        statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.add_up)
+        measured = statistics.finish(self.bank, ctx.published)
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -129,7 +144,8 @@ class Star(Method):
 @register_method("star-m")
 class StarM(Star):
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
+    stores = Star.stores + "; 50 images"
     section = "star"
 
-    def defaults(self, dataset: str) -> Schedule:
-        return replace(super().defaults(dataset), memory=50)
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        return replace(super().defaults(dataset, task), memory=50)

@@ -1,10 +1,12 @@
 """DeepLabV3 with one classifier head per step (REFERENCE, "The model").
 
-Shape letters: N images, H W pixels, h w feature cells, D feature channels (256), C classes without background.
+Shape letters: N images, H W pixels, h w feature cells, D feature channels (256), C logit channels: those of the leading
+heads (none in STAR), then the classes without background.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from starseg.models.backbones import make_backbone
+from starseg.models.heads import AUXILIARY, SIGMOID, HeadLayout, make_head
 
 FEATURES = 256
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -25,7 +28,7 @@ class Output(NamedTuple):
 
     Attributes:
         features: [N, D, h, w], the map the heads and the prototypes live on.
-        logits: [N, C, h, w], channel c is training id c + 1, not upsampled.
+        logits: [N, C, h, w], not upsampled: the leading channels, then class c + 1 at channel c of the rest.
         extra_logits: [M, C] of the extra features, or None.
         body: [N, B, h, w] backbone output, or None.
         stages: backbone maps from shallow to deep, or None.
@@ -54,13 +57,14 @@ class Aspp(ASPP):
 
 
 class Segmenter(nn.Module):
-    """Backbone, ASPP and one 1x1 head per step.
+    """Backbone, ASPP, leading heads and one head per step.
 
     Args:
         backbone: timm model name.
         head_sizes: new classes of each step so far.
         output_stride: 8 or 16.
         pretrained: ImageNet weights of the backbone: yes, no, or a file.
+        layout: the kind of heads, and which lead.
 
     Raises:
         UserError: see :func:`starseg.models.backbones.make_backbone`.
@@ -70,7 +74,12 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: str, head_sizes: list[int], output_stride: int = 16, pretrained: bool | Path = False
+        self,
+        backbone: str,
+        head_sizes: list[int],
+        output_stride: int = 16,
+        pretrained: bool | Path = False,
+        layout: HeadLayout = SIGMOID,
     ) -> None:
         super().__init__()
         parts = make_backbone(backbone, output_stride, pretrained)
@@ -80,34 +89,53 @@ class Segmenter(nn.Module):
             if isinstance(module, _NORMS):
                 module.momentum = 0.01
         self.aspp = Aspp(parts.channels, output_stride)
+        self.layout = layout
+        self.lead = nn.ModuleDict({name: make_head(FEATURES, 1, layout.conv) for name in layout.lead})
         self.heads = nn.ModuleList()
         self.head_sizes: list[int] = []
         for size in head_sizes:
             self.add_head(size)
         self.register_buffer("mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
-        self.norm_frozen = False
+        self._frozen: Sequence[nn.Module] = ()
 
     def add_head(self, classes: int) -> None:
         """Append a randomly initialised head for ``classes`` new classes."""
         like = next(self.aspp.parameters())
-        self.heads.append(nn.Conv2d(FEATURES, classes, 1).to(like.device))
+        self.heads.append(make_head(FEATURES, classes, self.layout.conv).to(like.device))
         self.head_sizes.append(classes)
 
-    def freeze_norm(self) -> None:
-        """Freeze batch norm (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so."""
-        self.norm_frozen = True
-        for module in self.modules():
-            if isinstance(module, _NORMS):
-                module.requires_grad_(False)
+    def cut_heads(self, keep: int) -> list[nn.Module]:
+        """Take off and return all heads but the first ``keep``."""
+        taken = list(self.heads[keep:])
+        self.heads, self.head_sizes = self.heads[:keep], self.head_sizes[:keep]
+        return taken
+
+    def freeze_norm(self, keep: Iterable[nn.Module] = ()) -> None:
+        """Freeze batch norm (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so.
+
+        Args:
+            keep: heads whose batch norm goes on learning.
+        """
+        kept = {module for head in keep for module in head.modules()}
+        still = [m for m in self.modules() if m not in kept and isinstance(m, (*_NORMS, *_DROPOUTS))]
+        for module in still:
+            module.requires_grad_(False)
+        self._frozen = still
         self.train(self.training)
+
+    def freeze_all_but(self, heads: Iterable[nn.Module]) -> None:
+        """Freeze everything, batch norm and dropout as in :meth:`freeze_norm`, but ``heads``."""
+        heads = list(heads)
+        self.requires_grad_(False)
+        self.freeze_norm(heads)
+        for head in heads:
+            head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Segmenter:
         super().train(mode)
-        if self.norm_frozen:
-            for module in self.modules():
-                if isinstance(module, (*_NORMS, *_DROPOUTS)):
-                    module.eval()
+        for module in self._frozen:
+            module.eval()
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -117,7 +145,8 @@ class Segmenter(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits [N, C, h, w] of a feature map [N, D, h, w]."""
-        return torch.cat([head(features) for head in self.heads], 1)
+        lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
+        return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
 
     def forward(self, images: Tensor, extra_features: Tensor | None = None, stages: bool = False) -> Output:
         """Run the network.
@@ -136,16 +165,18 @@ class Segmenter(nn.Module):
         return Output(features, logits, extra, maps[-1] if stages else None, maps if stages else None)
 
 
-def predict(logits: Tensor, published: bool = False) -> Tensor:
+def predict(logits: Tensor, published: bool = False, lead: int = 0) -> Tensor:
     """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
 
     Args:
-        logits: [N, C, ...], channel c is training id c + 1.
+        logits: [N, C, ...], channel lead + c is training id c + 1.
+        lead: leading channels that have no say.
         published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
 
     Returns:
         [N, ...] int64 training ids.
     """
+    logits = logits[:, lead:]
     if published:
         best, winner = logits.float().sigmoid().max(1)
         return torch.where(best > 0.5, winner + 1, 0)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from starseg.tasks import BACKGROUND
+
+@dataclass(frozen=True)
+class MemoryRule:
+    """How a method keeps and uses old images.
+
+    Attributes:
+        score: sigmoid from which on a prediction names a class of an image that may be kept.
+        mix: "append" the images to the step's, or let them be "half" of every batch.
+        labels: they show the "new" classes alone, like the step's own images, or all classes "seen" so far.
+    """
+
+    score: float
+    mix: Literal["append", "half"] = "append"
+    labels: Literal["new", "seen"] = "new"
 
 
 class Exemplar(NamedTuple):
@@ -51,21 +63,6 @@ def round_robin(candidates: Sequence[Exemplar], classes: Sequence[int], size: in
         if taken == before:
             break
     return chosen
-
-
-def fill_in(labels: Tensor, logits: Tensor, score: float) -> Tensor:
-    """Labels with the confident predictions filled in where they say background.
-
-    Args:
-        labels: [N, H, W] training ids.
-        logits: [N, C, H, W], channel c is training id c + 1.
-        score: sigmoid from which on a prediction counts.
-
-    Returns:
-        [N, H, W] int64.
-    """
-    best, winner = logits.sigmoid().max(1)
-    return torch.where((labels == BACKGROUND) & (best >= score), winner + 1, labels.long())
 
 
 def choose(candidates: Sequence[Exemplar], classes: Sequence[int], size: int, seed: int) -> list[Exemplar]:

@@ -27,6 +27,25 @@ class ReplayPlan:
     carried: Tensor
 
 
+def make_adapter_plan(
+    setting: Setting, stored: Tensor, predicted: Tensor, labelled: Tensor, iterations: int
+) -> ReplayPlan:
+    """Adapter's replay plan (METHODS, "Adapter"): a feature of each class at least, totals of classes as stored.
+
+    Args:
+        labelled: [K_new] grid cells of the new classes; the rest as in :func:`make_plan`.
+    """
+    stored, predicted = stored.float(), predicted.float()
+    plan = make_plan(setting, stored, predicted, len(labelled), iterations)
+    owed = plan.background_owed
+    if setting == "overlap":
+        found = (predicted[1:] / stored[1:].clamp_min(1)).max().clamp_max(1)
+        owed -= float(found * labelled.sum())
+    ratio = max(0.0, owed / float(predicted[0])) if predicted[0] > 0 else 0.0
+    carried = torch.cat([(predicted[0] + plan.background_owed)[None], stored[1:]])
+    return ReplayPlan(plan.per_iteration.clamp_min(1), plan.background_owed, ratio, carried)
+
+
 def make_plan(setting: Setting, stored: Tensor, predicted: Tensor, new_classes: int, iterations: int) -> ReplayPlan:
     """The replay plan, in float32 as published.
 

@@ -5,7 +5,7 @@ All sums are kept in float64, so that the order of the batches and the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -116,3 +116,21 @@ class FeatureStatistics:
             norm_mean=mean.float(),
             norm_std=torch.where(count > 1, spread.sqrt(), 0).float(),
         )
+
+
+def measure(cells: Iterable[tuple[Tensor, Tensor]], first: int, classes: int) -> FeatureStatistics:
+    """The statistics of ``classes`` new classes in batches.
+
+    Args:
+        cells: at least one pair of features [N, D, h, w] and training ids on their grid [N, h, w].
+        first: training id of the first new class; other ids count as they are.
+        classes: K.
+    """
+    statistics: FeatureStatistics | None = None
+    for features, labels in cells:
+        labels = labels.long()
+        new = (labels >= first) & (labels < first + classes)
+        statistics = statistics or FeatureStatistics.zeros(classes, features.shape[1], features.device)
+        statistics.update(features, torch.where(new, labels - first + 1, labels))
+    assert statistics is not None, "a step has at least one image"
+    return statistics

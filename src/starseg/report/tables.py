@@ -32,7 +32,7 @@ def iou_table(results: Mapping[str, Any]) -> Group:
     for group in ("old", "new", "all", "harmonic"):
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
     table.add_row("pixel accuracy", *(percent(s["pixel_accuracy"]["all"]) for s in steps))
-    return Group(Text(title), table)
+    return Group(Text(title), table, *(Text(f"note: {note}") for note in run.get("notes", [])))
 
 
 def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:
@@ -50,10 +50,11 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         last, left = results["steps"][-1], old_kept(results["steps"])
         kept = "-" if left is None else f"{left:.0f} %"
         figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
-        stored = (last["bank_bytes"], last.get("exemplar_bytes", 0))
-        table.add_row(
-            name, *figures, kept, *map(kilobytes, stored), f"{sum(s['seconds'] for s in results['steps']):.0f}"
-        )
+        marked = f"{name} *" if results["run"].get("notes") else name
+        stored = map(kilobytes, (last["bank_bytes"], last.get("exemplar_bytes", 0)))
+        table.add_row(marked, *figures, kept, *stored, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+    notes = {note for results in runs.values() for note in results["run"].get("notes", [])}
+    table.caption = "\n".join(f"* {note}" for note in sorted(notes)) or None
     return table
 
 

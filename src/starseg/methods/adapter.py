@@ -1,0 +1,60 @@
+"""Adapter: STAR with certain pixels, prototypes that follow the features, and another plan (Zhu et al., AAAI 2025)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from starseg.data.step import Batch
+from starseg.losses import uncertainty, upsample
+from starseg.methods.base import StepContext, register_method
+from starseg.methods.star import Star, StarOptions
+from starseg.models import Output
+from starseg.replay.bank import PrototypeBank
+from starseg.replay.drift import Drift
+from starseg.replay.plan import ReplayPlan, make_adapter_plan
+from starseg.replay.statistics import on_grid
+
+
+class AdapterOptions(StarOptions):
+    uac: float = Field(0.1, ge=0)
+    """Weight of the uncertainty-aware constraint."""
+    adc: bool = True
+    """Move old prototypes with their features after a step; the published code does not call it."""
+
+
+@register_method("adapter")
+class Adapter(Star):
+    summary = "STAR with an uncertainty constraint and prototypes that follow the drift of the features"
+    source = "Zhu et al., AAAI 2025"
+    ocfm_epsilon = 1e-4
+    Options = AdapterOptions
+    options: AdapterOptions
+
+    def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
+        predicted, labelled = cells[: ctx.first_new], cells[ctx.first_new :]
+        return make_adapter_plan(ctx.task.setting, bank.counts, predicted, labelled, ctx.iterations)
+
+    def base_terms(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        return {**super().base_terms(batch, output), "uac": self.constraint(batch, output)}
+
+    def terms(self, batch: Batch, output: Output, previous: Output, bank: PrototypeBank) -> dict[str, Tensor]:
+        return {**super().terms(batch, output, previous, bank), "uac": self.constraint(batch, output)}
+
+    def constraint(self, batch: Batch, output: Output) -> Tensor:
+        """Weighted uncertainty-aware constraint on all classes."""
+        loss = uncertainty(upsample(output.logits, batch.labels), batch.labels, self.ctx.add_up)
+        return self.options.uac * loss
+
+    def end_step(self, ctx: StepContext) -> None:
+        """Append the new classes to the bank, and let the old prototypes follow their features in a second pass."""
+        old = self.bank
+        super().end_step(ctx)
+        if old is None or self.bank is None or ctx.old_model is None or not self.options.adc or ctx.published:
+            return
+        drift = Drift.zeros(ctx.old_classes, old.prototypes.shape[1], ctx.device)
+        for batch in ctx.scan("after"):
+            previous, output = ctx.old_model(batch.images), ctx.model(batch.images)
+            labels = on_grid(batch.labels, ctx.model.output_stride)
+            drift.update(previous.features, previous.logits, output.features, output.logits, labels)
+        self.bank = drift.move(self.bank, old.counts[1:], ctx.add_up)

@@ -1,0 +1,65 @@
+"""DFT*: the heads of all steps exist from the start; later steps train those still to come (DFT's repository)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from starseg.errors import UserError
+from starseg.methods.base import Phase, Schedule, StepContext, register_method
+from starseg.methods.softmax import Softmax
+
+_LATER_VOC = {"19-1": 5e-3, "15-5": 2e-2}
+_LATER_ADE = {"100-5": 5e-2}
+
+
+@register_method("dft")
+class Dft(Softmax):
+    """A step directory holds the heads of the classes seen; those of later steps are this method's state."""
+
+    summary = "one softmax over all steps' heads from the start; later steps train the heads alone"
+    source = "DFT* (published code)"
+    stores = "the model, the heads of all later steps"
+
+    def __init__(self, options: object) -> None:
+        super().__init__(options)
+        self.future: list[dict[str, Tensor]] = []
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        if dataset == "ade":
+            later = Phase(60, _LATER_ADE.get(task or "", 0.1))
+        else:
+            later = Phase(30, _LATER_VOC.get(task or "", 5e-4))
+        return Schedule(Phase(30, 2e-2), later, warmup=0.0, pos_weight=1.0)
+
+    def init_heads(self, ctx: StepContext) -> None:
+        """Append the heads of the steps to come, and take up what this step's and theirs learnt as negatives."""
+        for step in range(ctx.step + 1, len(ctx.task)):
+            ctx.model.add_head(len(ctx.task.new(step)))
+        if not ctx.step:
+            return
+        heads = list(ctx.model.heads[ctx.step :])
+        if [len(state["bias"]) for state in self.future] != [len(head.get_parameter("bias")) for head in heads]:
+            raise UserError(
+                f"step {ctx.step}: DFT needs the heads of all later steps from step {ctx.step - 1}; that step was "
+                "trained by another method or for another task"
+            )
+        for head, state in zip(heads, self.future, strict=True):
+            head.load_state_dict(state)
+
+    def freeze(self, ctx: StepContext) -> None:
+        if ctx.step:
+            ctx.model.freeze_all_but(ctx.model.heads[ctx.step :])
+
+    def end_step(self, ctx: StepContext) -> None:
+        self.future = [_copy(head) for head in ctx.model.cut_heads(ctx.step + 1)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": value for i, state in enumerate(self.future) for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        steps = 1 + max((int(name.split(".")[0]) for name in state), default=-1)
+        self.future = [{n: state[f"{i}.{n}"] for n in ("weight", "bias")} for i in range(steps)]
+
+
+def _copy(head: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in head.state_dict().items()}

@@ -1,0 +1,108 @@
+"""DKD and DKD-M: logits distilled whole and split by the sign of the weights (Baek et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starseg.data.step import Batch
+from starseg.distill import sigmoid_kd, sign_split
+from starseg.losses import negatives_per_class, upsample
+from starseg.methods.base import (
+    ClassLossOptions,
+    Group,
+    Method,
+    Network,
+    Schedule,
+    StepContext,
+    register_method,
+)
+from starseg.models import Output, Segmenter
+from starseg.models.heads import AUXILIARY, HeadLayout, copy_head
+from starseg.replay.memory import MemoryRule
+
+
+class DkdOptions(ClassLossOptions):
+    kd: float = Field(5.0, ge=0)
+    """Weight of the distillation of logits."""
+    dkd: float = Field(5.0, ge=0)
+    """Weight of the distillation of their positive and negative parts."""
+
+
+@register_method("dkd")
+class Dkd(Method):
+    summary = "distillation of logits and of their positive and negative parts; new heads start as an auxiliary one"
+    source = "Baek et al., NeurIPS 2022"
+    layout = HeadLayout((AUXILIARY,))
+    Options = DkdOptions
+    options: DkdOptions
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        return replace(super().defaults(dataset, task), pos_weight=35.0 if dataset == "ade" else 2.0)
+
+    def pos_weight(self, ctx: StepContext) -> float:
+        if self.options.pos_weight is None and ctx.step and ctx.dataset != "ade":
+            return 1.0
+        return super().pos_weight(ctx)
+
+    def init_heads(self, ctx: StepContext) -> None:
+        if ctx.step:
+            copy_head(ctx.model.lead[AUXILIARY], ctx.model.heads[-1])
+
+    def freeze(self, ctx: StepContext) -> None:
+        """After step 0 batch norm and dropout; old heads go on learning."""
+        if ctx.step:
+            ctx.model.freeze_norm()
+
+    def param_groups(self, ctx: StepContext) -> list[Group]:
+        model, decay = ctx.model, not ctx.step
+        return [
+            Group("backbone", model.backbone, 1.0, decay),
+            Group("aspp", model.aspp, 10.0, decay),
+            Group("auxiliary head", model.lead, 10.0, decay),
+            Group("old heads", model.heads[:-1], 10.0, decay),
+            Group("new head", model.heads[-1], 10.0),
+        ]
+
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        output = new(batch.images)
+        auxiliary = upsample(output.logits[:, :1], batch.labels)
+        terms = {
+            "mbce": self.class_loss(batch, output).sum(),
+            "ac": negatives_per_class(auxiliary.flatten()[:, None], self.ctx.add_up)[0].sum(),
+        }
+        return terms if old is None else {**terms, **self.distill(batch, output, old(batch.images))}
+
+    def distill(self, batch: Batch, output: Output, previous: Output) -> dict[str, Tensor]:
+        """The three terms of the old classes, each a sum over them."""
+        ctx, options = self.ctx, self.options
+        assert ctx.old_model is not None
+        old = slice(1, 1 + ctx.old_classes)
+        logits, old_logits = (upsample(o.logits[:, old], batch.labels) for o in (output, previous))
+        parts = sign_split(output.features.float(), class_weights(ctx.model, ctx.step))
+        old_parts = sign_split(previous.features.float(), class_weights(ctx.old_model, ctx.step))
+        positive, negative = (sigmoid_kd(a, b, ctx.add_up).sum() for a, b in zip(parts, old_parts, strict=True))
+        return {
+            "kd": options.kd * sigmoid_kd(logits, old_logits, ctx.add_up).sum(),
+            "dkd+": options.dkd * positive,
+            "dkd-": options.dkd * negative,
+        }
+
+
+def class_weights(model: Segmenter, heads: int) -> Tensor:
+    """[K, D, 1, 1] weights of a network's first class heads."""
+    return torch.cat([head.get_parameter("weight") for head in model.heads[:heads]])
+
+
+@register_method("dkd-m")
+class DkdM(Dkd):
+    summary = "DKD with an exemplar memory"
+    stores = "the previous model, 100 images (ADE20K: 300)"
+    section = "dkd"
+    memory = MemoryRule(score=0.9)
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        return replace(super().defaults(dataset, task), memory=300 if dataset == "ade" else 100)

@@ -1,0 +1,33 @@
+"""ILT: LwF and a squared distance between backbone features (Michieli and Zanuttigh, ICCV Workshops 2019)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from starseg.data.step import Batch
+from starseg.losses import mean
+from starseg.methods.base import register_method
+from starseg.methods.lwf import Lwf, LwfOptions
+from starseg.models import Output
+
+
+class IltOptions(LwfOptions):
+    features: float = Field(100.0, ge=0)
+    """Weight of the mean squared difference of the backbone's last maps."""
+
+
+@register_method("ilt")
+class Ilt(Lwf):
+    summary = "LwF, and the backbone's features kept near the previous model's"
+    source = "Michieli and Zanuttigh, ICCVW 2019"
+    Options = IltOptions
+    options: IltOptions
+
+    def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
+        terms = super().terms(batch, output, previous)
+        if previous is not None:
+            assert output.body is not None and previous.body is not None
+            change = (output.body.float() - previous.body.float()).square()
+            terms["features"] = self.options.features * mean(change, self.ctx.add_up)
+        return terms

@@ -1,0 +1,36 @@
+"""Learning without forgetting (Li and Hoiem, ECCV 2016), for segmentation as in MiB's code."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from starseg.config import Strict
+from starseg.data.step import Batch
+from starseg.distill import softmax_kd
+from starseg.losses import upsample
+from starseg.methods.base import register_method
+from starseg.methods.softmax import Softmax
+from starseg.models import Output
+
+
+class LwfOptions(Strict):
+    kd: float = Field(100.0, ge=0)
+    """Weight of the distillation; 0 is fine-tuning with a softmax."""
+    alpha: float = Field(1.0, gt=0)
+    """Sharpness of the distillation's target."""
+
+
+@register_method("lwf")
+class Lwf(Softmax):
+    summary = "softmax distillation of the previous model's probabilities"
+    source = "Li and Hoiem, ECCV 2016"
+    Options = LwfOptions
+    options: LwfOptions
+
+    def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
+        terms = super().terms(batch, output, previous)
+        if previous is not None:
+            logits, old_logits = (upsample(o.logits, batch.labels) for o in (output, previous))
+            terms["kd"] = self.options.kd * softmax_kd(logits, old_logits, self.options.alpha, self.ctx.add_up)
+        return terms

@@ -1,0 +1,49 @@
+"""What the methods of the softmax family share (METHODS, "Three families of code", A): one of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from starseg.config import Strict
+from starseg.data.step import Batch
+from starseg.distill import cross_entropy_map
+from starseg.losses import mean, upsample
+from starseg.methods.base import Group, Method, Network, Phase, Schedule, StepContext
+from starseg.models import Output
+from starseg.models.heads import SOFTMAX
+
+
+class Softmax(Method):
+    """One softmax over background and classes, everything trained in every step, one learning rate.
+
+    Subclasses say what their loss is in :meth:`terms`; as it stands it is fine-tuning with a softmax.
+    """
+
+    layout = SOFTMAX
+    Options = Strict
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        epochs = 60 if dataset == "ade" else 30
+        return Schedule(Phase(epochs, 1e-2), Phase(epochs, 1e-3), warmup=0.0, pos_weight=1.0)
+
+    def freeze(self, ctx: StepContext) -> None:
+        """Nothing, batch norm included."""
+
+    def param_groups(self, ctx: StepContext) -> list[Group]:
+        return [Group("all", ctx.model)]
+
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        previous = old(batch.images, stages=True) if old else None
+        return self.terms(batch, new(batch.images, stages=True), previous)
+
+    def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
+        """Named losses from the outputs of the new and, after step 0, the previous network."""
+        loss = cross_entropy_map(upsample(output.logits, batch.labels), batch.labels)
+        return {"ce": mean(loss, self.ctx.add_up)}
+
+    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+        return partial(torch.argmax, dim=1)

@@ -1,0 +1,126 @@
+"""SSUL and SSUL-M: an unknown class, pseudo-labels, everything old frozen (Cha et al., NeurIPS 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from starseg.config import Strict
+from starseg.data.step import Batch
+from starseg.errors import UserError
+from starseg.losses import bce_per_class, upsample
+from starseg.methods.base import Group, Method, Network, Phase, Schedule, StepContext, register_method
+from starseg.models.heads import BACKGROUND as BACKGROUND_HEAD
+from starseg.models.heads import UNKNOWN as UNKNOWN_HEAD
+from starseg.models.heads import HeadLayout, copy_head
+from starseg.pseudo import fill_in
+from starseg.replay.memory import MemoryRule
+from starseg.tasks import BACKGROUND, IGNORE
+
+# Channels: the unknown class, the background, class c at c + 1.
+_UNKNOWN, _BACKGROUND = 0, 1
+
+
+class SsulOptions(Strict):
+    saliency_dir: Path | None = None
+    """Folder with a grey PNG per training image, named like it: background with a value above 0 is unknown. Without it
+    all background is, as on ADE20K."""
+    threshold: float = Field(0.7, ge=0, le=1)
+    """Sigmoid from which on the previous model's prediction is a label."""
+
+
+@register_method("ssul")
+class Ssul(Method):
+    summary = "an unknown class from saliency maps, pseudo-labels, all but the new head frozen"
+    source = "Cha et al., NeurIPS 2021"
+    layout = HeadLayout((UNKNOWN_HEAD, BACKGROUND_HEAD), conv=True)
+    Options = SsulOptions
+    options: SsulOptions
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        if dataset == "ade":
+            return Schedule(Phase(100, 1e-2), Phase(100, 5e-2), warmup=0.1, pos_weight=1.0)
+        return Schedule(Phase(50, 1e-2), Phase(50, 1e-2), warmup=0.0, pos_weight=1.0)
+
+    def saliency(self, dataset: str) -> Path | None:
+        folder = self.options.saliency_dir
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"ssul.saliency_dir: {folder} is no folder")
+        return folder
+
+    def notes(self, dataset: str) -> list[str]:
+        if dataset == "ade" or self.options.saliency_dir:
+            return []
+        return [f"{self.name} without saliency maps (ssul.saliency_dir): all background counts as unknown"]
+
+    def init_heads(self, ctx: StepContext) -> None:
+        if ctx.step:
+            copy_head(ctx.model.lead[UNKNOWN_HEAD], ctx.model.heads[-1])
+
+    def freeze(self, ctx: StepContext) -> None:
+        """After step 0 all but the leading heads and the new one."""
+        if ctx.step:
+            ctx.model.freeze_all_but([*ctx.model.lead.values(), ctx.model.heads[-1]])
+
+    def param_groups(self, ctx: StepContext) -> list[Group]:
+        model = ctx.model
+        return [
+            Group("backbone", model.backbone, 0.1),
+            Group("aspp", model.aspp),
+            Group("unknown head", model.lead[UNKNOWN_HEAD]),
+            Group("background head", model.lead[BACKGROUND_HEAD], 1e-4 if ctx.step else 1.0),
+            Group("class heads", model.heads),
+        ]
+
+    def targets(self, batch: Batch, old_logits: Tensor | None) -> Tensor:
+        """Label channels [N, H, W] int64, with the previous model's confident predictions [N, C°, H, W] filled in."""
+        labels = batch.labels.long()
+        unknown = labels == BACKGROUND
+        if batch.saliency is not None:
+            unknown &= batch.saliency > 0
+        shifted = torch.where(labels == IGNORE, IGNORE, labels + 1)
+        if batch.exemplar is not None:
+            exemplar = batch.exemplar[:, None, None]
+            unknown &= ~exemplar
+            if self.ctx.published:
+                shifted = torch.where(exemplar, labels, shifted)
+        channels = torch.where(unknown, _UNKNOWN, shifted)
+        if old_logits is None:
+            return channels
+        return fill_in(channels, old_logits, self.options.threshold, lead=1, background=_BACKGROUND)
+
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        old_logits = upsample(old(batch.images).logits, batch.labels) if old else None
+        logits = upsample(new(batch.images).logits, batch.labels)
+        targets = self.targets(batch, old_logits)
+        return {"bce": bce_per_class(logits, targets, first_id=0, add_up=self.ctx.add_up).sum()}
+
+    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+        return merge_unknown
+
+    def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
+        assert self.memory is not None
+        return fill_in(labels, logits, self.memory.score, lead=len(self.layout.lead))
+
+
+def merge_unknown(logits: Tensor) -> Tensor:
+    """Training ids [N, ...] from [N, C, ...]: argmax of the sigmoids, the unknown class's added to the background's."""
+    scores = logits.float().sigmoid()
+    background = scores[:, _BACKGROUND] + scores[:, _UNKNOWN]
+    return torch.cat([background[:, None], scores[:, _BACKGROUND + 1 :]], 1).argmax(1)
+
+
+@register_method("ssul-m")
+class SsulM(Ssul):
+    summary = "SSUL with an exemplar memory that fills half of every batch"
+    stores = "the previous model, 100 images (ADE20K: 300)"
+    section = "ssul"
+    memory = MemoryRule(score=0.7, mix="half", labels="seen")
+
+    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+        return replace(super().defaults(dataset, task), memory=300 if dataset == "ade" else 100)
