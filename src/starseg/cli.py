@@ -109,6 +109,52 @@ def train(
         write_report([run_dir], run_dir, console)
 
 
+@app.command()
+def learn(
+    images: Annotated[Path, typer.Option("--images", help="Folder of photos.", show_default=False)],
+    masks: Annotated[
+        Path, typer.Option("--masks", help="Folder of masks of the same names (PNG, Labelme).", show_default=False)
+    ],
+    classes: Annotated[
+        str, typer.Option("--classes", help="File (a class a line, background first) or names.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
+    step_dir: Annotated[
+        Path | None, typer.Argument(help="The step_<t> directory to go on from.", show_default=False)
+    ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Train a first step instead.")] = False,
+    backbone: Annotated[str | None, typer.Option(help="With --new: a timm model.", show_default=False)] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help="star, or finetune, which forgets.")] = "star",
+    epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
+    crop: Annotated[int | None, typer.Option(min=32, help="With --new: pixels.", show_default=False)] = None,
+    val_share: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.15,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and the validation split.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
+) -> None:
+    """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md).
+
+    starseg learn runs/my/step_3 --images photos --masks masks --classes horse --out runs/horse
+    """
+    from starseg.learn import Request
+    from starseg.learn import learn as run
+
+    if new == (step_dir is not None):
+        raise UserError("learn: give a step directory to go on from, or --new for a first step")
+    if step_dir and (backbone or pretrained):
+        raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
+    if method not in ("star", "finetune"):
+        raise UserError(f"--method: expected star or finetune, got {method!r}")
+    known = {"yes": True, "no": False, None: None}
+    weights = known[pretrained] if pretrained in known else Path(str(pretrained))
+    options = (method, backbone, weights, crop, epochs, lr, val_share, seed)
+    with resumable():
+        run(Request(step_dir, images, masks, classes, out, *options), console, dry_run)
+
+
 @app.command(name="eval")
 def evaluate(
     weights: Annotated[

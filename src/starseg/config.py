@@ -19,14 +19,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K")}
+_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K"), "folder": Path("./learn")}
 
 
 class DataConfig(Strict):
-    dataset: Literal["voc", "ade"] = "voc"
-    """Layout of the data on disk (docs/datasets.md)."""
+    dataset: Literal["voc", "ade", "folder"] = "voc"
+    """Layout of the data on disk (docs/datasets.md); "folder": what `starseg learn` prepares (docs/learn.md)."""
     root: Path | None = None
-    """The data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K. Read it from `folder`."""
+    """The data set's folder; by default ./datasets/PascalVOC2012, ./datasets/ADE20K or ./learn; read it from
+    `folder`."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
     lists: Path | None = None

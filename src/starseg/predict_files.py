@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from starseg.data.files import SUFFIXES
 from starseg.data.palette import paint, voc_palette
 from starseg.engine.checkpoint import write_atomic, write_json
 from starseg.engine.progress import bar
 from starseg.errors import UserError
 from starseg.predict import Options, Prediction, Predictor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _GLOB = set("*?[")
 
 

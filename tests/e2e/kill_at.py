@@ -8,7 +8,7 @@ from typing import Any
 
 MOMENTS = {
     "scan": ("starseg.methods.star", "on_grid"),
-    "iteration": ("starseg.engine.fit", "StepTraining._iterate"),
+    "iteration": ("starseg.engine.fit", "StepTraining.iterate"),
     "write": ("os", "fsync"),
     "rename": ("pathlib", "Path.replace"),
     "publish": ("starseg.engine.checkpoint", "save"),

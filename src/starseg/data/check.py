@@ -73,7 +73,7 @@ class Report:
         """How many images a split of the published data set has; None for a data set with classes of its own."""
         dataset = self.data.dataset
         own_classes = dataset.key == "voc" and dataset.names != tuple(VOC_NAMES)
-        return None if own_classes else _PUBLISHED[dataset.key][split]
+        return None if own_classes else _PUBLISHED.get(dataset.key, {}).get(split)
 
     def missing(self, split: str) -> int:
         """How many images a split has fewer than the published one."""

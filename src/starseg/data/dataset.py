@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from starseg.config import DataConfig
 from starseg.errors import UserError
+from starseg.tasks import BACKGROUND
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class Dataset:
     """A data set on disk.
 
     Attributes:
-        key: its layout ("voc", "ade"), which also names its published tasks and defaults.
+        key: its layout ("voc", "ade", "folder"), which also names its published tasks and defaults.
         root: its folder.
         names: class names by dataset id, the background first.
         train: training files.
         test: files of the validation split, on which results are reported.
         test_fill: what classes not learnt yet become in test labels: 0 or 255.
+        unlabelled: dataset ids of classes that masks leave to the background wherever they are; they are not scored.
     """
 
     key: str
@@ -54,11 +58,25 @@ class Dataset:
     train: Split
     test: Split
     test_fill: int
+    unlabelled: frozenset[int] = frozenset()
 
     @property
     def splits(self) -> dict[str, Split]:
         """Both splits, by what messages call them."""
         return {"training": self.train, "test": self.test}
+
+    def scored(self, confusion: np.ndarray, dataset_ids: Sequence[int]) -> np.ndarray:
+        """A confusion matrix in which predictions of unlabelled classes count as background.
+
+        Args:
+            confusion: [1 + C, 1 + C], rows the labels, columns the predictions.
+            dataset_ids: by row, the background first.
+        """
+        hidden = np.isin(dataset_ids, list(self.unlabelled))
+        folded = confusion.copy()
+        folded[:, BACKGROUND] += confusion[:, hidden].sum(1)
+        folded[:, hidden] = 0
+        return folded
 
 
 def read_lines(path: Path, layout: str) -> list[str]:
@@ -109,9 +127,10 @@ def list_dataset(config: DataConfig) -> Dataset:
         UserError: the folder has another layout.
     """
     from starseg.data.ade20k import open_ade
+    from starseg.data.folder import open_folder
     from starseg.data.voc import open_voc
 
-    return {"voc": open_voc, "ade": open_ade}[config.dataset](config.folder)
+    return {"voc": open_voc, "ade": open_ade, "folder": open_folder}[config.dataset](config.folder)
 
 
 def open_dataset(config: DataConfig) -> Dataset:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from starseg.errors import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[Image.Image]:

@@ -39,7 +39,7 @@ def _key(root: Path, files: Sequence[Path]) -> str:
     digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode())
     for path in files:
         stat = path.stat()
-        digest.update(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
 
 

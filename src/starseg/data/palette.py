@@ -4,7 +4,7 @@ import numpy as np
 
 from starseg.tasks import IGNORE
 
-_IGNORED = (224, 224, 192)
+IGNORE_COLOUR = (224, 224, 192)
 
 
 def voc_palette() -> np.ndarray:
@@ -17,5 +17,5 @@ def voc_palette() -> np.ndarray:
 def paint(ids: np.ndarray) -> np.ndarray:
     """The [..., 3] uint8 colours of [...] uint8 ids; 255 (ignore) is cream as in the VOC's pictures."""
     colours = voc_palette()
-    colours[IGNORE] = _IGNORED
+    colours[IGNORE] = IGNORE_COLOUR
     return colours[ids]

@@ -78,4 +78,5 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     published = info.compat == "published"
     rule = METHODS[info.method](method_options(info.method, config)).rule(published)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
+    confusion = dataset.scored(confusion, info.dataset_ids)
     return {**summarize(confusion, info.names, info.base, published), "confusion": confusion.tolist()}

@@ -126,7 +126,7 @@ class StepTraining:
         batches = iter(loader)  # which draws a number that the interrupted run had drawn too
         restore_process(self.processes, self.ctx.model, self.fabric)
         for raw in batches:
-            losses = self._iterate(raw)
+            losses = self.iterate(raw)
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
             self.unseen.append((raw, losses))
             bar.advance()
@@ -143,7 +143,8 @@ class StepTraining:
                 save()
                 guard.saved_now()
 
-    def _iterate(self, raw: Batch) -> dict[str, Tensor]:
+    def iterate(self, raw: Batch) -> dict[str, Tensor]:
+        """One iteration on a uint8 batch: the loss terms."""
         old = partial(_frozen, self.fabric, self.ctx.old_model) if self.ctx.old_model else None
         losses = self.method.losses(to_device(raw, self.ctx.model), self.new, old)
         self.wrapped.zero_grad()

@@ -102,7 +102,9 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(not entry.name.startswith(("step_", ".lock")) for entry in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(
+        not entry.name.startswith(("step_", ".lock", "learn")) for entry in run_dir.iterdir()
+    ):
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -210,13 +211,7 @@ class Runner:
             highlight=False,
             soft_wrap=True,
         )
-        with torch.no_grad():
-            method.init_heads(ctx)
-        method.freeze(ctx)
-        ctx.model.eval()
-        with torch.no_grad():
-            method.begin_step(ctx)
-        training = StepTraining(self.fabric, method, ctx, phase.epochs, phase.lr, config.train)
+        training = self._begin(ctx, phase.epochs, phase.lr)
         spent = self._fit(training, memory, guard)
         ctx.model.eval()
         with torch.no_grad():
@@ -238,6 +233,32 @@ class Runner:
             clear(self.step_dir(step))
             self.console.print(iou_table(self._write_results()))
         self.fabric.barrier()
+
+    def _begin(self, ctx: StepContext, epochs: int, lr: float) -> StepTraining:
+        """All that precedes the first iteration of a step."""
+        with torch.no_grad():
+            self.method.init_heads(ctx)
+        self.method.freeze(ctx)
+        ctx.model.eval()
+        with torch.no_grad():
+            self.method.begin_step(ctx)
+        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train)
+
+    def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
+        """Train a few iterations for the clock's sake; nothing is kept, and the first does not count.
+
+        Raises:
+            UserError: as :meth:`run`.
+        """
+        ctx, memory = self._context(step)
+        training = self._begin(ctx, 1, 1e-6)
+        ctx.model.train()
+        loader, marks = self.data.train_loader(step, range(iterations), True, memory.files), []
+        for batch in itertools.islice(loader, iterations):
+            losses = training.iterate(batch)
+            sum(value.item() for value in losses.values())
+            marks.append(time.monotonic())
+        return (marks[-1] - marks[0]) / (len(marks) - 1)
 
     def _fit(self, training: StepTraining, memory: Memory, guard: Guard) -> float:
         """Train, from where a broken run left off; the seconds spent before."""
@@ -270,6 +291,7 @@ class Runner:
         loader = self.data.test_loader(ctx.step)
         batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
         confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.add_up)
+        confusion = self.data.dataset.scored(confusion, self.task.dataset_ids(ctx.step))
         names = self.task.class_names(ctx.step)
         return {
             "step": ctx.step,

@@ -1,0 +1,227 @@
+"""One more step from a folder of one's own, on top of a step directory or as a first step."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from starseg.config import RunConfig, parse_config
+from starseg.data.files import image_size
+from starseg.engine import checkpoint
+from starseg.engine.metrics import summarize
+from starseg.engine.resume import begun
+from starseg.engine.rundir import adopt
+from starseg.engine.runner import Runner
+from starseg.errors import UserError
+from starseg.lesson import Lesson, Request, Source, open_source, read_lesson
+from starseg.methods import METHODS
+from starseg.report.learning import before_after_table, print_preview
+from starseg.report.testset import open_test_set
+
+FOLDER = "learn"
+_LEAST_ITERATIONS, _EPOCHS, _BATCH = 300, (10, 200), 16
+_CROPS = (128, 512)
+_OLD_SHARE = 5
+_TRIAL = 3
+
+
+def _crop(request: Request, source: Source | None, lesson: Lesson, stride: int) -> int:
+    if source:
+        if request.crop not in (None, source.info.crop):
+            raise UserError(
+                f"--crop {request.crop}: {source.folder} was trained on crops of {source.info.crop}, on which its "
+                "stored statistics rest; leave --crop out"
+            )
+        return source.info.crop
+    if request.crop:
+        return request.crop
+    least, most = _CROPS
+    short = median(min(image_size(image)) for image, _ in lesson.pairs)
+    return int(min(max(round(short / stride) * stride, least), most))
+
+
+def make_config(request: Request, source: Source | None, lesson: Lesson, root: Path) -> RunConfig:
+    """The run that learns the lesson's last step, its schedule fitted to the number of images.
+
+    Args:
+        request: its options win.
+        source: gives network, crop and options.
+        lesson: gives classes and images.
+        root: the prepared data.
+    """
+    images = int(lesson.training.sum())
+    batch = max(2, min(_BATCH, images // 4))
+    least, most = _EPOCHS
+    epochs = request.epochs or min(most, max(least, -(-_LEAST_ITERATIONS // (images // batch))))
+    method = METHODS["star"](METHODS["star"].Options())
+    model: dict[str, Any] = {"pretrained": False}
+    if source:
+        schedule = source.config.train.later if source.config else None
+        later = request.lr or (schedule and schedule.lr) or method.defaults("folder").later.lr
+        base = None
+        model |= {"backbone": source.info.backbone, "output_stride": source.info.output_stride}
+    else:
+        pretrained = True if request.pretrained is None else request.pretrained
+        base = request.lr or method.defaults("folder").base.lr * (1 if pretrained else 10)
+        later = base / 10
+        model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
+        model |= {"backbone": request.backbone} if request.backbone else {}
+    crop = _crop(request, source, lesson, model.get("output_stride", 16))
+    options = source.config.method_section("star") if source and source.config else {}
+    if source and source.bank:
+        cells = images * (crop // source.info.output_stride) ** 2
+        stored = float(source.bank.counts.sum())
+        options = options | {"replay": float(f"{min(1.0, _OLD_SHARE * cells / max(stored, 1.0)):.3g}")}
+    tree = {
+        "method": request.method,
+        "out": str(request.out),
+        "seed": request.seed,
+        "compat": source.info.compat if source else None,
+        "data": {"dataset": "folder", "root": str(root), "crop": crop},
+        "task": {"name": "learn", "steps": lesson.steps},
+        "model": model,
+        "train": {
+            "batch_size": batch,
+            "base": {"epochs": epochs, "lr": base},
+            "later": {"epochs": epochs, "lr": later},
+        },
+        "memory": {"size": 0},
+    }
+    return parse_config(tree | ({"star": options} if options else {}), "learn")
+
+
+def _refuse_other_run(request: Request) -> None:
+    """Refuse an --out that another command, or another source, has filled."""
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a free place")
+    if out.is_dir() and any(out.iterdir()) and not (out / FOLDER / "learn.json").is_file():
+        raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
+
+
+def _install(prepared: Path, run: Path, source: Source | None) -> None:
+    """Put the prepared data and the step to go on from into the run directory, unless they are there already."""
+    target, about = run / FOLDER, checkpoint.read_json(prepared / "learn.json")
+    there = checkpoint.read_json(target / "learn.json") if target.is_dir() else None
+    if there and there != about:
+        step = run / f"step_{there['step']}"
+        if checkpoint.is_finished(step) or begun(step):
+            raise UserError(f"--out {run}: holds a step learnt from other files, classes or options; give a free place")
+        for old in (target, *run.glob("step_*")):
+            shutil.rmtree(old)
+    if there != about:
+        run.mkdir(parents=True, exist_ok=True)
+        prepared.rename(target)
+    if source and not checkpoint.is_finished(run / f"step_{len(source.groups) - 1}"):
+        adopt(source.folder, run / f"step_{len(source.groups) - 1}")
+
+
+def _trial_seconds(config: RunConfig, lesson: Lesson, source: Source | None, prepared: Path) -> float:
+    """Seconds of an iteration, from a few on a part of the data beside ``prepared``, which it changes."""
+    run, batch = prepared.parent / "trial", config.train.batch_size
+    chosen = lesson.training & (lesson.training.cumsum() <= _TRIAL * batch)
+    lesson.write_list(prepared / "train.txt", chosen)
+    tree = config.model_dump(mode="json", by_alias=True)
+    tree["out"], tree["task"]["allow_absent"] = str(run), True
+    if source and source.bank:
+        tree["star"]["replay"] *= float(chosen.sum() / lesson.training.sum())
+    step = len(lesson.steps) - 1
+    if source:
+        run.mkdir()
+        adopt(source.folder, run / f"step_{step - 1}")
+    runner = Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1))
+    try:
+        return runner.seconds_per_iteration(step, _TRIAL)
+    finally:
+        if runner.lock:
+            runner.lock.close()
+
+
+def before_after(run: Path) -> dict[str, Any]:
+    """IoU per class on the validation images, by the old model and the new.
+
+    Both are compared with the same truth; what an old model cannot know is a miss. Classes that the masks do not
+    label are left out, their predictions count as background.
+
+    Returns:
+        {"images", "new": names, "steps": {"step_0": {"iou": {name: percent or None}, "miou": {...}}, ...}}.
+    """
+    test = open_test_set(run)
+    names, size = test.task.class_names(test.last), 1 + len(test.task.seen(test.last))
+    confusions = {folder.name: np.zeros(size * size, np.int64) for folder in test.folders}
+    for first in range(0, len(test.positions), 64):
+        images, truth = test.samples(test.positions[first : first + 64])
+        valid = truth < size
+        for folder in test.folders:
+            pairs = truth[valid].long() * size + test.predict(folder, images)[valid].long()
+            confusions[folder.name] += torch.bincount(pairs, minlength=size * size).numpy()
+    ids, published = test.task.dataset_ids(test.last), test.config.compat == "published"
+    figures = {
+        name: summarize(test.dataset.scored(matrix.reshape(size, size), ids), names, test.task.base, published)
+        for name, matrix in confusions.items()
+    }
+    return {
+        "images": len(test.positions),
+        "new": [test.task.label(c) for c in test.task.new(test.last)],
+        "unlabelled": [test.task.label(c) for c in test.task.seen(test.last) if c in test.dataset.unlabelled],
+        "steps": {name: {"iou": f["iou"], "miou": f["miou"]} for name, f in figures.items()},
+    }
+
+
+def learn(request: Request, console: Console, dry_run: bool = False) -> Path | None:
+    """Learn the classes of a folder; the same request goes on where a broken one stopped.
+
+    Args:
+        request: what from what.
+        console: where the preview, progress and the before / after table go.
+        dry_run: print the preview with a time estimate, and write and train nothing.
+
+    Returns:
+        The step directory; None for a dry run.
+
+    Raises:
+        UserError: anything in the input that must be mended first.
+    """
+    source = open_source(request.source, request.method) if request.source else None
+    _refuse_other_run(request)
+    out = request.out.resolve()
+    if not dry_run:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
+        prepared = Path(temporary) / FOLDER
+        lesson = read_lesson(request, source, prepared, console)
+        config = make_config(request, source, lesson, prepared if dry_run else out / FOLDER)
+        print_preview(lesson, config, source, console)
+        if dry_run:
+            seconds = _trial_seconds(config, lesson, source, prepared)
+            _print_estimate(seconds, config, lesson, console)
+            return None
+        _install(prepared, out, source)
+    step = len(lesson.steps) - 1
+    run = Runner(config, console, range(step, step + 1)).run()
+    figures = before_after(run)
+    checkpoint.write_json(run / FOLDER / "before_after.json", figures)
+    console.print(before_after_table(figures))
+    folder = request.out / f"step_{step}"
+    console.print(f"learnt: {folder}; try `starseg predict {folder} PHOTOS --out masks --overlays`", soft_wrap=True)
+    return folder
+
+
+def _print_estimate(seconds: float, config: RunConfig, lesson: Lesson, console: Console) -> None:
+    """Training and the two passes over the data before and after it."""
+    phase = config.train.later if len(lesson.steps) > 1 else config.train.base
+    iterations = int(lesson.training.sum()) // config.train.batch_size
+    total = seconds * iterations * ((phase.epochs or 0) + 1)
+    console.print(
+        f"time: about {max(1, round(total))} s ({seconds:.2f} s an iteration on this machine); nothing was written, "
+        f"without --dry-run it goes to {config.run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
