@@ -128,8 +128,8 @@ def open_source(folder: Path, method: str) -> Source:
             bank = PrototypeBank.from_state_dict(checkpoint.load_bank(folder))
         except KeyError:
             raise UserError(
-                f"{folder}: trained by {info.method}, which keeps no prototype bank; take a step trained with STAR, "
-                "or give --method finetune, which forgets the old classes"
+                f"{folder}: holds no prototype bank (trained by {info.method}); take a step trained with STAR, or give "
+                "--method finetune, which forgets the old classes"
             ) from None
     path = folder.resolve().parent / "config.yaml"
     return Source(folder, info, bank, load_config(path) if path.is_file() else None)
