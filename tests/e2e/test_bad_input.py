@@ -274,8 +274,8 @@ STEP: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 }
 TRAIN_ONLY: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "bank cut off": ("bank.safetensors", _cut, "bank.safetensors: damaged, not what was written"),
-    "bank missing": ("bank.safetensors", Path.unlink, "STAR needs the prototype bank of 3 old classes"),
-    "bank of another task": ("bank.safetensors", _swap_bank, "STAR needs the prototype bank of 3 old classes"),
+    "bank missing": ("bank.safetensors", Path.unlink, "star needs the prototype bank of 3 old classes"),
+    "bank of another task": ("bank.safetensors", _swap_bank, "star needs the prototype bank of 3 old classes"),
     "step not finished": ("metrics.json", Path.unlink, "step 1 needs step 0, which is not finished"),
 }
 
