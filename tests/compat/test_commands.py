@@ -1,6 +1,7 @@
 """The published commands end to end: their files, and what is read back from them."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -138,6 +139,25 @@ def test_what_is_no_checkpoint_says_so(
     folder.mkdir(parents=True)
     shutil.copy(weights, folder / "checkpoint-epoch2.pth")
     refused(lambda: train(1), "does not fit test_resnet")
+
+
+def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
+    """With a stand-in for Python that only notes its arguments, but for the number of steps."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >> {tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    script = ROOT / "scripts" / "ade" / "overlapped" / "train_ade_50-50.sh"
+    subprocess.run([script], check=True, env=os.environ | {"PYTHON": str(stand_in), "MEMORY_SIZE": "50"}, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    common = (
+        "train_ade.py -c configs/config_ade.json -d 0,1 --multiprocessing_distributed --save_dir saved_ade --name STAR"
+    )
+    task = "--task_name 50-50 --task_setting overlap --bs 12"
+    assert calls == [
+        f"{common} {task} --task_step 0 --lr 0.0025",
+        f"{common} {task} --task_step 1 --lr 0.00025 --freeze_bn --mem_size 50",
+        f"{common} {task} --task_step 2 --lr 0.00025 --freeze_bn --mem_size 50",
+    ]
 
 
 @pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])
