@@ -261,6 +261,28 @@ def report(
 
 
 @app.command()
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated, see `starseg methods`.")] = "star,finetune,joint",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
+) -> None:
+    """Train several methods and seeds alike and compare them; called again, it adds methods or seeds to the table."""
+    from starseg.compare import make_plan, run_plan, write_comparison
+    from starseg.engine.launch import is_leader
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise UserError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}")
+    names, numbers = [m.strip() for m in methods.split(",")], [int(s) for s in seeds.split(",")]
+    plan = make_plan(config, names, numbers, out, overrides or [])
+    with resumable():
+        run_plan(plan, console)
+    if is_leader():
+        write_comparison(out, console)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:

@@ -203,6 +203,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
         raise UserError(f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}")
     for method in METHODS.values():
         if method.section in (config.model_extra or {}):
+            if not isinstance(given := (config.model_extra or {})[method.section] or {}, dict):
+                raise UserError(f"{source}:\n{method.section}: expected a section (key: value), got {given!r}")
             method_options(method.name, config)
     if config.memory.size and METHODS[config.method].memory is None:
         keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory is not None))

@@ -1,6 +1,7 @@
 """The published commands end to end: their files, and what is read back from them."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -35,13 +36,13 @@ def test_steps_their_files_and_their_evaluation(
         assert (folder / name).is_file(), name
     saved = torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
     assert saved["epoch"] == 2 and saved["arch"] == "DeepLabV3"
-    heads = {k: tuple(v.shape) for k, v in saved["state_dict"].items() if k.startswith("cls.")}
-    assert heads == {
-        "cls.0.weight": (5, 256, 1, 1),
-        "cls.0.bias": (5,),
-        "cls.1.weight": (3, 256, 1, 1),
-        "cls.1.bias": (3,),
-    }
+    heads = [(k, *v.shape) for k, v in saved["state_dict"].items() if k.startswith("cls.")]
+    assert heads == [
+        ("cls.0.weight", 5, 256, 1, 1),
+        ("cls.0.bias", 5),
+        ("cls.1.weight", 3, 256, 1, 1),
+        ("cls.1.bias", 3),
+    ]
     prototypes = torch.load(folder / "prototypes-epoch2.pth", weights_only=True)
     shapes = {k: tuple(v.shape) for k, v in prototypes.items()}
     assert shapes == {"numbers": (9,), "prototypes": (8, 256), "norm_mean_and_std": (2, 8), "noise": (8, 256)}
@@ -138,6 +139,25 @@ def test_what_is_no_checkpoint_says_so(
     folder.mkdir(parents=True)
     shutil.copy(weights, folder / "checkpoint-epoch2.pth")
     refused(lambda: train(1), "does not fit test_resnet")
+
+
+def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
+    """With a stand-in for Python that only notes its arguments, but for the number of steps."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >> {tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    script = ROOT / "scripts" / "ade" / "overlapped" / "train_ade_50-50.sh"
+    subprocess.run([script], check=True, env=os.environ | {"PYTHON": str(stand_in), "MEMORY_SIZE": "50"}, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    common = (
+        "train_ade.py -c configs/config_ade.json -d 0,1 --multiprocessing_distributed --save_dir saved_ade --name STAR"
+    )
+    task = "--task_name 50-50 --task_setting overlap --bs 12"
+    assert calls == [
+        f"{common} {task} --task_step 0 --lr 0.0025",
+        f"{common} {task} --task_step 1 --lr 0.00025 --freeze_bn --mem_size 50",
+        f"{common} {task} --task_step 2 --lr 0.00025 --freeze_bn --mem_size 50",
+    ]
 
 
 @pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])

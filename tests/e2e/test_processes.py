@@ -1,5 +1,6 @@
 """One process and two give the same: bank, losses, weights, confusion matrix."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,28 @@ def test_the_same_weights_give_the_same_bank_and_confusion_matrix(tiny: dict, tm
         torch.testing.assert_close(value, banks[1][name], rtol=1e-5, atol=1e-7)
     a, b = (read_json(run / "step_1" / "metrics.json")["confusion"] for run in runs)
     assert a == b
+
+
+def test_two_nodes_started_by_torchrun(tiny: dict, tmp_path: Path) -> None:
+    """Two launcher groups on loopback, each a node with one process."""
+    tiny["train"]["batch_size"] = 6
+    one = _train(tiny, tmp_path / "one", "--steps", "0-1")
+    out = tmp_path / "nodes"
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump({**tiny, "out": str(out), "start_from": str(one / "step_0")}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    place = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    job = ["-m", "starseg", "train", str(config), "--steps", "0-1", "--num-nodes", "2"]
+    nodes = [
+        subprocess.Popen([*launcher, f"--node-rank={rank}", *place, *job], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    texts = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert "step 1: learning" in texts[0] and "step 1: learning" not in texts[1]
+    ours, theirs = _losses(one, 1), _losses(out, 1)
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name

@@ -86,7 +86,7 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     runner.run()
     if runner.leader:
         target = runner.step_dir(step)
-        weights = checkpoint.read_tensors(target / "model.safetensors")
+        weights = checkpoint.load_model(target)[0].state_dict()
         bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))
         save_published(target, config.trainer.epochs, weights, bank)
         published = config.model_dump(mode="json", exclude_unset=True)

@@ -62,7 +62,8 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a published checkpoint with a state_dict; it has {', '.join(content)}")
     state = _renamed(state, {"module.": ""}) if all(k.startswith("module.") for k in state) else state
-    sizes = [len(state[k]) for k in state if k.startswith("cls.") and k.endswith(".weight")]
+    heads = sum(k.startswith("cls.") and k.endswith(".weight") for k in state)
+    sizes = [len(state[f"cls.{t}.weight"]) for t in range(heads) if f"cls.{t}.weight" in state]
     run = config.to_run()
     dataset = list_dataset(run.data)
     task = make_task(dataset.key, dataset.names, config.task.name, setting=config.task.setting)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -149,9 +150,11 @@ def load_info(folder: Path) -> StepInfo:
     if version != FORMAT:
         raise UserError(f"{folder / 'model.json'}: format {version}, this starseg reads format {FORMAT}")
     try:
-        return StepInfo(**raw)
-    except TypeError as error:
-        raise UserError(f"{folder / 'model.json'}: {error}") from error
+        return TypeAdapter(StepInfo).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / 'model.json'}: {where}: {first['msg'].lower()}; it is damaged") from error
 
 
 def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:

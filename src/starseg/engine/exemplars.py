@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from starseg.data.dataset import NO_FILES, Split
@@ -52,6 +53,19 @@ def read_memory(folder: Path) -> dict[str, Any]:
     images with their dataset ids) and ``memory_list`` (their names); empty where the step keeps no images."""
     path = folder / "memory.json"
     return read_json(path) if path.is_file() else {}
+
+
+def kept(folder: Path, step: int) -> list[Exemplar]:
+    """The exemplars of a step.
+
+    Raises:
+        UserError: memory.json is damaged.
+    """
+    try:
+        entries = read_memory(folder).get(f"step_{step}", {}).get("memory_candidates", [])
+        return TypeAdapter(list[Exemplar]).validate_python(entries)
+    except (AttributeError, ValidationError) as error:
+        raise UserError(f"{folder / 'memory.json'}: damaged, expected [image, [class ids]] in each step") from error
 
 
 def _copies(folder: Path, name: str) -> tuple[Path, Path]:
@@ -100,8 +114,7 @@ def choose_memory(
         ids = data.task.dataset_ids(step - 1)
         for shown, row in zip(classes, found(step - 1).cpu(), strict=True):
             shown.update(ids[k] for k in row.nonzero()[:, 0].tolist() if k)
-    entries = read_memory(previous).get(f"step_{step - 1}", {}).get("memory_candidates", [])
-    candidates = [Exemplar(name, tuple(shown)) for name, shown in entries]
+    candidates = kept(previous, step - 1)
     candidates += [Exemplar(split.ids[p], tuple(shown)) for p, shown in zip(positions, classes, strict=True)]
     chosen = choose(merge(candidates), data.task.old(step), size, seed)
     return Memory(tuple(chosen), locate((e.name for e in chosen), split, previous))

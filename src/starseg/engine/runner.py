@@ -222,6 +222,7 @@ class Runner:
             "seconds": round(time.monotonic() - start + spent, 2),
             "images": images,
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
+            "trainable_parameters": sum(p.numel() for p in ctx.model.parameters() if p.requires_grad),
             "exemplars": len(memory.files),
             "exemplar_bytes": memory.nbytes,
         }
@@ -314,6 +315,7 @@ class Runner:
                 "crop": self.config.data.crop,
                 "precision": str(self.fabric._precision.precision),
                 "notes": self.notes,
+                "steps": len(self.task),
             },
             "steps": [
                 {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k not in ("confusion", "files")}

@@ -35,8 +35,9 @@ def register_method(name: str) -> Callable[[T], T]:
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
         cls.name = name
-        if "section" not in cls.__dict__:
-            cls.section = name
+        for attribute in ("section", "base_step"):
+            if attribute not in cls.__dict__:
+                setattr(cls, attribute, name)
         METHODS[name] = cls
         return cls
 
@@ -167,6 +168,8 @@ class Method:
     """Where it was published."""
     stores: ClassVar[str] = "the previous model"
     """What it keeps from one step to the next."""
+    base_step: ClassVar[str]
+    """Method whose step 0 is the same, so that a comparison trains it once; by default its own name."""
     layout: ClassVar[HeadLayout] = SIGMOID
     memory: ClassVar[MemoryRule | None] = None
     """How it keeps and uses old images; None: it keeps none."""

@@ -101,7 +101,7 @@ def class_weights(model: Segmenter, heads: int) -> Tensor:
 class DkdM(Dkd):
     summary = "DKD with an exemplar memory"
     stores = "the previous model, 100 images (ADE20K: 300)"
-    section = "dkd"
+    section = base_step = "dkd"
     memory = MemoryRule(score=0.9)
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:

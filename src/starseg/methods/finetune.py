@@ -7,4 +7,5 @@ from starseg.methods.base import Method, register_method
 class FineTune(Method):
     summary = "base loss on the new classes, nothing against forgetting"
     stores = "nothing"
+    base_step = "star"
     source = "lower bound"

@@ -20,6 +20,7 @@ class IltOptions(LwfOptions):
 @register_method("ilt")
 class Ilt(Lwf):
     summary = "LwF, and the backbone's features kept near the previous model's"
+    base_step = "lwf"
     source = "Michieli and Zanuttigh, ICCVW 2019"
     Options = IltOptions
     options: IltOptions

@@ -33,6 +33,7 @@ class MibOptions(Strict):
 @register_method("mib")
 class Mib(BackgroundInit):
     summary = "cross-entropy and distillation that count old and new classes into the background"
+    base_step = "lwf"
     source = "Cermelli et al., CVPR 2020"
     Options = MibOptions
     options: MibOptions

@@ -34,6 +34,7 @@ class PlopOptions(Strict):
 @register_method("plop")
 class Plop(BackgroundInit):
     summary = "Local POD on six maps, pseudo-labels where the previous model's entropy is below the class's median"
+    base_step = "lwf"
     source = "Douillard et al., CVPR 2021"
     Options = PlopOptions
     options: PlopOptions

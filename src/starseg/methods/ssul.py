@@ -119,7 +119,7 @@ def merge_unknown(logits: Tensor) -> Tensor:
 class SsulM(Ssul):
     summary = "SSUL with an exemplar memory that fills half of every batch"
     stores = "the previous model, 100 images (ADE20K: 300)"
-    section = "ssul"
+    section = base_step = "ssul"
     memory = MemoryRule(score=0.7, mix="half", labels="seen")
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:

@@ -149,7 +149,7 @@ class Star(Method):
 class StarM(Star):
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
     stores = Star.stores + "; 50 images"
-    section = "star"
+    section = base_step = "star"
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         return replace(super().defaults(dataset, task), memory=50)

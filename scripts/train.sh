@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The published commands of every step of a task, one after the other: scripts/train.sh DATASET SETTING TASK
+#   scripts/train.sh voc overlap 15-1        scripts/train.sh ade disjoint 100-10        scripts/train.sh voc overlap 15-1_b
+# From the environment: GPU, BS (of each process), SAVEDIR, NAME, MEMORY_SIZE (50 for STAR-M), CONFIG, EXTRA (more flags), PYTHON.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dataset=$1 setting=$2 task=$3
+python=${PYTHON:-python}
+if [[ $dataset == ade ]]; then gpu=0,1 bs=12 init_lr=0.0025 lr=0.00025; else gpu=0 bs=24 init_lr=0.001 lr=0.0001; fi
+steps=$("$python" -c "from starseg.tasks import published_tasks; print(len(published_tasks('$dataset')['$task']))")
+
+common=(-c "${CONFIG:-configs/config_$dataset.json}" -d "${GPU:-$gpu}" --multiprocessing_distributed
+  --save_dir "${SAVEDIR:-saved_$dataset}" --name "${NAME:-STAR}"
+  --task_name "$task" --task_setting "$setting" --bs "${BS:-$bs}")
+# shellcheck disable=SC2206  # a list of flags
+extra=(${EXTRA:-})
+
+"$python" "train_$dataset.py" "${common[@]}" --task_step 0 --lr "$init_lr" "${extra[@]}"
+for ((step = 1; step < steps; step++)); do
+  "$python" "train_$dataset.py" "${common[@]}" --task_step "$step" --lr "$lr" --freeze_bn \
+    --mem_size "${MEMORY_SIZE:-0}" "${extra[@]}"
+done

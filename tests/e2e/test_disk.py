@@ -1,0 +1,59 @@
+"""A disk that fills up stops a run with its last good state intact."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from starseg.engine import resume
+
+pytestmark = pytest.mark.kill
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _train(settings: dict, out: Path) -> subprocess.CompletedProcess:
+    config = out.parent.parent / f"{out.name}.yaml"
+    config.write_text(yaml.safe_dump({**settings, "out": str(out)}))
+    command = [sys.executable, "-m", "starseg", "train", str(config), "--steps", "0"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_full_disk(tiny: dict, tmp_path: Path, small_disk: Path) -> None:
+    tiny["train"]["base"]["epochs"] = 3
+    calm = tmp_path / "other" / "calm"
+    calm.parent.mkdir()
+    assert _train(tiny, calm).returncode == 0
+    # Room for one saved state, which is kept, and for half of the next.
+    state = len(resume.encode({"model": load_file(calm / "step_0" / "model.safetensors")})) * 2
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(40 * 2**20 - int(1.5 * state)))
+    run = small_disk / "run"
+    full = _train(tiny, run)
+    assert full.returncode == 2, full.stderr
+    assert "No space left on device" in full.stderr and "Traceback" not in full.stderr
+    kept = [resume.decode(p.read_bytes()) for p in (run / "step_0").glob("resume*.ckpt")]
+    assert kept and all(s is not None for s in kept)
+    assert not list((run / "step_0").glob(".*.tmp"))
+    ballast.unlink()
+    again = _train(tiny, run)
+    assert again.returncode == 0 and "going on," in again.stdout, again.stderr
+    a, b = (load_file(r / "step_0" / "model.safetensors") for r in (calm, run))
+    assert all(torch.equal(a[k], b[k]) for k in a)
