@@ -15,6 +15,7 @@ from rich.console import Console
 from starseg.config import RunConfig, parse_config
 from starseg.data.files import image_size
 from starseg.engine import checkpoint
+from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
 from starseg.engine.resume import begun
 from starseg.engine.rundir import adopt
@@ -106,8 +107,8 @@ def _refuse_other_run(request: Request) -> None:
         raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
 
 
-def _install(prepared: Path, run: Path, source: Source | None) -> None:
-    """Put the prepared data and the step to go on from into the run directory, unless they are there already."""
+def _install(prepared: Path, run: Path) -> None:
+    """Put the prepared data into the run directory, unless they are there already."""
     target, about = run / FOLDER, checkpoint.read_json(prepared / "learn.json")
     there = checkpoint.read_json(target / "learn.json") if target.is_dir() else None
     if there and there != about:
@@ -119,8 +120,22 @@ def _install(prepared: Path, run: Path, source: Source | None) -> None:
     if there != about:
         run.mkdir(parents=True, exist_ok=True)
         prepared.rename(target)
-    if source and not checkpoint.is_finished(run / f"step_{len(source.groups) - 1}"):
-        adopt(source.folder, run / f"step_{len(source.groups) - 1}")
+
+
+def _take_over(source: Source, lesson: Lesson, config: RunConfig, console: Console) -> None:
+    """Put the step to go on from into the run directory, scored on the validation images like the new one will be."""
+    info = source.info
+    target = config.run_dir / f"step_{info.step}"
+    if checkpoint.is_finished(target):
+        return
+    model, _ = checkpoint.load_model(source.folder)
+    if lesson.pixels[lesson.val][:, info.dataset_ids[1:]].any():
+        figures = evaluate_model(model, info, config, console)
+    else:
+        nothing = np.zeros([len(info.names)] * 2, np.int64)
+        figures = {**summarize(nothing, info.names, info.base), "confusion": nothing.tolist()}
+    bank = checkpoint.load_bank(source.folder)
+    checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
 
 
 def _trial_seconds(config: RunConfig, lesson: Lesson, source: Source | None, prepared: Path) -> float:
@@ -203,7 +218,9 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
             seconds = _trial_seconds(config, lesson, source, prepared)
             _print_estimate(seconds, config, lesson, console)
             return None
-        _install(prepared, out, source)
+        _install(prepared, out)
+    if source:
+        _take_over(source, lesson, config, console)
     step = len(lesson.steps) - 1
     run = Runner(config, console, range(step, step + 1)).run()
     figures = before_after(run)

@@ -60,17 +60,8 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
             f"{info.step} and {len(bank)} prototypes"
         )
     console.print(f"step {step}: taken from {weights}", highlight=False, soft_wrap=True)
-    tensors = bank.state_dict()
-    metrics = {
-        "step": step,
-        "new_classes": info.names[-info.head_sizes[-1] :],
-        **evaluate_model(model, info, run, console),
-        "seconds": 0.0,
-        "images": 0,
-        "bank_bytes": bank.nbytes,
-        "imported": weights.name,
-    }
-    checkpoint.save_step(folder, model, info, tensors, metrics)
+    figures = evaluate_model(model, info, run, console)
+    checkpoint.save_imported(folder, model, info, bank.state_dict(), figures, weights.name)
 
 
 def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> None:

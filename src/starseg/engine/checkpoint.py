@@ -133,6 +133,22 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
     write_json(folder / "metrics.json", {**metrics, "files": digests})
 
 
+def save_imported(
+    folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], figures: dict[str, Any], origin: str
+) -> None:
+    """Publish a step that was trained elsewhere, with ``figures`` measured on this run's data."""
+    metrics = {
+        "step": info.step,
+        "new_classes": info.names[-info.head_sizes[-1] :],
+        **figures,
+        "seconds": 0.0,
+        "images": 0,
+        "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
+        "imported": origin,
+    }
+    save_step(folder, model, info, bank, metrics)
+
+
 def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
