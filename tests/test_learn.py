@@ -16,7 +16,9 @@ from starseg.cli import main
 from starseg.data.files import read_mask
 from starseg.data.folder import open_folder, read_classes, read_indices, split_images
 from starseg.data.palette import IGNORE_COLOUR, paint
+from starseg.data.step import Batch
 from starseg.engine.checkpoint import load_bank, load_info, read_json
+from starseg.engine.fit import StepTraining
 from starseg.errors import UserError
 from starseg.learn import Request, learn
 from starseg.lesson import read_lesson
@@ -179,6 +181,8 @@ def test_colour_masks(tmp_path: Path) -> None:
     ids = np.array([[0, 1, 2], [2, 255, 1]], np.uint8)
     Image.fromarray(paint(ids)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_indices(tmp_path / "a.png", (2, 3), classes), ids)
+    Image.fromarray(paint(ids)).quantize(8).save(tmp_path / "p.png")
+    np.testing.assert_array_equal(read_indices(tmp_path / "p.png", (2, 3), classes), ids)
     assert paint(np.array([255], np.uint8)).tolist() == [list(IGNORE_COLOUR)]
     Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match=r"b\.png: colour 1 2 3 is no class of .*classes\.txt"):
@@ -305,3 +309,23 @@ def test_fewer_stored_counts_replay_less(folder: Folder, tmp_path: Path) -> None
     assert done is not None
     old, new = load_bank(first)["counts"], load_bank(done)["counts"]
     assert new[1] < old[1] and torch.equal(load_bank(done)["prototypes"][:2], load_bank(first)["prototypes"])
+
+
+def test_a_broken_run_goes_on(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    request = Request(first, *folder("heart"), "heart", tmp_path / "run", epochs=2)
+    real, calls = StepTraining.iterate, []
+
+    def broken(self: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
+        calls.append(raw)
+        if len(calls) == self.ctx.iterations + 2:
+            raise KeyboardInterrupt
+        return real(self, raw)
+
+    monkeypatch.setattr(StepTraining, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        learn(request, Console(quiet=True))
+    console = Console(record=True)
+    done = learn(request, console)
+    assert done is not None and (done / "metrics.json").is_file()
+    assert "iterations are done" in console.export_text()
