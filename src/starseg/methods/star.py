@@ -33,7 +33,8 @@ class StarOptions(ClassLossOptions):
     norm_noise: Norms = "channel"
     """Draw the norm of a replayed feature per channel (published) or once per vector."""
     replay: float = Field(1.0, gt=0, le=1)
-    """Share of the stored counts that a later step replays; below 1 where few new images face many old ones."""
+    """Share of the stored counts that a later step replays; below 1 where few new images face many old ones. What is
+    stored and carried on stays whole."""
 
 
 @register_method("star")
@@ -76,9 +77,9 @@ class Star(Method):
     def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
         """The step's replay from what :meth:`count_cells` found in all its images."""
         predicted = cells[: ctx.first_new]
-        return make_plan(
-            ctx.task.setting, bank.counts * self.options.replay, predicted, ctx.new_classes, ctx.iterations
-        )
+        setting, new, iterations = ctx.task.setting, ctx.new_classes, ctx.iterations
+        plan = make_plan(setting, bank.counts * self.options.replay, predicted, new, iterations)
+        return replace(plan, carried=make_plan(setting, bank.counts, predicted, new, iterations).carried)
 
     def see_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
         """The old model's prediction at image size, [N, H, W] training ids."""
