@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from rich.console import Console
 
@@ -303,12 +304,15 @@ def test_commands_that_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_fewer_stored_counts_replay_less(folder: Folder, tmp_path: Path) -> None:
+def test_a_small_folder_replays_a_share_and_carries_the_whole_on(folder: Folder, tmp_path: Path) -> None:
     first = _first(folder, tmp_path, "disc", "square")
     done = learn(Request(first, *folder("heart", count=6), "heart", tmp_path / "run", epochs=1), Console(quiet=True))
     assert done is not None
     old, new = load_bank(first)["counts"], load_bank(done)["counts"]
-    assert new[1] < old[1] and torch.equal(load_bank(done)["prototypes"][:2], load_bank(first)["prototypes"])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["star"]["replay"] < 1
+    assert torch.equal(new[1:3], old[1:]) and torch.equal(
+        load_bank(done)["prototypes"][:2], load_bank(first)["prototypes"]
+    )
 
 
 def test_a_broken_run_goes_on(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,9 @@ class Adapter(Star):
     Options = AdapterOptions
     options: AdapterOptions
 
-    def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
+    def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
         predicted, labelled = cells[: ctx.first_new], cells[ctx.first_new :]
-        return make_adapter_plan(
-            ctx.task.setting, bank.counts * self.options.replay, predicted, labelled, ctx.iterations
-        )
+        return make_adapter_plan(ctx.task.setting, stored, predicted, labelled, ctx.iterations)
 
     def base_terms(self, batch: Batch, output: Output) -> dict[str, Tensor]:
         return {**super().base_terms(batch, output), "uac": self.constraint(batch, output)}

@@ -65,7 +65,9 @@ class Star(Method):
         cells = torch.zeros(ctx.first_new + ctx.new_classes, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
             cells += self.count_cells(batch, ctx.old_model(batch.images).logits)
-        self.plan = self.make_plan(ctx, self.bank, ctx.add_up(cells))
+        stored, cells = self.bank.counts, ctx.add_up(cells)
+        whole = self.make_plan(ctx, stored, cells)
+        self.plan = replace(self.make_plan(ctx, stored * self.options.replay, cells), carried=whole.carried)
 
     def count_cells(self, batch: Batch, old_logits: Tensor) -> Tensor:
         """Grid cells by label, those labelled background by the old model's prediction: [1 + K_old + K_new] int64."""
@@ -74,12 +76,9 @@ class Star(Method):
         seen = on_grid(self.see_old(batch, old_logits), ctx.model.output_stride)
         return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ctx.first_new + ctx.new_classes)
 
-    def make_plan(self, ctx: StepContext, bank: PrototypeBank, cells: Tensor) -> ReplayPlan:
-        """The step's replay from what :meth:`count_cells` found in all its images."""
-        predicted = cells[: ctx.first_new]
-        setting, new, iterations = ctx.task.setting, ctx.new_classes, ctx.iterations
-        plan = make_plan(setting, bank.counts * self.options.replay, predicted, new, iterations)
-        return replace(plan, carried=make_plan(setting, bank.counts, predicted, new, iterations).carried)
+    def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
+        """The step's replay, from the stored counts and what :meth:`count_cells` found in all its images."""
+        return make_plan(ctx.task.setting, stored, cells[: ctx.first_new], ctx.new_classes, ctx.iterations)
 
     def see_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
         """The old model's prediction at image size, [N, H, W] training ids."""
