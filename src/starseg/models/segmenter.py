@@ -6,7 +6,8 @@ heads (none in STAR), then the classes without background.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from starseg.bilinear import largest, resize, split_classes
 from starseg.models.backbones import make_backbone
 from starseg.models.heads import AUXILIARY, SIGMOID, HeadLayout, make_head
 
@@ -165,20 +167,39 @@ class Segmenter(nn.Module):
         return Output(features, logits, extra, maps[-1] if stages else None, maps if stages else None)
 
 
-def predict(logits: Tensor, published: bool = False, lead: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class LargestLogit:
     """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
 
-    Args:
-        logits: [N, C, ...], channel lead + c is training id c + 1.
-        lead: leading channels that have no say.
+    Attributes:
         published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
+        lead: leading channels that have no say.
+    """
+
+    published: bool = False
+    lead: int = 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[N, ...] int64 training ids of [N, C, ...], channel lead + c being training id c + 1."""
+        return self._ids(*self._score(logits[:, self.lead :]).max(1))
+
+    def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """The rule on logits [N, C, h, w] resized to ``size``, a few classes at a time."""
+        parts = split_classes(logits[:, self.lead :], size[0] * size[1])
+        return self._ids(*largest(self._score(resize(part, size)) for part in parts))
+
+    def _score(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if self.published else logits
+
+    def _ids(self, best: Tensor, winner: Tensor) -> Tensor:
+        return torch.where(best > (0.5 if self.published else 0), winner + 1, 0)
+
+
+def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
+    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
 
     Returns:
-        [N, ...] int64 training ids.
+        [N, *size] training ids.
     """
-    logits = logits[:, lead:]
-    if published:
-        best, winner = logits.float().sigmoid().max(1)
-        return torch.where(best > 0.5, winner + 1, 0)
-    best, winner = logits.max(1)
-    return torch.where(best > 0, winner + 1, 0)
+    upsampled = getattr(rule, "upsampled", None)
+    return upsampled(logits, size) if upsampled else rule(resize(logits, size))
