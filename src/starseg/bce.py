@@ -38,18 +38,18 @@ class UpsampledBce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, published: bool) -> Tensor:
         (_, height, width), device = labels.shape, logits.device
-        ids = torch.arange(first_id, first_id + logits.shape[1], device=device)[:, None, None]
+        ids = torch.arange(first_id, first_id + logits.shape[1], device=device, dtype=labels.dtype)[:, None, None]
         sums = logits.new_zeros(logits.shape[1])
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        chunks = _chunks(len(logits), len(ids), chunk_size(height * width, device))
         with torch.autocast(device.type, enabled=False):
             down, across = axis_weights(height, logits, 2), axis_weights(width, logits, 3)
-            for images, classes in _chunks(len(logits), len(ids), chunk_size(height * width, device)):
-                seen = labels[images, None]
-                positive = (seen == ids[classes]).to(logits.dtype)
+            for images, classes in chunks:
+                positive = (labels[images, None] == ids[classes]).to(logits.dtype)
                 turned = down @ (logits[images, classes] @ across.T)
                 turned.addcmul_(positive, turned, value=-2)
                 if not published:
-                    turned.masked_fill_(seen == IGNORE, -torch.inf)
+                    turned.masked_fill_(labels[images, None] == IGNORE, -torch.inf)
                 sums[classes] += _losses(turned, positive, pos_weight)
                 if gradient is not None:
                     gradient[images, classes] = down.T @ _slopes_(turned, positive, pos_weight) @ across
