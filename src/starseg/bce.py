@@ -38,21 +38,26 @@ class UpsampledBce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, published: bool) -> Tensor:
         (_, height, width), device = labels.shape, logits.device
-        ids = torch.arange(first_id, first_id + logits.shape[1], device=device, dtype=labels.dtype)[:, None, None]
-        sums = logits.new_zeros(logits.shape[1])
+        images, classes = logits.shape[:2]
+        ids = torch.arange(first_id, first_id + classes, device=device, dtype=logits.dtype)[:, None, None]
+        sums = logits.new_zeros(classes)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        chunks = _chunks(len(logits), len(ids), chunk_size(height * width, device))
+        maps = chunk_size(height * width, device)
+        side = min(images, maps)
         with torch.autocast(device.type, enabled=False):
             down, across = axis_weights(height, logits, 2), axis_weights(width, logits, 3)
-            for images, classes in chunks:
-                positive = (labels[images, None] == ids[classes]).to(logits.dtype)
-                turned = down @ (logits[images, classes] @ across.T)
-                turned.addcmul_(positive, turned, value=-2)
-                if not published:
-                    turned.masked_fill_(labels[images, None] == IGNORE, -torch.inf)
-                sums[classes] += _losses(turned, positive, pos_weight)
-                if gradient is not None:
-                    gradient[images, classes] = down.T @ _slopes_(turned, positive, pos_weight) @ across
+            for n in _slices(images, side):
+                seen = labels[n, None].to(logits.dtype)
+                hidden = None if published else torch.where(seen == IGNORE, -torch.inf, 0.0)
+                for k in _slices(classes, maps // side):
+                    positive = torch.eq(seen, ids[k], out=torch.empty_like(seen[:0]))
+                    turned = down @ (logits[n, k] @ across.T)
+                    turned.addcmul_(positive, turned, value=-2)
+                    if hidden is not None:
+                        turned += hidden
+                    sums[k] += _losses(turned, positive, pos_weight)
+                    if gradient is not None:
+                        gradient[n, k] = down.T @ _slopes_(turned, positive, pos_weight) @ across
         ctx.save_for_backward(gradient)
         return sums
 
@@ -63,12 +68,9 @@ class UpsampledBce(torch.autograd.Function):
         return gradient * weights[:, None, None], None, None, None, None
 
 
-def _chunks(images: int, classes: int, most: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of classes that hold up to ``most`` maps together."""
-    side = min(images, most)
-    for i in range(0, images, side):
-        for k in range(0, classes, most // side):
-            yield slice(i, i + side), slice(k, k + most // side)
+def _slices(length: int, most: int) -> Iterator[slice]:
+    for start in range(0, length, most):
+        yield slice(start, start + most)
 
 
 def _losses(turned: Tensor, positive: Tensor, pos_weight: float) -> Tensor:

@@ -6,13 +6,16 @@ of interleaved repetitions, memory is the peak above what the inputs take.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -92,8 +95,7 @@ class LossPath:
         return self._backward(dense_later(ctx, options, self.batch, self.output, self.previous, self.bank, self.plan))
 
     def _backward(self, loss: Tensor) -> Tensor:
-        for leaf in self.leaves:
-            leaf.grad = None
+        self.forget()
         loss.backward()
         return loss.detach()
 
@@ -145,6 +147,8 @@ def alternate(paths: list[Callable[[], Any]], repeats: int) -> list[float]:
 
 def peak_bytes(path: Callable[[], Any]) -> int:
     """Most memory on the CPU that a call holds at any time beyond what was there before, of all allocations."""
+    # Said once by the profiler's library on a machine without a GPU, along with every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         path()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
@@ -179,3 +183,57 @@ def measure_loss(case: Case, repeats: int) -> dict[str, float]:
         "bytes": peaks[0],
         "dense_bytes": peaks[1],
     }
+
+
+def measure_growth(case: Case) -> dict[str, float]:
+    """Peak memory of a later step with few and with many old classes; the growth is many over few."""
+    peaks: dict[str, int] = {}
+    for old in (_FEW, _MANY):
+        path = LossPath(replace(case, old=old))
+        for prefix, call in (("", path.lean), ("dense_", path.dense)):
+            call()
+            path.forget()
+            peaks[f"{prefix}bytes_{old}"] = peak_bytes(call)
+    return {
+        **peaks,
+        "growth": peaks[f"bytes_{_MANY}"] / peaks[f"bytes_{_FEW}"],
+        "dense_growth": peaks[f"dense_bytes_{_MANY}"] / peaks[f"dense_bytes_{_FEW}"],
+    }
+
+
+def bench(console: Console, quick: bool = False) -> dict[str, Any]:
+    """Measure and print tables.
+
+    Args:
+        console: takes the tables.
+        quick: crops of 128 pixels and a single repetition: whether it runs, not how fast.
+
+    Returns:
+        {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
+        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}}; ratios are dense over ours.
+    """
+    crop, repeats = (128, 1) if quick else (512, 5)
+    table = Table(
+        "loss path", "seconds", "densely", "faster", "MB", "densely", "less", title=f"crop {crop}, {_machine()}"
+    )
+    found: dict[str, Any] = {"loss": {}}
+    for name, case in loss_cases(crop).items():
+        f = found["loss"][name] = measure_loss(case, repeats)
+        seconds = (f"{f['seconds']:.3f}", f"{f['dense_seconds']:.3f}", f"{f['speedup']:.1f} x")
+        table.add_row(name, *seconds, _mega(f["bytes"]), _mega(f["dense_bytes"]), f"{f['memory_ratio']:.1f} x")
+    console.print(table)
+    f = found["memory_growth"] = measure_growth(Case(_FEW, 10, 4, crop, "ade"))
+    grown = Table("10 new classes", f"MB, {_FEW} old", f"MB, {_MANY} old", "growth")
+    for name, prefix in (("starseg", ""), ("densely", "dense_")):
+        peaks = (_mega(f[f"{prefix}bytes_{n}"]) for n in (_FEW, _MANY))
+        grown.add_row(name, *peaks, f"{f[f'{prefix}growth']:.2f} x")
+    console.print(grown)
+    return found
+
+
+def _machine() -> str:
+    return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def _mega(size: float) -> str:
+    return f"{size / 1e6:.1f}"

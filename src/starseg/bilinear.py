@@ -5,7 +5,7 @@ Shape letters: N images, C channels, H W pixels, h w cells of a smaller map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +71,14 @@ def resize_thin(maps: Tensor, size: Sequence[int], cells: Sequence[int]) -> Tens
         return down @ (maps @ across.T)
 
 
-def split_classes(maps: Tensor, pixels: int) -> Iterator[Tensor]:
-    """Parts of [N, C, h, w] along C, each with about as many values as are worked on at a time.
+def split_classes(maps: Tensor, pixels: int) -> tuple[Tensor, ...]:
+    """Parts of [N, C, h, w] along C that have about as many values as are worked on at a time.
 
     Args:
         maps: to be resized.
         pixels: of a resized map.
     """
-    yield from maps.split(chunk_size(pixels * len(maps), maps.device), 1)
+    return maps.split(chunk_size(pixels * len(maps), maps.device), 1)
 
 
 def largest(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
