@@ -85,7 +85,7 @@ def bce_per_class(
         [K]; 0 where every pixel is ignored.
     """
     sums = UpsampledBce.apply(logits, labels, first_id, pos_weight, published)
-    count = torch.tensor(labels.numel()) if published else (labels != IGNORE).sum()
+    count = labels.numel() if published else (labels != IGNORE).sum()
     return ratio(sums, count, add_up)[0]
 
 
