@@ -21,8 +21,8 @@ lint: $(VENV)/.installed-dev ## check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## time a training step
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
+bench: $(VENV)/.installed ## run `starseg bench`
+	$(BIN)/starseg bench $(ARGS)
 
 clean: ## remove caches and build output (.venv and runs/ stay)
 	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

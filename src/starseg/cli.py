@@ -294,6 +294,20 @@ def demo(
 
 
 @app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time and memory of the loss path on the CPU, beside the same written densely."""
+    from starseg.bench import bench as run
+    from starseg.engine.checkpoint import write_json
+
+    found = run(console, quick)
+    if json_file:
+        write_json(json_file, found)
+
+
+@app.command()
 def methods() -> None:
     """The methods a configuration can name."""
     from rich.table import Table

@@ -10,12 +10,14 @@ summed, not means averaged. It must be differentiable (:attr:`starseg.methods.ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starseg.bce import UpsampledBce
+from starseg.bilinear import resize
 from starseg.tasks import BACKGROUND, IGNORE
 
 _PUBLISHED_EPS = 1e-12
@@ -50,11 +52,6 @@ def mean(values: Tensor, add_up: AddUp = alone) -> Tensor:
     return ratio(values.sum()[None], values.numel(), add_up)[0][0]
 
 
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners False, no antialiasing: [N, C, *, *] -> [N, C, *size]."""
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits [N, C, h, w] as float32 at the size of the labels [N, H, W]."""
     return resize(logits.float(), labels.shape[-2:])
@@ -77,7 +74,7 @@ def bce_per_class(
     """Base loss: per class c, BCE of its logit against [y = c], averaged over the pixels.
 
     Args:
-        logits: [N, K, H, W] float32 of the new classes, at the labels' size.
+        logits: [N, K, h, w] float32 of the new classes; upsampled here, see :class:`starseg.bce.UpsampledBce`.
         labels: [N, H, W]; old ids are background.
         first_id: training id of channel 0.
         pos_weight: weight of positive pixels.
@@ -87,13 +84,9 @@ def bce_per_class(
     Returns:
         [K]; 0 where every pixel is ignored.
     """
-    target = one_hot(labels, first_id, logits.shape[1]).to(logits.dtype)
-    weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
-    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
-    if published:
-        return ratio(loss.sum((0, 2, 3)), labels.numel(), add_up)[0]
-    valid = (labels != IGNORE)[:, None]
-    return ratio((loss * valid).sum((0, 2, 3)), valid.sum(), add_up)[0]
+    sums = UpsampledBce.apply(logits, labels, first_id, pos_weight, published)
+    count = labels.numel() if published else (labels != IGNORE).sum()
+    return ratio(sums, count, add_up)[0]
 
 
 def negatives_per_class(logits: Tensor, add_up: AddUp = alone) -> tuple[Tensor, Tensor]:
@@ -120,7 +113,7 @@ def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp =
         Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region (published: NaN).
     """
     mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
-    change = ((features - old_features).square() * mask).sum() / features.shape[1]
+    change = ((features - old_features).square().sum(1, keepdim=True) * mask).sum() / features.shape[1]
     (value,), weight = ratio(change[None], mask.sum(), add_up)
     return value * weight / (weight + epsilon / features.shape[1]) if epsilon else value
 
@@ -153,7 +146,9 @@ def sad(
         return features.sum() * 0
     eps = _PUBLISHED_EPS if published else _SOUND_EPS
     weights = resize(one_hot(labels, first_id, classes).to(features.dtype), features.shape[-2:])
-    sums = add_up(torch.einsum("nkhw,ndhw->kd", weights, F.normalize(features, dim=1, eps=eps)))
+    # Weights are divided by the features' norms in place of the features: the same sums, and no second feature map.
+    norms = features.norm(dim=1, keepdim=True).clamp_min(eps)
+    sums = add_up(((weights / norms).flatten(2) @ features.flatten(2).mT).sum(0))
     distance = torch.cdist(F.normalize(sums, dim=1, eps=eps), old_prototypes).amin(1).clamp_min(1e-6)
     if published:
         return (1 / distance).mean()

@@ -7,7 +7,7 @@ import torch
 from starseg.errors import UserError
 from starseg.models import Segmenter
 from starseg.models.backbones import load_backbone_weights
-from starseg.models.segmenter import predict
+from starseg.models.segmenter import LargestLogit
 
 
 def test_growing_keeps_the_old_logits() -> None:
@@ -106,5 +106,5 @@ def test_unusable_backbones(name: str) -> None:
 
 def test_the_prediction_rule() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 20.0], [-1.0, 2.0, -0.5, 30.0]])[None]
-    assert predict(logits).tolist() == [[0, 2, 0, 2]]
-    assert predict(logits, published=True).tolist() == [[0, 2, 0, 1]], "saturated sigmoids tie, the first wins"
+    assert LargestLogit()(logits).tolist() == [[0, 2, 0, 2]]
+    assert LargestLogit(published=True)(logits).tolist() == [[0, 2, 0, 1]], "saturated sigmoids tie, the first wins"

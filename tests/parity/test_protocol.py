@@ -12,7 +12,7 @@ from starseg.data.step import select_images
 from starseg.engine.fit import lr_factor
 from starseg.engine.metrics import summarize
 from starseg.methods import METHODS
-from starseg.models.segmenter import predict
+from starseg.models.segmenter import LargestLogit
 from starseg.tasks import TaskSequence, published_tasks
 
 FIGURES = {
@@ -52,9 +52,9 @@ def test_evaluator(case: str) -> None:
 @pytest.mark.parametrize("case", ["rule", "saturated"])
 def test_prediction_rule(case: str) -> None:
     g = tensors("evaluator", f"{case}/")
-    assert torch.equal(predict(g["logits"], published=True), g["pred"].long())
+    assert torch.equal(LargestLogit(published=True)(g["logits"]), g["pred"].long())
     ties = (g["logits"].sigmoid() == 1).sum(1) > 1
-    assert torch.equal(predict(g["logits"])[~ties], g["pred"][~ties].long())
+    assert torch.equal(LargestLogit()(g["logits"])[~ties], g["pred"][~ties].long())
 
 
 @pytest.mark.parametrize("case", cases("lr_schedules", depth=3))

@@ -72,7 +72,7 @@ def test_predicted_counts() -> None:
 
 def test_old_prediction_uses_raw_logits() -> None:
     logits = torch.tensor([[0.4, 0.6, -1.0], [0.45, 0.5, 0.7]])[None, :, None]
-    assert old_prediction(logits).tolist() == [[[0, 1, 2]]]
+    assert old_prediction(logits, (1, 3), (1, 3)).tolist() == [[[0, 1, 2]]]
 
 
 def test_replayed_features() -> None:

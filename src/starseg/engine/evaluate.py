@@ -23,9 +23,10 @@ from starseg.engine.launch import make_fabric
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import track
 from starseg.errors import UserError
-from starseg.losses import AddUp, alone, resize
+from starseg.losses import AddUp, alone
 from starseg.methods import METHODS, method_options
 from starseg.models import Segmenter
+from starseg.models.segmenter import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
 
 
@@ -49,7 +50,7 @@ def confusion_matrix(
     total = torch.zeros(classes, classes, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
         logits = model(model.normalize(batch.images)).logits
-        predicted = rule(resize(logits, batch.labels.shape[-2:]))
+        predicted = predict_upsampled(rule, logits, batch.labels.shape[-2:])
         labels = batch.labels.to(predicted.device).long()
         total += multiclass_confusion_matrix(predicted, labels, classes, ignore_index=IGNORE, validate_args=False)
     return add_up(total).cpu().numpy()

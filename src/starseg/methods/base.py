@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from starseg.config import RunConfig, Strict, explain
 from starseg.data.step import Batch
 from starseg.errors import UserError
-from starseg.losses import alone, bce_per_class, resize
+from starseg.losses import alone, bce_per_class
 from starseg.models import Output, Segmenter
 from starseg.models.heads import SIGMOID, HeadLayout
-from starseg.models.segmenter import predict
+from starseg.models.segmenter import LargestLogit
 from starseg.pseudo import fill_in
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
@@ -239,8 +238,7 @@ class Method:
         """The base loss of the new classes, [K_new]."""
         ctx = self.ctx
         new = output.logits[:, len(self.layout.lead) + ctx.old_classes :]
-        logits = resize(new.float(), batch.labels.shape[-2:])
-        return bce_per_class(logits, batch.labels, ctx.first_new, self.pos_weight(ctx), ctx.published, ctx.add_up)
+        return bce_per_class(new.float(), batch.labels, ctx.first_new, self.pos_weight(ctx), ctx.published, ctx.add_up)
 
     def pos_weight(self, ctx: StepContext) -> float:
         """Weight of positive pixels in the class loss."""
@@ -251,7 +249,7 @@ class Method:
 
     def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
         """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""
-        return partial(predict, published=published, lead=len(self.layout.lead))
+        return LargestLogit(published, len(self.layout.lead))
 
     def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels with confident predictions filled in, for the choice of exemplars; see :func:`fill_in`."""

@@ -96,7 +96,7 @@ class Ssul(Method):
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         old_logits = upsample(old(batch.images).logits, batch.labels) if old else None
-        logits = upsample(new(batch.images).logits, batch.labels)
+        logits = new(batch.images).logits.float()
         targets = self.targets(batch, old_logits)
         return {"bce": bce_per_class(logits, targets, first_id=0, add_up=self.ctx.add_up).sum()}
 

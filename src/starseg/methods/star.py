@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from starseg.bilinear import thin
 from starseg.data.step import Batch
 from starseg.errors import UserError
-from starseg.losses import background_cells, mix, negatives_per_class, ocfm, resize, sad
+from starseg.losses import background_cells, mix, negatives_per_class, ocfm, sad
 from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
 from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
@@ -72,17 +74,20 @@ class Star(Method):
     def count_cells(self, batch: Batch, old_logits: Tensor) -> Tensor:
         """Grid cells by label, those labelled background by the old model's prediction: [1 + K_old + K_new] int64."""
         ctx = self.ctx
-        labels = on_grid(batch.labels, ctx.model.output_stride)
-        seen = on_grid(self.see_old(batch, old_logits), ctx.model.output_stride)
+        cells = [side // ctx.model.output_stride for side in batch.labels.shape[1:]]
+        labels, seen = self.see_old(batch.labels, old_logits, cells)
+        stride = labels.shape[-1] // cells[-1]
+        labels, seen = on_grid(labels, stride), on_grid(seen, stride)
         return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ctx.first_new + ctx.new_classes)
 
     def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
         """The step's replay, from the stored counts and what :meth:`count_cells` found in all its images."""
         return make_plan(ctx.task.setting, stored, cells[: ctx.first_new], ctx.new_classes, ctx.iterations)
 
-    def see_old(self, batch: Batch, old_logits: Tensor) -> Tensor:
-        """The old model's prediction at image size, [N, H, W] training ids."""
-        return old_prediction(resize(old_logits.float(), batch.labels.shape[-2:]), self.options.old_threshold)
+    def see_old(self, labels: Tensor, old_logits: Tensor, cells: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Labels [N, H, W] and the old model's prediction, both [N, H', W'] and :func:`thin` for a grid of cells."""
+        seen = old_prediction(old_logits, labels.shape[1:], cells, self.options.old_threshold)
+        return thin(labels, cells), seen
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         if old is None:
@@ -100,8 +105,7 @@ class Star(Method):
         """The losses of a later step, the replayed features among the new network's output."""
         ctx, options = self.ctx, self.options
         features = output.features.float()
-        seen = self.see_old(batch, previous.logits)
-        labels = batch.labels
+        labels, seen = self.see_old(batch.labels, previous.logits, features.shape[2:])
         stride = labels.shape[-1] // features.shape[-1]
         cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
 

@@ -6,7 +6,8 @@ heads (none in STAR), then the classes without background.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from starseg.bilinear import resize
 from starseg.models.backbones import make_backbone
 from starseg.models.heads import AUXILIARY, SIGMOID, HeadLayout, make_head
 
 FEATURES = 256
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
+# Three channels are interpolated by another kernel on a CPU, whose last bit differs.
+_FEWEST = 4
 _DROPOUTS = (nn.modules.dropout._DropoutNd, DropPath)
 
 
@@ -165,20 +169,51 @@ class Segmenter(nn.Module):
         return Output(features, logits, extra, maps[-1] if stages else None, maps if stages else None)
 
 
-def predict(logits: Tensor, published: bool = False, lead: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class LargestLogit:
     """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
 
-    Args:
-        logits: [N, C, ...], channel lead + c is training id c + 1.
-        lead: leading channels that have no say.
+    Attributes:
         published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
+        lead: leading channels that have no say.
+    """
+
+    published: bool = False
+    lead: int = 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[N, ...] int64 training ids of [N, C, ...], channel lead + c being training id c + 1."""
+        return self._ids(*self._score(logits[:, self.lead :]).max(1))
+
+    def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win.
+
+        A class with no positive logit in an image has none after bilinear interpolation either.
+        """
+        images = logits[:, self.lead :].contiguous().split(1)
+        return torch.cat([self._upsampled_image(image, size) for image in images])
+
+    def _upsampled_image(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        peaks = logits.amax((0, 2, 3))
+        most = min(len(peaks), max(_FEWEST, int((peaks > 0).sum())))
+        chosen = peaks.topk(most).indices.sort().values
+        best, winner = self._score(resize(logits[:, chosen], size)).max(1)
+        return self._ids(best, chosen[winner])
+
+    def _score(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if self.published else logits
+
+    def _ids(self, best: Tensor, winner: Tensor) -> Tensor:
+        return torch.where(best > (0.5 if self.published else 0), winner + 1, 0)
+
+
+def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
+    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
+
+    The logits' memory format does not matter: channels_last ones would be interpolated with other rounding.
 
     Returns:
-        [N, ...] int64 training ids.
+        [N, *size] training ids.
     """
-    logits = logits[:, lead:]
-    if published:
-        best, winner = logits.float().sigmoid().max(1)
-        return torch.where(best > 0.5, winner + 1, 0)
-    best, winner = logits.max(1)
-    return torch.where(best > 0, winner + 1, 0)
+    upsampled = getattr(rule, "upsampled", None)
+    return upsampled(logits, size) if upsampled else rule(resize(logits.contiguous(), size))

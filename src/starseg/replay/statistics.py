@@ -5,12 +5,13 @@ All sums are kept in float64, so that the order of the batches and the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from starseg.bilinear import largest, resize_thin, split_classes
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
 
@@ -28,17 +29,21 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
     return torch.bincount(ids[ids < size], minlength=size)
 
 
-def old_prediction(logits: Tensor, threshold: float = 0.5) -> Tensor:
-    """The old model's prediction in training: argmax + 1 where a raw logit exceeds ``threshold``, else 0.
+def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], threshold: float = 0.5) -> Tensor:
+    """The old model's prediction in training: argmax + 1 where an upsampled raw logit exceeds ``threshold``, else 0.
 
     Args:
-        logits: [N, C, ...].
+        logits: [N, C, h, w].
+        size: of the image.
+        cells: height and width of the grid of cells on which the prediction is used.
         threshold: on the logit; 0.5 as published (a probability of 0.622).
 
     Returns:
-        [N, ...] int64 training ids.
+        [N, H', W'] int64 training ids of those pixels of the image that :func:`starseg.bilinear.thin` keeps.
     """
-    best, winner = logits.max(1)
+    maps = logits.float()
+    parts = split_classes(maps, 4 * cells[0] * cells[1])
+    best, winner = largest(resize_thin(part, size, cells) for part in parts)
     return torch.where(best > threshold, winner + 1, BACKGROUND)
 
 
