@@ -169,7 +169,8 @@ def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def total(method: Method, ctx: StepContext, batch: Batch) -> Tensor:
     """The sum of a batch's losses, with the same draws at every call."""
-    torch.manual_seed(0)
+    with _SEEDING:
+        torch.manual_seed(0)
     ctx.generator.manual_seed(0)
 
     def old(images: Tensor, stages: bool = False) -> Output:
