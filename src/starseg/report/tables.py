@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+GROUPS = ("old", "new", "all", "harmonic")
+
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
@@ -29,7 +31,7 @@ def iou_table(results: Mapping[str, Any]) -> Group:
     for name in steps[-1]["iou"]:
         table.add_row(name, *(percent(s["iou"][name]) if name in s["iou"] else "" for s in steps))
     table.add_section()
-    for group in ("old", "new", "all", "harmonic"):
+    for group in GROUPS:
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
     table.add_row("pixel accuracy", *(percent(s["pixel_accuracy"]["all"]) for s in steps))
     return Group(Text(title), table, *(Text(f"note: {note}") for note in run.get("notes", [])))
@@ -43,15 +45,18 @@ def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
-    table = Table(title="mIoU in percent after the last step")
-    for column in ("method", "old", "new", "all", "harmonic", "old mIoU kept", "bank", "exemplars", "seconds"):
+    table = Table(title="mIoU in percent after the last step; kept: of the old mIoU after step 0")
+    exemplars = any(results["steps"][-1].get("exemplar_bytes") for results in runs.values())
+    for column in ("method", *GROUPS, "kept", "bank", *(["exemplars"] if exemplars else []), "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, results in runs.items():
         last, left = results["steps"][-1], old_kept(results["steps"])
         kept = "-" if left is None else f"{left:.0f} %"
-        figures = (percent(last["miou"][g]) for g in ("old", "new", "all", "harmonic"))
+        figures = (percent(last["miou"][g]) for g in GROUPS)
         marked = f"{name} *" if results["run"].get("notes") else name
-        stored = map(kilobytes, (last["bank_bytes"], last.get("exemplar_bytes", 0)))
+        stored = [kilobytes(last["bank_bytes"])]
+        if exemplars:
+            stored.append(kilobytes(last.get("exemplar_bytes", 0)))
         table.add_row(marked, *figures, kept, *stored, f"{sum(s['seconds'] for s in results['steps']):.0f}")
     notes = {note for results in runs.values() for note in results["run"].get("notes", [])}
     table.caption = "\n".join(f"* {note}" for note in sorted(notes)) or None
