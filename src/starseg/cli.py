@@ -172,13 +172,10 @@ def evaluate(
     if weights.suffix == ".pth":
         from torch.cuda import is_available
 
-        from starseg.compat.settings import parse_published, published_tree
-        from starseg.compat.weights import load_checkpoint
+        from starseg.compat.weights import open_checkpoint
 
-        tree, source = published_tree(None, weights)
-        published = parse_published(tree, str(source))
+        model, info, published = open_checkpoint(weights)
         config = change_config(published.to_run(gpu=is_available()), overrides or [])
-        model, info = load_checkpoint(weights, published)
     else:
         config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
         model, info = load_model(weights)
@@ -190,7 +187,9 @@ def evaluate(
 
 @app.command()
 def predict(
-    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    step_dir: Annotated[
+        Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
+    ],
     images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the masks.", show_default=False)],
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw tinted images with a legend.")] = False,

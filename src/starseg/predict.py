@@ -264,17 +264,22 @@ class Predictor:
 
 
 def load(path: str | Path, device: str = "auto") -> Predictor:
-    """The model of a step directory, ready to predict.
+    """The model of a step directory or published checkpoint, ready to predict.
 
     Args:
-        path: a run's ``step_<t>`` directory.
+        path: a run's ``step_<t>`` directory, or a published checkpoint (.pth) with its config.json beside it.
         device: "cpu", "cuda", another name of torch's, or "auto": a GPU where there is one.
 
     Raises:
         UserError: no step directory, damaged files, or no such device.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model, info = load_model(Path(path))
+    if Path(path).suffix == ".pth":
+        from starseg.compat.weights import open_checkpoint
+
+        model, info, _ = open_checkpoint(Path(path))
+    else:
+        model, info = load_model(Path(path))
     try:
         return Predictor(model.to(name), info)
     except (RuntimeError, AssertionError) as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import starseg
 from starseg.cli import main
 from starseg.compat import commands
 from starseg.engine.checkpoint import read_json
@@ -27,7 +28,7 @@ def _folder(tmp_path: Path, step: int, name: str = "STAR") -> Path:
 
 
 def test_steps_their_files_and_their_evaluation(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, twenty_classes: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(0)
     train(1, "--mem_size", "4")
@@ -65,6 +66,9 @@ def test_steps_their_files_and_their_evaluation(
         main()
     assert not stopped.value.code
     assert read_json(tmp_path / "native.json")["iou"] == trained["iou"]
+    image = next(twenty_classes.glob("JPEGImages/val_*.jpg"))
+    masks = [starseg.load(path, "cpu").predict(image) for path in (weights, folder)]
+    assert np.array_equal(*masks)
 
 
 def test_a_step_goes_on_from_published_files_as_from_our_own(train: Train, tmp_path: Path) -> None:

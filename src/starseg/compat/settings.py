@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starseg.config import RunConfig, explain, parse_config
 from starseg.errors import UserError
 
+# What classes not learnt yet become in test labels.
+TEST_FILL = {"voc": 0, "ade": 255}
+
 
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -230,7 +233,7 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
         raise UserError(f"{source}:\n{explain(error, PublishedConfig)}") from error
     args = config.data_loader.args
     crop = args.train.args.transform_args.crop_size
-    fill = 255 if config.dataset == "ade" else 0
+    fill = TEST_FILL[config.dataset]
     for key, given, wanted in (
         ("data_loader.args.train.args.masking_value", args.train.args.masking_value, 0),
         ("data_loader.args.val.args.masking_value", args.val.args.masking_value, fill),

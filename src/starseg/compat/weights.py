@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starseg.compat.settings import PublishedConfig
+from starseg.compat.settings import TEST_FILL, PublishedConfig, parse_published, published_tree
+from starseg.config import RunConfig
 from starseg.data.dataset import list_dataset
+from starseg.data.voc import VOC_NAMES
 from starseg.engine.checkpoint import StepInfo, write_atomic
 from starseg.errors import UserError
 from starseg.models import Segmenter
@@ -51,6 +53,25 @@ def prototypes_name(epoch: int) -> str:
     return f"prototypes-epoch{epoch}.pth"
 
 
+def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, PublishedConfig]:
+    """A published checkpoint with the config.json beside it; see :func:`load_checkpoint`.
+
+    Raises:
+        UserError: one of the two is missing or wrong.
+    """
+    tree, source = published_tree(None, path)
+    config = parse_published(tree, str(source))
+    return *load_checkpoint(path, config), config
+
+
+def _class_names(run: RunConfig) -> tuple[str, ...]:
+    """Names by dataset id, also where the data set is not at hand; ADE20K's classes then go by their numbers."""
+    try:
+        return list_dataset(run.data).names
+    except UserError:
+        return tuple(VOC_NAMES) if run.data.dataset == "voc" else ("other", *map(str, range(1, 151)))
+
+
 def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, StepInfo]:
     """A published checkpoint as a network in eval mode on the CPU; step and classes come from its heads.
 
@@ -65,8 +86,8 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
     heads = sum(k.startswith("cls.") and k.endswith(".weight") for k in state)
     sizes = [len(state[f"cls.{t}.weight"]) for t in range(heads) if f"cls.{t}.weight" in state]
     run = config.to_run()
-    dataset = list_dataset(run.data)
-    task = make_task(dataset.key, dataset.names, config.task.name, setting=config.task.setting)
+    dataset = run.data.dataset
+    task = make_task(dataset, _class_names(run), config.task.name, setting=config.task.setting)
     step = len(sizes) - 1
     expected = [len(task.new(t)) for t in range(len(task))][: step + 1]
     if not sizes or sizes != expected:
@@ -85,7 +106,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         names=list(task.class_names(step)),
         dataset_ids=list(task.dataset_ids(step)),
         method="star",
-        dataset=dataset.key,
+        dataset=dataset,
         task=task.name,
         setting=task.setting,
         step=step,
@@ -93,7 +114,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         compat=config.compat,
         base=task.base,
         crop=run.data.crop,
-        test_fill=dataset.test_fill,
+        test_fill=TEST_FILL[dataset],
     )
     return model.eval().to(memory_format=torch.channels_last), info
 
