@@ -14,8 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.cli import main
+from starseg.data.classlist import read_classes
 from starseg.data.files import read_mask
-from starseg.data.folder import open_folder, read_classes, read_indices, split_images
+from starseg.data.folder import open_folder, read_indices, split_images
 from starseg.data.palette import IGNORE_COLOUR, paint
 from starseg.data.step import Batch
 from starseg.engine.checkpoint import load_bank, load_info, read_json
@@ -156,7 +157,7 @@ def test_prepared_data(folder: Folder, tmp_path: Path) -> None:
     )
     data = open_folder(tmp_path / "p")
     assert data.names == ("background", "disc", "heart") and not data.unlabelled
-    assert len(data.train) + len(data.test) == len(lesson.pairs) and len(data.test) == lesson.val.sum()
+    assert len(data.train) + len(data.test) == len(lesson.photos) and len(data.test) == lesson.val.sum()
     assert all(p.is_file() for p in data.train.images + data.test.masks)
     again = read_lesson(Request(None, images, masks, "disc,heart", tmp_path), None, tmp_path / "q", Console(quiet=True))
     np.testing.assert_array_equal(lesson.val, again.val)

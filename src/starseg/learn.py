@@ -44,7 +44,7 @@ def _crop(request: Request, source: Source | None, lesson: Lesson, stride: int) 
     if request.crop:
         return request.crop
     least, most = _CROPS
-    short = median(min(image_size(image)) for image, _ in lesson.pairs)
+    short = median(min(image_size(photo.image)) for photo in lesson.photos)
     return int(min(max(round(short / stride) * stride, least), most))
 
 
