@@ -24,6 +24,7 @@ from starseg.engine.fit import StepTraining
 from starseg.errors import UserError
 from starseg.learn import Request, learn
 from starseg.lesson import read_lesson
+from starseg.schedule import FIRST, LATER, batch_size
 
 DRAWN = ["background", "disc", "square", "triangle", "hexagon", "heart"]
 Folder = Callable[..., tuple[Path, Path]]
@@ -138,7 +139,25 @@ def test_defaults_fit_the_data(folder: Folder, tmp_path: Path) -> None:
     batch = train // 4
     text = console.export_text()
     assert f"batches of {batch}, crops of 128, learning rate 0.01" in text
-    assert f"{-(-300 // (train // batch))} epochs" in text
+    assert f"100 epochs of {train // batch} iterations" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "first", "later"),
+    [
+        (6, 2, (100, 1e-2), (100, 4.2e-4)),
+        (20, 5, (100, 1e-2), (100, 3.1e-4)),
+        (128, 16, (75, 1e-2), (50, 3.1e-4)),
+        (340, 16, (29, 1e-2), (20, 3e-4)),
+        (10_000, 16, (10, 1.2e-3), (10, 1e-4)),
+    ],
+)
+def test_schedules(images: int, batch: int, first: tuple[int, float], later: tuple[int, float]) -> None:
+    """Few images are seen oftener, and fewer iterations have a higher rate."""
+    assert batch_size(images) == batch
+    for phase, (epochs, rate) in ((FIRST, first), (LATER, later)):
+        assert phase.epochs(images) == epochs
+        assert phase.learning_rate(epochs * (images // batch)) == rate
 
 
 def test_known_classes_keep_their_ids(folder: Folder, tmp_path: Path, step_dir: Path) -> None:
