@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,52 @@ def test_classes_are_needed_without_coco(
     args = ["--images", root / "JPEGImages", "--masks", root / "SegmentationClass", "--out", tmp_path / "run"]
     assert _command(monkeypatch, "learn", "--new", *args) == 2
     assert "--classes: give a file or names" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def _change(key: str, value: object) -> Callable[[dict], None]:
+    """Changes the tenth annotation."""
+    return lambda tree: tree["annotations"][9].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change("segmentation", []), "annotation 10: has no polygon and no run lengths (a box?)"),
+        (
+            _change("segmentation", [[1, 1, 5, 1, 99, 9]]),
+            "annotation 10: its point 99, 9 is outside the image",
+        ),
+        (_change("segmentation", {"size": [48, 48], "counts": [7]}), "annotation 10: its run lengths do not fill"),
+        (_change("image_id", 77), "annotation 10: its image_id 77 is not in the file"),
+        (_change("category_id", 0), "annotation 10: its category_id 0 is not in the file"),
+        (lambda tree: tree["images"][2].update(width=64), "image 3 (day 1/2.jpg): this mask is 64x48, its image 48x48"),
+        (lambda tree: tree["images"][2].update(file_name="2.jpg"), "is missing, but"),
+        (lambda tree: tree.pop("categories"), "no categories"),
+    ],
+)
+def test_coco_files_that_are_refused(
+    coco: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    change: Callable[[dict], None],
+    message: str,
+) -> None:
+    """One message that names the file, exit code 2, nothing written."""
+    file = coco / "annotations" / "instances_default.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+    before = sorted(tmp_path.rglob("*"))
+    args = ["--images", coco / "images" / "default", "--masks", file, "--out", tmp_path / "run"]
+    assert _command(monkeypatch, "learn", "--new", *args) == 2
+    text = capsys.readouterr().err
+    assert message in text and str(file) in text and "Traceback" not in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_of_a_coco_file(coco: Path) -> None:
+    with pytest.raises(UserError, match=r"if .*instances_default\.json is a COCO file, give it as --masks"):
+        pair_files(coco / "images" / "default", coco / "annotations", read_classes("cat"))
+    with pytest.raises(UserError, match=r"--masks .*: no such folder or COCO file"):
+        pair_files(coco / "images" / "default", coco / "instances.json", read_classes("cat"))

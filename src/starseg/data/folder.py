@@ -82,9 +82,9 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
     Raises:
         UserError: no image, two images of one name, or an image without a mask; with CVAT's class list, no mask at all.
     """
-    for option, folder in (("--images", images), ("--masks", masks)):
+    for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
-            raise UserError(f"{option} {folder}: no such folder")
+            raise UserError(f"{option} {folder}: no such {wanted}")
     files = _find(images, SUFFIXES, masks if images in masks.parents else None)
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
@@ -93,9 +93,11 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
     photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
     missing = [photo.name for photo in photos if not photo.mask]
     if missing and not (classes.label_map and len(missing) < len(photos)):
+        lone = next((path for path in found.values() if len(missing) == len(photos) and path.suffix == ".json"), None)
+        hint = f"; if {lone} is a COCO file, give it as --masks" if lone else ""
         raise UserError(
             f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(files)} "
-            "images have none: add the masks or take the images out"
+            f"images have none: add the masks or take the images out{hint}"
         )
     return photos
 
