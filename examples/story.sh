@@ -4,12 +4,12 @@
 #   examples/story.sh VOC [WORK [PETS HORSES [EPOCHS CROP]]]
 #
 # VOC is a data set in the VOC layout (docs/datasets.md), WORK a new folder (runs/story), PETS and HORSES how many photos
-# to learn from (400 and 150). EPOCHS and CROP are for a quick try; by default `starseg learn` chooses.
+# to learn from (400 and 150), EPOCHS by default what `starseg learn` chooses, CROP by default 144, for two cores' sake.
 # The output is a transcript: every command as typed in WORK, and what it printed.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-voc=$(cd "$1" && pwd) work=${2:-runs/story} pets=${3:-400} horses=${4:-150} epochs=${5:-} crop=${6:-}
+voc=$(cd "$1" && pwd) work=${2:-runs/story} pets=${3:-400} horses=${4:-150} epochs=${5:-} crop=${6:-144}
 PATH=$(dirname "$examples")/.venv/bin:$PATH
 
 say() { printf '\n## %s\n' "$*"; }
@@ -25,7 +25,7 @@ run python examples/story_data.py "$voc" . --pets "$pets" --horses "$horses" --h
 
 say "The first step: cats and dogs"
 run starseg learn --new --images pets/images --masks pets/masks --classes pets/classes.txt --out cats-dogs \
-    --backbone tf_efficientnet_lite0 ${epochs:+--epochs "$epochs"} ${crop:+--crop "$crop"}
+    --backbone tf_efficientnet_lite0 --crop "$crop" ${epochs:+--epochs "$epochs"}
 
 say "Later: horses. The cats and dogs are gone; what step 0 keeps of them"
 run ls -l cats-dogs/step_0
@@ -51,5 +51,5 @@ say "To look at, in $PWD"
 cat <<EOF
 before/overlays, after/overlays    what each model sees in the same photos
 report.html                        open it in a browser
-starseg app with-horses            drop photos, move through the steps (in $PWD)
+starseg app with-horses/step_1     drop photos, move through the steps (in $PWD)
 EOF

@@ -39,7 +39,7 @@ class Phase:
         return float(f"{min(most, max(least, self.travel / iterations)):.2g}")
 
 
-# The rates' lower bounds and LATER's travel are those of the published VOC 15-1 (500 photos a class: 1250 iterations);
+# The rates' lower bounds and LATER's travel are those of the published VOC 15-1 (500 photos a class: 1200 iterations);
 # FIRST's travel and the upper bounds those of the run on the VOC subset (benchmarks/README.md).
 FIRST = Phase(iterations=600, travel=7.5, rates=(1e-3, 1e-2))
 LATER = Phase(iterations=400, travel=0.125, rates=(1e-4, 1e-3))
