@@ -51,5 +51,5 @@ say "To look at, in $PWD"
 cat <<EOF
 before/overlays, after/overlays    what each model sees in the same photos
 report.html                        open it in a browser
-starseg app with-horses/step_1     drop photos, move through the steps (in $PWD)
+starseg app with-horses/step_1     drop photos, move through the steps
 EOF

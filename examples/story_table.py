@@ -15,6 +15,7 @@ from rich.table import Table
 from starseg.data.classlist import read_classes
 from starseg.data.files import read_mask
 from starseg.engine.metrics import summarize
+from starseg.report.tables import percent
 from starseg.tasks import IGNORE
 
 
@@ -27,11 +28,11 @@ def main(truth: Path, *predicted: Path) -> None:
             labels, found = read_mask(mask), read_mask(folder / mask.name)
             pairs = labels.astype(int) * len(names) + found
             confusion += np.bincount(pairs[labels != IGNORE], minlength=confusion.size)
-        columns.append(summarize(confusion.reshape(len(names), -1), names, len(names) - 1)["iou"])
+        columns.append(summarize(confusion.reshape(len(names), -1), names, base=len(names) - 1))
     table = Table("IoU in percent", *(folder.name for folder in predicted))
     for name in names:
-        table.add_row(name, *(f"{column[name]:.1f}" for column in columns))
-    table.add_row("mean", *(f"{np.mean(list(column.values())):.1f}" for column in columns))
+        table.add_row(name, *(percent(column["iou"][name]) for column in columns))
+    table.add_row("mean", *(percent(column["miou"]["all"]) for column in columns))
     Console().print(table)
     Console().print(f"{len(masks)} photos, whole", highlight=False)
 

@@ -189,15 +189,17 @@ def test_only_a_label_map_lets_masks_be_absent(segmentation_mask: Path) -> None:
         pair_files(root / "JPEGImages", root / "ImageSets", read_classes(str(root / "labelmap.txt")))
 
 
-def test_images_are_found_in_folders(tmp_path: Path) -> None:
+def test_images_are_found_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/1.jpg", "b/1.jpg", ".thumbs/1.jpg"):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     for name in ("a/1.png", "b/1.png"):
         (tmp_path / "masks" / name).parent.mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "masks" / name)
-    photos = pair_files(tmp_path, tmp_path / "masks", read_classes("cat"))
-    assert [(p.name, p.mask) for p in photos] == [(n, tmp_path / "masks" / f"{n}.png") for n in ("a/1", "b/1")]
+    monkeypatch.chdir(tmp_path)
+    for images, masks in ((tmp_path, tmp_path / "masks"), (Path(), tmp_path / "masks"), (tmp_path, Path("masks"))):
+        photos = pair_files(images, masks, read_classes("cat"))
+        assert [(p.name, p.mask) for p in photos] == [(n, masks / f"{n}.png") for n in ("a/1", "b/1")]
 
 
 def test_classes_are_needed_without_coco(

@@ -178,6 +178,9 @@ def test_two_images_of_one_name(tmp_path: Path) -> None:
     path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.png"}]}))
     with pytest.raises(UserError, match=r"a\.png: a\.jpg has the same stem"):
         read_coco(path).photos(tmp_path / "images", read_classes("cat"))
+    path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.jpg"}]}))
+    with pytest.raises(UserError, match=r"a\.jpg: a\.jpg has the same stem"):
+        read_coco(path).photos(tmp_path / "images", read_classes("cat"))
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("{"), lambda path: path.write_bytes(b"\xff\xd8")])

@@ -75,22 +75,17 @@ class Coco:
             )
         indices = {numbers[name.casefold()]: index for index, name in enumerate(classes.names) if index}
         indices |= {number: BACKGROUND for number, name in self.categories.items() if is_background(name)}
-        files = {_file_name(row, self.path): row for row in self.images}
-        if missing := [name for name in files if not (images / name).is_file()]:
+        files = sorted(((_file_name(row, self.path), row) for row in self.images), key=lambda pair: pair[0])
+        if missing := [(name, row) for name, row in files if not (images / name).is_file()]:
+            name, row = missing[0]
             raise UserError(
-                f"{self.path}: image {files[missing[0]]['id']}: {images / missing[0]} is missing"
-                f"{_found(images, missing[0])}; {len(missing)} of {len(files)} images are: --images is the folder that "
-                "file_name starts from"
+                f"{self.path}: image {row['id']}: {images / name} is missing{_found(images, name)}; {len(missing)} of "
+                f"{len(files)} images are: --images is the folder that file_name starts from"
             )
-        refuse_twins([images / name for name in sorted(files)], images)
+        refuse_twins([images / name for name, _ in files], images)
         return [
-            Photo(
-                Path(name).with_suffix("").as_posix(),
-                images / name,
-                self.path,
-                partial(self.draw, files[name], indices),
-            )
-            for name in sorted(files)
+            Photo(Path(name).with_suffix("").as_posix(), images / name, self.path, partial(self.draw, row, indices))
+            for name, row in files
         ]
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -115,8 +110,8 @@ class Coco:
         rows = [row for row in self.annotations.get(image["id"], []) if row["category_id"] in indices]
         regions = [_region(row.get("segmentation"), size, f"{self.path}: annotation {row['id']}") for row in rows]
         areas = np.array([masks.area(region) for region in regions])
-        for place in np.argsort(-areas.astype(np.int64), kind="stable"):
-            drawn[masks.decode(regions[place]) > 0] = indices[rows[place]["category_id"]]
+        for i in np.argsort(-areas.astype(np.int64), kind="stable"):
+            drawn[masks.decode(regions[i]) > 0] = indices[rows[i]["category_id"]]
         return drawn
 
 

@@ -85,7 +85,8 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
     for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such {wanted}")
-    files = _find(images, SUFFIXES, masks if images in masks.parents else None)
+    beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
+    files = _find(images, SUFFIXES, images / masks.resolve().relative_to(images.resolve()) if beside else None)
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
     refuse_twins(files, images)
