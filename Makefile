@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[dev,lite,export]'
+	$(BIN)/python -m pip install -e '.[dev,lite,export,learn]'
 	@touch $@
 
 # venv puts pip in last: where it is there, the environment is whole.

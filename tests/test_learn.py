@@ -14,8 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.cli import main
+from starseg.data.classlist import read_classes
 from starseg.data.files import read_mask
-from starseg.data.folder import open_folder, read_classes, read_indices, split_images
+from starseg.data.folder import open_folder, read_indices, split_images
 from starseg.data.palette import IGNORE_COLOUR, paint
 from starseg.data.step import Batch
 from starseg.engine.checkpoint import load_bank, load_info, read_json
@@ -23,6 +24,7 @@ from starseg.engine.fit import StepTraining
 from starseg.errors import UserError
 from starseg.learn import Request, learn
 from starseg.lesson import read_lesson
+from starseg.schedule import FIRST, LATER, batch_size
 
 DRAWN = ["background", "disc", "square", "triangle", "hexagon", "heart"]
 Folder = Callable[..., tuple[Path, Path]]
@@ -137,7 +139,25 @@ def test_defaults_fit_the_data(folder: Folder, tmp_path: Path) -> None:
     batch = train // 4
     text = console.export_text()
     assert f"batches of {batch}, crops of 128, learning rate 0.01" in text
-    assert f"{-(-300 // (train // batch))} epochs" in text
+    assert f"100 epochs of {train // batch} iterations" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "first", "later"),
+    [
+        (6, 2, (100, 1e-2), (100, 4.2e-4)),
+        (20, 5, (100, 1e-2), (100, 3.1e-4)),
+        (128, 16, (75, 1e-2), (50, 3.1e-4)),
+        (340, 16, (29, 1e-2), (20, 3e-4)),
+        (10_000, 16, (10, 1.2e-3), (10, 1e-4)),
+    ],
+)
+def test_schedules(images: int, batch: int, first: tuple[int, float], later: tuple[int, float]) -> None:
+    """Few images are seen oftener, and fewer iterations have a higher rate."""
+    assert batch_size(images) == batch
+    for phase, (epochs, rate) in ((FIRST, first), (LATER, later)):
+        assert phase.epochs(images) == epochs
+        assert phase.learning_rate(epochs * (images // batch)) == rate
 
 
 def test_known_classes_keep_their_ids(folder: Folder, tmp_path: Path, step_dir: Path) -> None:
@@ -156,7 +176,7 @@ def test_prepared_data(folder: Folder, tmp_path: Path) -> None:
     )
     data = open_folder(tmp_path / "p")
     assert data.names == ("background", "disc", "heart") and not data.unlabelled
-    assert len(data.train) + len(data.test) == len(lesson.pairs) and len(data.test) == lesson.val.sum()
+    assert len(data.train) + len(data.test) == len(lesson.photos) and len(data.test) == lesson.val.sum()
     assert all(p.is_file() for p in data.train.images + data.test.masks)
     again = read_lesson(Request(None, images, masks, "disc,heart", tmp_path), None, tmp_path / "q", Console(quiet=True))
     np.testing.assert_array_equal(lesson.val, again.val)

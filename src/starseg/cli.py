@@ -113,14 +113,21 @@ def train(
 def learn(
     images: Annotated[Path, typer.Option("--images", help="Folder of photos.", show_default=False)],
     masks: Annotated[
-        Path, typer.Option("--masks", help="Folder of masks of the same names (PNG, Labelme).", show_default=False)
-    ],
-    classes: Annotated[
-        str, typer.Option("--classes", help="File (a class a line, background first) or names.", show_default=False)
+        Path,
+        typer.Option(
+            "--masks", help="Folder of masks of the same names (PNG, Labelme), or a COCO file.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
     step_dir: Annotated[
         Path | None, typer.Argument(help="The step_<t> directory to go on from.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="File (a class a line, background first; CVAT's labelmap.txt) or names; by default COCO's categories.",
+            show_default=False,
+        ),
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Train a first step instead.")] = False,
     backbone: Annotated[str | None, typer.Option(help="With --new: a timm model.", show_default=False)] = None,

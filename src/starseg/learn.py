@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,11 @@ from starseg.engine.rundir import adopt
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.lesson import Lesson, Request, Source, open_source, read_lesson
-from starseg.methods import METHODS
 from starseg.report.learning import before_after_table, print_preview
 from starseg.report.testset import open_test_set
+from starseg.schedule import FIRST, LATER, batch_size, crop_size, replay_share
 
 FOLDER = "learn"
-_LEAST_ITERATIONS, _EPOCHS, _BATCH = 300, (10, 200), 16
-_CROPS = (128, 512)
-_OLD_SHARE = 5
 _TRIAL = 3
 
 
@@ -41,11 +37,7 @@ def _crop(request: Request, source: Source | None, lesson: Lesson, stride: int) 
                 "stored statistics rest; leave --crop out"
             )
         return source.info.crop
-    if request.crop:
-        return request.crop
-    least, most = _CROPS
-    short = median(min(image_size(image)) for image, _ in lesson.pairs)
-    return int(min(max(round(short / stride) * stride, least), most))
+    return request.crop or crop_size([min(image_size(photo.image)) for photo in lesson.photos], stride)
 
 
 def make_config(request: Request, source: Source | None, lesson: Lesson, root: Path) -> RunConfig:
@@ -58,28 +50,22 @@ def make_config(request: Request, source: Source | None, lesson: Lesson, root: P
         root: the prepared data.
     """
     images = int(lesson.training.sum())
-    batch = max(2, min(_BATCH, images // 4))
-    least, most = _EPOCHS
-    epochs = request.epochs or min(most, max(least, -(-_LEAST_ITERATIONS // (images // batch))))
-    method = METHODS["star"](METHODS["star"].Options())
+    batch, phase = batch_size(images), LATER if source else FIRST
+    epochs = request.epochs or phase.epochs(images)
+    rate = phase.learning_rate(epochs * (images // batch))
     model: dict[str, Any] = {"pretrained": False}
     if source:
-        schedule = source.config.train.later if source.config else None
-        later = request.lr or (schedule and schedule.lr) or method.defaults("folder").later.lr
-        base = None
         model |= {"backbone": source.info.backbone, "output_stride": source.info.output_stride}
     else:
         pretrained = True if request.pretrained is None else request.pretrained
-        base = request.lr or method.defaults("folder").base.lr * (1 if pretrained else 10)
-        later = base / 10
+        rate = rate if pretrained else phase.rates[1]
         model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
         model |= {"backbone": request.backbone} if request.backbone else {}
     crop = _crop(request, source, lesson, model.get("output_stride", 16))
     options = source.config.method_section("star") if source and source.config else {}
     if source and source.bank:
         cells = images * (crop // source.info.output_stride) ** 2
-        stored = float(source.bank.counts.sum())
-        options = options | {"replay": float(f"{min(1.0, _OLD_SHARE * cells / max(stored, 1.0)):.3g}")}
+        options = options | {"replay": replay_share(float(source.bank.counts.sum()), cells)}
     tree = {
         "method": request.method,
         "out": str(request.out),
@@ -88,11 +74,7 @@ def make_config(request: Request, source: Source | None, lesson: Lesson, root: P
         "data": {"dataset": "folder", "root": str(root), "crop": crop},
         "task": {"name": "learn", "steps": lesson.steps},
         "model": model,
-        "train": {
-            "batch_size": batch,
-            "base": {"epochs": epochs, "lr": base},
-            "later": {"epochs": epochs, "lr": later},
-        },
+        "train": {"batch_size": batch, "later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}},
         "memory": {"size": 0},
     }
     return parse_config(tree | ({"star": options} if options else {}), "learn")

@@ -10,7 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from starseg.config import RunConfig, load_config
-from starseg.data.folder import ClassList, convert_masks, pair_files, read_classes, split_images, write_list
+from starseg.data.classlist import ClassList, read_classes
+from starseg.data.coco import Coco, read_coco
+from starseg.data.folder import Photo, convert_masks, pair_files, split_images, write_list
 from starseg.data.step import sample_seed
 from starseg.engine import checkpoint
 from starseg.errors import UserError
@@ -26,8 +28,9 @@ class Request:
 
     Attributes:
         source: step directory to go on from; None for a first step.
-        images, masks: folders.
-        classes: file or names, see :func:`starseg.data.folder.read_classes`.
+        images: a folder.
+        masks: a folder, or a COCO file.
+        classes: file or names, see :func:`starseg.data.classlist.read_classes`; None: those that a COCO file annotates.
         out: run directory.
         method: "star" or "finetune".
         backbone, pretrained, crop: of a first step.
@@ -39,7 +42,7 @@ class Request:
     source: Path | None
     images: Path
     masks: Path
-    classes: str
+    classes: str | None
     out: Path
     method: str = "star"
     backbone: str | None = None
@@ -81,7 +84,7 @@ class Lesson:
         names: by dataset id.
         steps: dataset ids of each step, the last one new.
         labelled: dataset ids that the masks show, the new and the known.
-        pairs: images and their given masks.
+        photos: images and their given masks.
         pixels: [N, 256] pixels of every dataset id in every mask.
         val: [N] bool, images for validation.
     """
@@ -89,7 +92,7 @@ class Lesson:
     names: tuple[str, ...]
     steps: list[list[int]]
     labelled: list[int]
-    pairs: list[tuple[Path, Path]]
+    photos: list[Photo]
     pixels: np.ndarray
     val: np.ndarray
 
@@ -104,8 +107,8 @@ class Lesson:
 
     def write_list(self, path: Path, chosen: np.ndarray) -> None:
         """List the images that ``chosen`` [N] bool picks, with their converted masks."""
-        images = [self.pairs[i][0] for i in np.flatnonzero(chosen).tolist()]
-        write_list(path, [(image, Path("masks") / f"{image.stem}.png") for image in images])
+        photos = [self.photos[i] for i in np.flatnonzero(chosen).tolist()]
+        write_list(path, [(photo.image.resolve(), Path("masks") / f"{photo.name}.png") for photo in photos])
 
 
 def open_source(folder: Path, method: str) -> Source:
@@ -173,10 +176,14 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
     """
     if not 0 < request.val_share < 1:
         raise UserError(f"--val-share: expected a share between 0 and 1 such as 0.15, got {request.val_share}")
-    classes = read_classes(request.classes)
+    coco = read_coco(request.masks) if request.masks.is_file() else None
+    classes = _classes(request, coco, console)
     names, new, table = assign_ids(classes, source)
-    pairs = pair_files(request.images, request.masks)
-    pixels = convert_masks(pairs, classes, table, folder / "masks", console)
+    if coco:
+        photos = coco.photos(request.images, classes)
+    else:
+        photos = pair_files(request.images, request.masks, classes)
+    pixels = convert_masks(photos, table, folder / "masks", console)
     shown = pixels[:, new] > 0
     if absent := [names[c] for c in new if not pixels[:, c].any()]:
         raise UserError(
@@ -187,7 +194,7 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
         names,
         [*(source.groups if source else []), new],
         sorted({int(i) for i in table[1 : len(classes.names)]}),
-        [(image.resolve(), mask.resolve()) for image, mask in pairs],
+        photos,
         pixels,
         val,
     )
@@ -200,12 +207,28 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
     return lesson
 
 
+def _classes(request: Request, coco: Coco | None, console: Console) -> ClassList:
+    """The given classes, by default those of the COCO file."""
+    if request.classes:
+        classes = read_classes(request.classes)
+        if coco and (rest := coco.left_out(classes)):
+            text = f"note: annotations of {', '.join(rest)} count as background, they are not in --classes"
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+        return classes
+    if not coco:
+        raise UserError(
+            "--classes: give a file or names such as cat,dog; only a COCO file as --masks names its classes"
+        )
+    return coco.classes
+
+
 def _write_prepared(folder: Path, lesson: Lesson, request: Request) -> None:
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in lesson.names), encoding="utf-8")
     for name, chosen in (("train.txt", ~lesson.val), ("val.txt", lesson.val)):
         lesson.write_list(folder / name, chosen)
     digest = hashlib.sha256()
-    for path in [p for pair in lesson.pairs for p in pair]:
+    files = (p.resolve() for photo in lesson.photos for p in (photo.image, photo.mask) if p)
+    for path in dict.fromkeys(files):
         stat = path.stat()
         digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     about = {

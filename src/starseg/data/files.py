@@ -85,7 +85,7 @@ def read_mask(path: Path) -> np.ndarray:
         return np.array(image)
 
 
-def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path) -> None:
+def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | str) -> None:
     """Compare (height, width) of an image, upright, and its mask.
 
     Raises:

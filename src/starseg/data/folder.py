@@ -1,26 +1,28 @@
 """A folder of one's own photos and masks, made into the prepared layout that a run reads.
 
-Given: images (any suffix), masks of the same stem (PNG, or Labelme JSON), a class list. Prepared, in the run directory:
+Given: images (any suffix, also in folders), masks of the same names (PNG, or Labelme JSON) or a COCO file
+(:mod:`starseg.data.coco`), a class list. Prepared, in the run directory:
 
 classes.txt            a name a line by dataset id, the background first
 train.txt, val.txt     image, tab, mask a line; relative paths start at the prepared folder
-masks/*.png            palette PNGs of dataset ids
+masks/**/*.png         palette PNGs of dataset ids
 learn.json             where it comes from, and which classes its masks show ("labelled", dataset ids)
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from starseg.data.classlist import ClassList, Colour
 from starseg.data.dataset import Dataset, Split, distinct, read_lines
 from starseg.data.files import SUFFIXES, image_size, read_image, read_mask, refuse_other_size
 from starseg.data.index import count_ids, unknown_ids
@@ -30,109 +32,80 @@ from starseg.engine.progress import track
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND, IGNORE
 
-Colour = tuple[int, int, int]
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
-_LINE = re.compile(r"(?P<name>.+?)(?:\s+#(?P<hex>[0-9a-fA-F]{6})|(?P<rgb>(?:[\s,]+\d+){3}))?")
 
 
 @dataclass(frozen=True)
-class ClassList:
-    """The classes that masks show.
+class Photo:
+    """An image and where its mask comes from.
 
     Attributes:
-        names: by index in the masks, the background first.
-        colours: of each class, where masks are read by colour; else None, and a pixel is the index of its class.
-        source: for messages.
+        name: of the image below its folder, without suffix; its converted mask is called so too.
+        image: its file.
+        mask: the file that says what it shows; None: nothing says so, and all is background.
+        draw: gives the mask for an image of a height and width, [H, W] uint8 indices of classes.
     """
 
-    names: tuple[str, ...]
-    colours: tuple[Colour, ...] | None
-    source: str
+    name: str
+    image: Path
+    mask: Path | None
+    draw: Callable[[tuple[int, int]], np.ndarray]
 
 
-def read_classes(given: str) -> ClassList:
-    """A class list from a file, a class a line and the background first, or from "horse,cow".
+def _find(folder: Path, suffixes: Sequence[str], outside: Path | None = None) -> list[Path]:
+    """Files below a folder in order of their paths, nothing hidden, nothing in the folder ``outside``."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and outside not in p.parents)
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
-    A line is ``name``, ``name R G B`` or ``name #rrggbb``; black is the background's colour by default.
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
+def refuse_twins(images: Sequence[Path], folder: Path) -> None:
+    """Look for two images that differ in their suffixes alone.
 
     Raises:
-        UserError: no such file, no background, no class, a name or colour twice, or some classes without colours.
+        UserError: there are; names both.
     """
-    path = Path(given)
-    if path.is_file():
-        lines = read_lines(path, "--classes: a class a line, the background first")
-        if not lines or not _is_background(_parse(lines[0], path)[0]):
-            raise UserError(
-                f"{path}: its first line must be 'background', which index 0 in the masks stands for, got "
-                f"{lines[0] if lines else 'an empty file'!r}; add it"
-            )
-    elif "/" in given or path.suffix == ".txt":
-        raise UserError(f"--classes {given}: no such file; give a file, or names with commas between them")
-    else:
-        lines = [name.strip() for name in given.split(",") if name.strip()]
-        if not lines or not _is_background(_parse(lines[0], path)[0]):
-            lines.insert(0, "background")
-    names, colours = zip(*(_parse(line, path) for line in lines), strict=True)
-    if len(names) < 2:
-        raise UserError(f"--classes {given}: expected at least one class beside the background")
-    distinct([name.casefold() for name in names], path)
-    return ClassList(names, _colour_map(names, colours, path), given)
+    by_name: dict[str, Path] = {}
+    for file in images:
+        if (twin := by_name.setdefault(_name(file, folder), file)) is not file:
+            raise UserError(f"{file}: {twin.name} has the same stem, so both have one mask; rename one")
 
 
-def _is_background(name: str) -> bool:
-    return name.casefold().strip("_") == "background"
+def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
+    """Images in order of their names, each with the mask (PNG, else Labelme JSON) of the same name.
 
-
-def _parse(line: str, path: Path) -> tuple[str, Colour | None]:
-    """Name and colour of a line."""
-    match = _LINE.fullmatch(line)
-    if not match:
-        raise UserError(f"{path}: expected 'name', 'name R G B' or 'name #rrggbb', got {line!r}")
-    if match["hex"]:
-        return match["name"], tuple(bytes.fromhex(match["hex"]))  # type: ignore[return-value]
-    if not match["rgb"]:
-        return line, None
-    red, green, blue = map(int, re.findall(r"\d+", match["rgb"]))
-    if max(red, green, blue) > 255:
-        raise UserError(f"{path}: expected colours of three numbers from 0 to 255, got {line!r}")
-    return match["name"], (red, green, blue)
-
-
-def _colour_map(names: Sequence[str], colours: Sequence[Colour | None], path: Path) -> tuple[Colour, ...] | None:
-    if not any(colours[1:]):
-        return None
-    found = [colours[0] or (0, 0, 0), *colours[1:]]
-    if bare := [name for name, colour in zip(names, found, strict=True) if colour is None]:
-        raise UserError(f"{path}: these classes have no colour while others have one: {', '.join(bare)}; give all one")
-    if len(set(found)) < len(found):
-        raise UserError(f"{path}: two classes have the same colour; give every class a colour of its own")
-    return tuple(c for c in found if c)
-
-
-def pair_files(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Images in order of their names, each with the mask (PNG, else Labelme JSON) of the same stem.
+    Folders inside ``images`` are looked through; their masks lie in folders of the same names.
 
     Raises:
-        UserError: no image, two images of one stem, or an image without a mask.
+        UserError: no image, two images of one name, or an image without a mask; with CVAT's class list, no mask at all.
     """
-    for option, folder in (("--images", images), ("--masks", masks)):
+    for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
-            raise UserError(f"{option} {folder}: no such folder")
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            raise UserError(f"{option} {folder}: no such {wanted}")
+    beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
+    files = _find(images, SUFFIXES, images / masks.resolve().relative_to(images.resolve()) if beside else None)
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-    by_stem: dict[str, Path] = {}
-    for file in files:
-        if file.stem in by_stem:
-            raise UserError(f"{file}: {by_stem[file.stem].name} has the same stem, so both have one mask; rename one")
-        by_stem[file.stem] = file
-    found = {p.stem: p for suffix in (".json", ".png") for p in masks.iterdir() if p.suffix.lower() == suffix}
-    if missing := [p for p in files if p.stem not in found]:
+    refuse_twins(files, images)
+    found = {_name(p, masks): p for suffix in (".json", ".png") for p in _find(masks, [suffix])}
+    photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
+    missing = [photo.name for photo in photos if not photo.mask]
+    if missing and not (classes.label_map and len(missing) < len(photos)):
+        lone = next((path for path in found.values() if len(missing) == len(photos) and path.suffix == ".json"), None)
+        hint = f"; if {lone} is a COCO file, give it as --masks" if lone else ""
         raise UserError(
-            f"{missing[0]}: no mask {masks / missing[0].stem}.png (nor .json); {len(missing)} of {len(files)} images "
-            "have none: add the masks or take the images out"
+            f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(files)} "
+            f"images have none: add the masks or take the images out{hint}"
         )
-    return [(file, found[file.stem]) for file in files]
+    return photos
+
+
+def _pair(name: str, image: Path, mask: Path | None, classes: ClassList) -> Photo:
+    draw = partial(read_indices, mask, classes=classes) if mask else partial(np.zeros, dtype=np.uint8)
+    return Photo(name, image, mask, draw)
 
 
 def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.ndarray:
@@ -188,14 +161,11 @@ def save_mask(path: Path, ids: np.ndarray) -> None:
     image.save(path)
 
 
-def convert_masks(
-    pairs: Sequence[tuple[Path, Path]], classes: ClassList, table: np.ndarray, folder: Path, console: Console
-) -> np.ndarray:
-    """Write every mask in dataset ids into ``folder``, as <stem of the image>.png.
+def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, console: Console) -> np.ndarray:
+    """Write every mask in dataset ids into ``folder``, as <name of the image>.png.
 
     Args:
-        pairs: images and masks.
-        classes: of the masks.
+        photos: images and masks.
         table: [256] uint8, dataset ids by index.
         folder: where to.
         console: where the progress bar goes.
@@ -204,18 +174,19 @@ def convert_masks(
         [N, 256] int64 pixels of every dataset id in every mask.
 
     Raises:
-        UserError: see :func:`read_indices`; or an image is unreadable.
+        UserError: a mask is refused, see :func:`read_indices`; or an image is unreadable.
     """
-    folder.mkdir(parents=True)
 
-    def convert(pair: tuple[Path, Path]) -> np.ndarray:
-        image, mask = pair
-        ids = table[read_indices(mask, image_size(image), classes)]
-        save_mask(folder / f"{image.stem}.png", ids)
+    def convert(photo: Photo) -> np.ndarray:
+        ids = table[photo.draw(image_size(photo.image))]
+        path = folder / f"{photo.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_mask(path, ids)
         return count_ids(ids)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return np.stack(list(track(console, "reading masks", pool.map(convert, pairs), len(pairs)))).astype(np.int64)
+        counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos)))
+    return np.stack(counts).astype(np.int64)
 
 
 def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -254,7 +225,8 @@ def _read_split(root: Path, name: str) -> Split:
     if wrong := [row for row in rows if len(row) != 2]:
         raise UserError(f"{root / name}: expected 'image<tab>mask' a line, got {wrong[0]}")
     images, masks = zip(*rows, strict=True) if rows else ((), ())
-    return Split(tuple(root / p for p in images), tuple(root / p for p in masks), tuple(Path(p).stem for p in images))
+    ids = tuple(str(Path(p).with_suffix("")) for p in masks)
+    return Split(tuple(root / p for p in images), tuple(root / p for p in masks), ids)
 
 
 def open_folder(root: Path) -> Dataset:

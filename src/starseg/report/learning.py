@@ -46,8 +46,8 @@ def print_preview(lesson: Lesson, config: RunConfig, source: Source | None, cons
     phase = config.train.later if later else config.train.base
     iterations = train // config.train.batch_size
     say(
-        f"{len(lesson.pairs)} images: {train} to train on, {int(lesson.val.sum())} for validation, "
-        f"{len(lesson.pairs) - train - int(lesson.val.sum())} without a new class are not used"
+        f"{len(lesson.photos)} images: {train} to train on, {int(lesson.val.sum())} for validation, "
+        f"{len(lesson.photos) - train - int(lesson.val.sum())} without a new class are not used"
     )
     console.print(_classes_table(lesson))
     for number in lesson.new:
