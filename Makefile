@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help: ## print this list
 	@echo 'Pass arguments to demo, test or bench with ARGS: make test ARGS="-k foo"'
@@ -24,8 +24,11 @@ lint: $(VENV)/.installed-dev ## check formatting, lint and types
 bench: $(VENV)/.installed ## run `starseg bench`
 	$(BIN)/starseg bench $(ARGS)
 
+docs: $(VENV)/.installed-dev ## build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
 clean: ## remove caches and build output (.venv and runs/ stay)
-	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps are touched only after pip succeeded, so a failed install is tried again.
@@ -34,7 +37,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[dev,lite,export,learn]'
+	$(BIN)/python -m pip install -e '.[dev,docs,lite,export,learn]'
 	@touch $@
 
 # venv puts pip in last: where it is there, the environment is whole.

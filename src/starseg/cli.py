@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from starseg import __version__
+from starseg.cli_help import complete_methods, examples, show_method, show_methods
 from starseg.errors import Stopped, UserError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Teach a segmentation model new classes without the old images (STAR).",
+    epilog=examples("starseg"),
 )
 console = Console()
 
@@ -84,7 +86,7 @@ def options(
 ) -> None: ...
 
 
-@app.command()
+@app.command(epilog=examples("train"))
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -109,7 +111,7 @@ def train(
         write_report([run_dir], run_dir, console)
 
 
-@app.command()
+@app.command(epilog=examples("learn"))
 def learn(
     images: Annotated[Path, typer.Option("--images", help="Folder of photos.", show_default=False)],
     masks: Annotated[
@@ -134,7 +136,9 @@ def learn(
     pretrained: Annotated[
         str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help="star, or finetune, which forgets.")] = "star",
+    method: Annotated[
+        str, typer.Option(help="star, or finetune, which forgets.", autocompletion=lambda: ["star", "finetune"])
+    ] = "star",
     epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     crop: Annotated[int | None, typer.Option(min=32, help="With --new: pixels.", show_default=False)] = None,
@@ -142,10 +146,7 @@ def learn(
     seed: Annotated[int, typer.Option(min=0, help="Of training and the validation split.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
 ) -> None:
-    """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md).
-
-    starseg learn runs/my/step_3 --images photos --masks masks --classes horse --out runs/horse
-    """
+    """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
     from starseg.learn import Request
     from starseg.learn import learn as run
 
@@ -162,7 +163,7 @@ def learn(
         run(Request(step_dir, images, masks, classes, out, *options), console, dry_run)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=examples("eval"))
 def evaluate(
     weights: Annotated[
         Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
@@ -192,7 +193,7 @@ def evaluate(
         write_json(json_file, figures)
 
 
-@app.command()
+@app.command(epilog=examples("predict"))
 def predict(
     step_dir: Annotated[
         Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
@@ -209,8 +210,8 @@ def predict(
 ) -> None:
     """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
 
-    By default an image is resized so that its short side is the training crop's, and the logits are brought back to
-    its size.
+    By default an image is resized so that its short side is the training
+    crop's, and the logits are brought back to its size.
     """
     from starseg.predict import Options, load
     from starseg.predict_files import predict_files
@@ -220,7 +221,7 @@ def predict(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=examples("export"))
 def export(
     step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="Write ONNX here.", show_default=False)] = None,
@@ -246,7 +247,7 @@ def export(
         console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=examples("report"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="A page (report.html), or a folder for it and pictures.")] = Path(
@@ -266,11 +267,13 @@ def report(
     write_report(runs, out, console)
 
 
-@app.command()
+@app.command(epilog=examples("compare"))
 def compare(
     config: ConfigFile,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated, see `starseg methods`.")] = "star,finetune,joint",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, see `starseg methods`.", autocompletion=complete_methods)
+    ] = "star,finetune,joint",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
 ) -> None:
@@ -288,7 +291,7 @@ def compare(
         write_comparison(out, console)
 
 
-@app.command()
+@app.command(epilog=examples("demo"))
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
@@ -299,7 +302,7 @@ def demo(
         run_demo(out, console)
 
 
-@app.command()
+@app.command(epilog=examples("bench"))
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
     json_file: JsonFile = None,
@@ -313,24 +316,24 @@ def bench(
         write_json(json_file, found)
 
 
-@app.command()
-def methods() -> None:
-    """The methods a configuration can name."""
-    from rich.table import Table
-
-    from starseg.methods import METHODS
-
-    table = Table("method", "what it does", "source", "keeps from step to step")
-    for name, method in sorted(METHODS.items()):
-        table.add_row(f"[bold]{name}[/]", method.summary, method.source, method.stores)
-    console.print(table)
+@app.command(epilog=examples("methods"))
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Of one of them.", autocompletion=complete_methods, show_default=False)
+    ] = None,
+) -> None:
+    """The methods a configuration can name; with a NAME, all about one."""
+    if name:
+        show_method(name, console)
+    else:
+        show_methods(console)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 app.add_typer(data_app, name="data")
 
 
-@data_app.command()
+@data_app.command(epilog=examples("index"))
 def index(config: ConfigFile, overrides: Overrides = None) -> None:
     """Scan the class index (or take it from the cache) and list the images of each step."""
     from starseg.config import load_config
@@ -346,7 +349,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
 
 
-@data_app.command()
+@data_app.command(epilog=examples("check"))
 def check(
     config: ConfigFile,
     overrides: Overrides = None,

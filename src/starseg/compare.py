@@ -41,6 +41,7 @@ class Plan:
 
 
 def run_name(method: str, seed: int) -> str:
+    """The folder of a run in a comparison."""
     return f"{method}_seed{seed}"
 
 
@@ -151,6 +152,7 @@ def curves(out: Path) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table as GitHub reads it."""
     heads = list(rows[0])
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *(row.values() for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -23,6 +23,8 @@ _ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20
 
 
 class DataConfig(Strict):
+    """`data`: which images and how they are read."""
+
     dataset: Literal["voc", "ade", "folder"] = "voc"
     """Layout of the data on disk (docs/datasets.md); "folder": what `starseg learn` prepares (docs/learn.md)."""
     root: Path | None = None
@@ -44,6 +46,8 @@ class DataConfig(Strict):
 
 
 class TaskConfig(Strict):
+    """`task`: which classes are learnt when."""
+
     name: str | None = None
     """A published task ("15-1", "joint", ...), or a free label beside `steps`."""
     steps: list[list[int | str]] | None = None
@@ -55,6 +59,8 @@ class TaskConfig(Strict):
 
 
 class ModelConfig(Strict):
+    """`model`: the network."""
+
     backbone: str = "resnet101.tv_in1k"
     """Any timm backbone with `features_only`."""
     output_stride: Literal[8, 16] = 16
@@ -64,6 +70,8 @@ class ModelConfig(Strict):
 
 
 class PhaseConfig(Strict):
+    """`train.base` and `train.later`."""
+
     epochs: int | None = Field(None, gt=0)
     """Passes over the step's images; by default the method's for this data set."""
     lr: float | None = Field(None, gt=0)
@@ -71,6 +79,8 @@ class PhaseConfig(Strict):
 
 
 class TrainConfig(Strict):
+    """`train`: optimizer, schedule, machine."""
+
     batch_size: int = Field(24, gt=0)
     """Images per optimizer step, over all processes."""
     base: PhaseConfig = PhaseConfig()
@@ -96,6 +106,8 @@ class TrainConfig(Strict):
 
 
 class MemoryConfig(Strict):
+    """`memory`: old images kept as exemplars."""
+
     size: int | None = Field(None, ge=0)
     """Old images kept as exemplars; by default the method's (star 0, star-m 50)."""
     copy_files: bool = Field(False, alias="copy")
@@ -103,6 +115,8 @@ class MemoryConfig(Strict):
 
 
 class EvalConfig(Strict):
+    """`eval`: how a step is scored."""
+
     image: Literal["crop", "full"] = "crop"
     """"crop": short side resized to the crop size, centre crop (the published protocol); "full": whole images."""
     batch_size: int = Field(16, gt=0)
@@ -121,7 +135,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0)
     """Of initialisation, order, augmentation and replay."""
     compat: Literal["published"] | None = None
-    """"published" restores the numerical choices of the published implementation (REFERENCE: rows P)."""
+    """"published" restores the numerical choices of the published implementation (docs/fidelity.md, rows marked P)."""
     start_from: Path | None = None
     """Step directory of another run, taken as this run's step 0 instead of training one."""
     data: DataConfig = DataConfig()
@@ -133,6 +147,7 @@ class RunConfig(BaseModel):
 
     @property
     def run_dir(self) -> Path:
+        """`out`, or what it is by default."""
         if self.out is not None:
             return self.out
         task = self.task.name or "custom"

@@ -85,11 +85,13 @@ class Rehearsal:
 
     @property
     def task(self) -> TaskSequence:
+        """The steps, under this setting."""
         size = 1 + max(c for step in self.steps for c in step)
         task = TaskSequence("rehearsal", self.steps, tuple(f"class{i}" for i in range(size)), self.setting)
         return self.method().sequence(task)
 
     def method(self) -> Method:
+        """A new one, with the options."""
         cls = METHODS[self.name]
         return cls(cls.Options(**self.options))
 

@@ -120,8 +120,9 @@ def pooled_distillation(
     """Weighted pooled distances of several maps (PLOP, eq. 6).
 
     Args:
-        new, old: maps of the two models, the small logits last: [N, C, h, w] with channel 0 the background, to which
-            the new classes' logits are added, and [N, C°, h, w].
+        new: maps [N, D, h, w] of the new model and last its small logits [N, C, h, w] with channel 0 the background, to
+            which the new classes' logits are added.
+        old: likewise of the old model, its logits [N, C°, h, w].
         weights: one per map.
         growth: all classes per new class, with the background; the sum is scaled by its square root.
         pool: [N, D, h, w] -> [N, L].

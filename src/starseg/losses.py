@@ -1,8 +1,8 @@
-"""Loss terms as pure functions (REFERENCE, "Each iteration"; golden cases in tests/parity).
+"""Loss terms as pure functions (Chen et al., NeurIPS 2023; golden cases in tests/parity).
 
 Shape letters: N images, H W pixels, h w feature cells, D feature channels, K classes, M feature vectors. Logits have no
 background channel. Labels are training ids, 0 background, 255 ignore. ``published`` selects the numerical choices of
-the published implementation where they differ (the P rows of REFERENCE's table of differences).
+the published implementation where they differ (docs/fidelity.md, the rows marked P).
 
 ``add_up`` sums a tensor over processes, so that a loss equals that of the global batch; numerators and denominators are
 summed, not means averaged. It must be differentiable (:attr:`starseg.methods.base.StepContext.add_up`).
@@ -104,7 +104,8 @@ def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp =
     """Old-class feature maintenance: squared feature change where the old model sees an old class.
 
     Args:
-        features, old_features: [N, D, h, w] float32.
+        features: [N, D, h, w] float32.
+        old_features: likewise, of the old model.
         region: [N, H, W] bool, [p > 0 and y = 0].
         add_up: over processes.
         epsilon: added to the denominator once for all processes (Adapter).

@@ -28,7 +28,11 @@ T = TypeVar("T", bound="type[Method]")
 
 
 def register_method(name: str) -> Callable[[T], T]:
-    """Class decorator: make a method known under ``name``, in configs and on the command line."""
+    """Class decorator: make a method known under ``name``, in configs and on the command line.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(cls: T) -> T:
         if name in METHODS:
@@ -130,10 +134,12 @@ class StepContext:
 
     @property
     def new_classes(self) -> int:
+        """How many this step learns."""
         return len(self.task.new(self.step))
 
     @property
     def old_classes(self) -> int:
+        """How many the steps before learnt, the background not among them."""
         return len(self.task.old(self.step))
 
     @property
@@ -143,6 +149,7 @@ class StepContext:
 
     @property
     def device(self) -> torch.device:
+        """The model's."""
         return self.model.mean.device
 
 
@@ -231,6 +238,9 @@ class Method:
             batch: normalised images and labels on the device.
             new: the network being trained; call it once.
             old: the frozen previous network, without gradients; None at step 0.
+
+        Returns:
+            Loss terms by name, of the global batch (see :attr:`StepContext.add_up`).
         """
         return {"bce": self.class_loss(batch, new(batch.images)).sum()}
 

@@ -1,4 +1,4 @@
-"""DeepLabV3 with one classifier head per step (REFERENCE, "The model").
+"""DeepLabV3 with one classifier head per step (docs/protocol.md).
 
 Shape letters: N images, H W pixels, h w feature cells, D feature channels (256), C logit channels: those of the leading
 heads (none in STAR), then the classes without background.
@@ -137,6 +137,7 @@ class Segmenter(nn.Module):
             head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Segmenter:
+        """As torch's, but what was frozen stays in eval mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()

@@ -1,4 +1,4 @@
-"""The prototype bank: all that is kept of the old classes' images (REFERENCE, "Stored per class after a step")."""
+"""The prototype bank: all that is kept of the old classes' images (Chen et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PrototypeBank:
 
     @property
     def nbytes(self) -> int:
-        """Size of the stored numbers."""
+        """Size of the stored numbers in bytes."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     @property
@@ -43,13 +43,16 @@ class PrototypeBank:
         return self.prototypes.abs().sum(1) > 0
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by name, as in bank.safetensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:
+        """Undoes :meth:`state_dict`, with copies of the tensors."""
         return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
 
     def to(self, device: torch.device) -> PrototypeBank:
+        """The same on a device."""
         return PrototypeBank(**{k: v.to(device) for k, v in self.state_dict().items()})
 
     def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
