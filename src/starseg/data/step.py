@@ -78,6 +78,12 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def relabel(ids: np.ndarray, table: np.ndarray | None) -> Tensor:
+    """A copy of ids [H, W] uint8, looked up in a [256] uint8 table; as bytes, since NumPy would make 64-bit indices."""
+    found = bytearray(ids) if table is None else bytearray(ids).translate(table.tobytes())
+    return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
+
+
 class StepDataset(Dataset[Batch]):
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
@@ -135,7 +141,7 @@ class StepDataset(Dataset[Batch]):
 
     def _read(self, path: Path, image: Tensor, table: np.ndarray | None = None) -> Tensor:
         values = self.cache.mask(path) if self.cache else read_mask(path)
-        mask = torch.from_numpy(np.array(values) if table is None else table.take(values))[None]
+        mask = relabel(values, table)[None]
         refuse_other_size(image.shape[1:], mask.shape[1:], path)
         return mask
 
