@@ -212,7 +212,8 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
 
     Returns:
         {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
-        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}}; ratios are dense over ours.
+        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "data": see
+        :func:`starseg.bench_data.data_section`}; ratios are dense over ours.
     """
     from starseg.bench_data import data_section
 
