@@ -47,7 +47,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         cli.main()
     assert end.value.code == 0
     found = json.loads(file.read_text())
-    assert found.keys() == {"loss", "memory_growth"}
+    assert found.keys() == {"loss", "memory_growth", "data"}
+    assert {"speedup", "seconds", "dense_seconds", "parts"} <= found["data"]["pipeline"].keys()
     for case in ("voc_15-1", "ade_100-10", "ade_base"):
         assert {"speedup", "memory_ratio", "seconds", "dense_seconds"} <= found["loss"][case].keys()
     assert "ade_100-10" in capsys.readouterr().out

@@ -134,14 +134,16 @@ def _no_scan(name: str) -> Iterator[Batch]:
     return iter(())
 
 
-def alternate(paths: list[Callable[[], Any]], repeats: int) -> list[float]:
+def alternate(
+    paths: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Median seconds of each, called in turn, after one call of each that does not count."""
     seconds: list[list[float]] = [[] for _ in paths]
     for _ in range(repeats + 1):
         for path, times in zip(paths, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             path()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return [statistics.median(times[1:]) for times in seconds]
 
 
@@ -210,8 +212,11 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
 
     Returns:
         {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
-        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}}; ratios are dense over ours.
+        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "data": see
+        :func:`starseg.bench_data.data_section`}; ratios are dense over ours.
     """
+    from starseg.bench_data import data_section
+
     crop, repeats = (128, 1) if quick else (512, 5)
     table = Table(
         "loss path", "seconds", "densely", "faster", "MB", "densely", "less", title=f"crop {crop}, {_machine()}"
@@ -228,6 +233,7 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
         peaks = (_mega(f[f"{prefix}bytes_{n}"]) for n in (_FEW, _MANY))
         grown.add_row(name, *peaks, f"{f[f'{prefix}growth']:.2f} x")
     console.print(grown)
+    found["data"] = data_section(console, quick)
     return found
 
 

@@ -38,6 +38,9 @@ class DataConfig(Strict):
     workers: int | Literal["auto"] = Field("auto")
     """Loader processes; "auto": up to 8 with a GPU, none on a CPU, whose cores the network needs. They never change
     a result."""
+    cache: Literal["off", "auto", "ram"] = "off"
+    """Keep decoded training images and masks in memory: "auto" if they take at most half of what is available; "ram"
+    refuses to start where they do not fit. It never changes a result."""
 
     @property
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from starseg.data import files
 from starseg.data.files import read_image, read_mask
 from starseg.errors import UserError
 
@@ -55,6 +56,28 @@ def test_an_exif_rotated_image_is_upright(tmp_path: Path) -> None:
     read = _saved(Image.fromarray(RAMP), tmp_path / "x.jpg", exif=exif)
     assert read.shape == (3, 24, 16)
     assert (read[0] - torch.from_numpy(np.rot90(RAMP, -1).copy())).abs().max() <= 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 95},
+        {"quality": 30, "progressive": True},
+        {"quality": 95, "subsampling": "4:4:4"},
+        {"quality": 75, "subsampling": "4:2:2", "optimize": True},
+        {"quality": 80, "restart_marker_rows": 1},
+        {"quality": 90, "keep_rgb": True},
+    ],
+    ids=str,
+)
+def test_both_jpeg_decoders_give_the_same_pixels(
+    tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).normal(128, 60, (9, 12, 3)).clip(0, 255).astype(np.uint8)
+    photo = Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC)
+    fast = _saved(photo, tmp_path / "x.jpg", **options)
+    monkeypatch.delattr(files.io, "decode_jpeg", raising=False)
+    assert torch.equal(fast, read_image(tmp_path / "x.jpg").int())
 
 
 @pytest.mark.parametrize("damage", ["no image", "empty", "missing", "truncated", "garbled"])

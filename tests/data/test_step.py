@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
 from starseg.config import DataConfig
 from starseg.data import index as index_module
 from starseg.data.dataset import Split, open_dataset
+from starseg.data.files import image_tensor
 from starseg.data.index import cache_dir, class_index
-from starseg.data.step import EpochSampler, StepDataset, make_loader, select_images
+from starseg.data.step import Batch, EpochSampler, StepDataset, make_loader, sample_seed, select_images
 from starseg.data.transforms import test_transform as centre_transform
 from starseg.data.transforms import train_transform
 from starseg.data.voc import open_voc
@@ -44,11 +49,12 @@ def test_crops_depend_on_seed_step_epoch_and_sample_alone(shapes: Path) -> None:
     assert not torch.equal(one[:8].float().mean(), one[8:16].float().mean())
 
 
-def test_augmentation_leaves_the_global_generator_alone(shapes: Path) -> None:
+def test_augmentation_leaves_the_global_generators_alone(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = StepDataset(open_voc(shapes).train, np.arange(2), IDENTITY, 48, (0, 0))
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
     data[0, 0]
     assert torch.equal(torch.rand(1), want)
 
@@ -63,6 +69,54 @@ def test_image_and_mask_stay_aligned(transform) -> None:
     assert set(mask.unique().tolist()) <= {0, 7}
     wrong = ((image[0] > 105) != (mask[0] == 7)).float().mean()
     assert wrong < 0.02
+
+
+def _plain_transform(image: torch.Tensor, mask: torch.Tensor, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    box = RandomResizedCrop.get_params(image, scale=[0.5, 2.0], ratio=[3 / 4, 4 / 3])
+    image = F.resized_crop(image, *box, [crop, crop], antialias=True)
+    mask = F.resized_crop(mask, *box, [crop, crop], InterpolationMode.NEAREST_EXACT)
+    return (F.horizontal_flip(image), F.horizontal_flip(mask)) if torch.rand(()) < 0.5 else (image, mask)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (61, 47), (1, 9), (256, 256)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_crops_are_those_of_the_plain_transforms(size: tuple[int, int], channels_last: bool) -> None:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    if channels_last:
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    mask = torch.randint(0, 256, (2, *size), dtype=torch.uint8)
+    for seed in range(12):
+        made = []
+        for transform in (train_transform, _plain_transform):
+            torch.manual_seed(seed)
+            made.append((*transform(image, mask, 128), torch.rand(1)))
+        assert all(map(torch.equal, *made))
+
+
+def test_a_sample_is_what_the_plain_order_gives(shapes: Path) -> None:
+    split, table = open_voc(shapes).train, np.random.default_rng(0).permutation(256).astype(np.uint8)
+    for index in range(6):
+        got = StepDataset(split, np.arange(6), table, 96, (5, 1))[3, index]
+        torch.manual_seed(sample_seed(5, 1, 3, index))
+        labels = torch.from_numpy(table[np.array(Image.open(split.masks[index]))])[None]
+        image, labels = _plain_transform(image_tensor(Image.open(split.images[index])), labels, 96)
+        assert torch.equal(got.images, image) and torch.equal(got.labels, labels[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_channels_last(shapes: Path, workers: int) -> None:
+    data = StepDataset(open_voc(shapes).train, np.arange(4), IDENTITY, 48, (0, 0))
+    (batch,) = make_loader(data, EpochSampler(4, 4, [0]), workers)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.images, torch.stack([data[0, i].images for i in range(4)]))
+
+
+def test_the_loader_can_pin_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for this very method; what it does not know, it leaves where it is."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = pin_memory(Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), torch.arange(2)))
+    assert isinstance(batch, Batch) and len(pinned) == 3 and batch.saliency is None
 
 
 def test_test_labels_are_resized_like_pil() -> None:

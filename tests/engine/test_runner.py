@@ -47,7 +47,7 @@ def test_the_bank_grows_and_keeps_its_old_rows(tiny: dict) -> None:
 
 def test_the_same_seed_gives_the_same_run_in_parts_or_at_once(tiny: dict, tmp_path: Path) -> None:
     whole = _run(tiny)
-    parts = {**tiny, "out": str(tmp_path / "parts"), "data": {**tiny["data"], "workers": 2}}
+    parts = {**tiny, "out": str(tmp_path / "parts"), "data": {**tiny["data"], "workers": 2, "cache": "ram"}}
     for step in range(3):
         split = _run(parts, range(step, step + 1))
     assert [s["iou"] for s in split["steps"]] == [s["iou"] for s in whole["steps"]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torchvision import io
 
 from starseg.errors import UserError
 
@@ -28,6 +29,10 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
         raise UserError(
             f"{path}: cannot read this {what} ({reason}); replace the file or take it out of the data set"
         ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -54,20 +59,30 @@ def read_image(path: Path) -> Tensor:
         UserError: missing, unreadable or truncated.
     """
     with _opened(path, "image") as image:
+        if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
+            # The same library without Pillow's four bytes a pixel. What it refuses, Pillow reads or explains;
+            # it reads all where torchvision has no such decoder (deprecated in 0.29).
+            with suppress(Exception):
+                return io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
         return image_tensor(image)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, upright; reads the file to its end, at a reduced scale where the format has one.
+def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
+    """Height and width of an image, upright.
+
+    Args:
+        path: the file.
+        whole: read to its end, at a reduced scale where the format has one; else only what tells the size.
 
     Raises:
-        UserError: missing, unreadable or truncated.
+        UserError: missing, unreadable or, if read to its end, truncated.
     """
     with _opened(path, "image") as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        image.draft(None, (1, 1))
-        image.load()
+        turned = _orientation(image) in (5, 6, 7, 8)
+        if whole:
+            image.draft(None, (1, 1))
+            image.load()
     return (width, height) if turned else (height, width)
 
 

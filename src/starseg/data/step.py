@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from starseg.data.cache import ImageCache
 from starseg.data.dataset import Split
 from starseg.data.files import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import test_transform, train_transform
@@ -43,6 +44,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU do not block; the loader calls this."""
+        columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
+        return Batch(**{name: values.pin_memory() for name, values in columns.items() if values is not None})
+
 
 def select_images(pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:
     """Positions of the images that a step sees (REFERENCE, "The problem").
@@ -72,6 +78,12 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def relabel(ids: np.ndarray, table: np.ndarray | None) -> Tensor:
+    """A copy of ids [H, W] uint8, looked up in a [256] uint8 table; as bytes, since NumPy would make 64-bit indices."""
+    found = bytearray(ids) if table is None else bytearray(ids).translate(table.tobytes())
+    return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
+
+
 class StepDataset(Dataset[Batch]):
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
@@ -84,6 +96,7 @@ class StepDataset(Dataset[Batch]):
         exemplars: how many of the split's last files are exemplars.
         exemplar_table: [256] relabelling of exemplars, by default ``table``.
         saliency: folder of grey PNGs named like the images, cropped alike; an exemplar's is zero.
+        cache: keeps what was decoded.
     """
 
     def __init__(
@@ -96,11 +109,12 @@ class StepDataset(Dataset[Batch]):
         exemplars: int = 0,
         exemplar_table: np.ndarray | None = None,
         saliency: Path | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
         self.split, self.positions, self.table, self.crop, self.seed = split, positions, table, crop, seed
         self.first_exemplar = len(split) - exemplars
         self.exemplar_table = table if exemplar_table is None else exemplar_table
-        self.saliency = saliency
+        self.saliency, self.cache = saliency, cache
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -108,15 +122,17 @@ class StepDataset(Dataset[Batch]):
     def __getitem__(self, key: tuple[Epoch, int]) -> Batch:
         epoch, position = key
         index = int(self.positions[position])
-        image = read_image(self.split.images[index])
+        path = self.split.images[index]
+        image = self.cache.image(path) if self.cache else read_image(path)
         exemplar = index >= self.first_exemplar
         mask = self._read(self.split.masks[index], image, self.exemplar_table if exemplar else self.table)
         if self.saliency:
-            grey = self.saliency / f"{self.split.images[index].stem}.png"
+            grey = self.saliency / f"{path.stem}.png"
             mask = torch.cat([mask, torch.zeros_like(mask) if exemplar else self._read(grey, image)])
         if self.seed is not None and self.crop:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(sample_seed(*self.seed, epoch, index))
+                # torch.manual_seed would seed the GPUs as well, which nobody restores.
+                torch.default_generator.manual_seed(sample_seed(*self.seed, epoch, index))
                 image, mask = train_transform(image, mask, self.crop)
         elif self.crop:
             image, mask = test_transform(image, mask, self.crop)
@@ -124,8 +140,8 @@ class StepDataset(Dataset[Batch]):
         return Batch(image, mask[0], torch.tensor(index), saliency, torch.tensor(exemplar))
 
     def _read(self, path: Path, image: Tensor, table: np.ndarray | None = None) -> Tensor:
-        values = read_mask(path)
-        mask = torch.from_numpy(np.array(values) if table is None else table[values])[None]
+        values = self.cache.mask(path) if self.cache else read_mask(path)
+        mask = relabel(values, table)[None]
         refuse_other_size(image.shape[1:], mask.shape[1:], path)
         return mask
 
@@ -192,8 +208,11 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
 
 
 def collate(samples: list[Batch]) -> Batch:
+    """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
     columns = {f.name: [getattr(s, f.name) for s in samples] for f in fields(Batch)}
-    return Batch(**{name: torch.stack(values) for name, values in columns.items() if values[0] is not None})
+    columns["images"] = [image.permute(1, 2, 0) for image in columns["images"]]
+    found = {name: default_collate(values) for name, values in columns.items() if values[0] is not None}
+    return Batch(**found | {"images": found["images"].permute(0, 3, 1, 2)})
 
 
 def make_loader(dataset: StepDataset, sampler: EpochSampler, workers: int) -> DataLoader[Batch]:
@@ -203,6 +222,8 @@ def make_loader(dataset: StepDataset, sampler: EpochSampler, workers: int) -> Da
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        # A forked worker shares its parent's cache.
+        multiprocessing_context="fork" if workers and dataset.cache else None,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )

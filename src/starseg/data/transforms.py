@@ -6,8 +6,10 @@ that PIL's NEAREST picks in the published pipeline.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
@@ -18,11 +20,24 @@ _NEAREST = InterpolationMode.NEAREST_EXACT
 def train_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """Random resized crop (area 0.5..2.0, ratio 3/4..4/3) and horizontal flip, drawn from torch's global generator."""
     box = RandomResizedCrop.get_params(image, scale=[0.5, 2.0], ratio=[3 / 4, 4 / 3])
-    image = F.resized_crop(image, *box, size=[crop, crop], antialias=True)
-    mask = F.resized_crop(mask, *box, size=[crop, crop], interpolation=_NEAREST, antialias=False)
+    # ATen resizes uint8 pixels in place of channels, in less than half the time, if they lie without gaps.
+    image = F.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
+    image = F.resize(image, [crop, crop], antialias=True)[0]
+    mask = _resized_mask(F.crop(mask, *box), crop)
     if torch.rand(()) < 0.5:
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
     return image, mask
+
+
+def _resized_mask(mask: Tensor, crop: int) -> Tensor:
+    """What F.resize makes of a mask with "nearest-exact", in half the time: columns, then rows, picked by index."""
+    rows, columns = (_nearest(side, crop) for side in mask.shape[1:])
+    return torch.from_numpy(mask.numpy().take(columns, 2).take(rows, 1))
+
+
+def _nearest(side: int, crop: int) -> np.ndarray:
+    places = torch.arange(side, dtype=torch.float64)
+    return interpolate(places[None, None], crop, mode="nearest-exact")[0, 0].long().numpy()
 
 
 def test_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
+from starseg.data.cache import ImageCache, make_cache
 from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
 from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, select_images
@@ -43,6 +44,7 @@ class Data:
     world: int = 1
     memory: MemoryRule | None = None
     saliency: Path | None = None
+    cache: ImageCache | None = None
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
         """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
@@ -114,6 +116,7 @@ class Data:
             kept,
             self.task.relabelling(step, "test") if all_seen else table,
             self.saliency,
+            self.cache,
         )
         size, batch = self.samples(step, kept), self.config.train.batch_size
         drawn = len(crops) - size
@@ -165,4 +168,6 @@ def open_data(
     saliency = method.saliency(dataset.key)
     data = Data(dataset, sequence, train, test, config, *share, memory=method.memory, saliency=saliency)
     data.check(steps)
-    return data
+    if fabric is None:
+        return data
+    return replace(data, cache=make_cache(config.data.cache, dataset.train, config.train.devices, console))

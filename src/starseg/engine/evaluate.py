@@ -51,7 +51,7 @@ def confusion_matrix(
     for batch in loader:
         logits = model(model.normalize(batch.images)).logits
         predicted = predict_upsampled(rule, logits, batch.labels.shape[-2:])
-        labels = batch.labels.to(predicted.device).long()
+        labels = batch.labels.to(predicted.device, non_blocking=True).long()
         total += multiclass_confusion_matrix(predicted, labels, classes, ignore_index=IGNORE, validate_args=False)
     return add_up(total).cpu().numpy()
 

@@ -23,6 +23,7 @@ _FREE_KEYS: Keys = frozenset(
     {
         ("out",),
         ("data", "workers"),
+        ("data", "cache"),
         ("data", "root"),
         ("train", "accelerator"),
         ("train", "devices"),

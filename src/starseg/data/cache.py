@@ -1,0 +1,139 @@
+"""`data.cache`: decoded images and masks in memory that forked loader workers share."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from starseg.data.dataset import Split
+from starseg.data.files import image_size, read_image, read_mask
+from starseg.errors import UserError
+
+
+class ImageCache:
+    """Decoded files of a split, each kept when whichever process reads it first; other files are only read.
+
+    The memory is anonymous and shared: workers that are forked later see what those before them decoded, and nothing
+    is left behind. Two processes that decode the same file at once write the same bytes.
+
+    Args:
+        shapes: of the files' decoded arrays, see :func:`decoded_shapes`.
+    """
+
+    def __init__(self, shapes: dict[Path, tuple[int, ...]]) -> None:
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        pixels = memoryview(mmap.mmap(-1, sum(sizes)))
+        ends = np.cumsum(sizes).tolist()
+        self._arrays = {
+            path: (number, np.frombuffer(pixels[end - size : end], np.uint8).reshape(shape))
+            for number, ((path, shape), size, end) in enumerate(zip(shapes.items(), sizes, ends, strict=True))
+        }
+        self._kept = np.frombuffer(mmap.mmap(-1, len(shapes)), np.bool_)
+        # Between processes, orders a file's bytes before the mark that they are there.
+        self._lock = multiprocessing.Lock()
+
+    def image(self, path: Path) -> Tensor:
+        """What :func:`read_image` gives; not to be written to."""
+        return torch.from_numpy(self._read(path, _image_array)).permute(2, 0, 1)
+
+    def mask(self, path: Path) -> np.ndarray:
+        """What :func:`read_mask` gives; not to be written to."""
+        return self._read(path, read_mask)
+
+    def _read(self, path: Path, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
+        number, array = self._arrays.get(path, (0, None))
+        if array is None:
+            return decode(path)
+        with self._lock:
+            kept = self._kept[number]
+        if not kept:
+            decoded = decode(path)
+            if decoded.shape != array.shape:
+                return decoded
+            array[:] = decoded
+            with self._lock:
+                self._kept[number] = True
+        return array
+
+
+def _image_array(path: Path) -> np.ndarray:
+    return read_image(path).permute(1, 2, 0).numpy()
+
+
+def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
+    """Shapes of a split's images [H, W, 3] and masks [H, W] as decoded, as the images' headers say.
+
+    Raises:
+        UserError: an image is missing or no image.
+    """
+    shapes: dict[Path, tuple[int, ...]] = {}
+    for image, mask in zip(split.images, split.masks, strict=True):
+        size = image_size(image, whole=False)
+        shapes |= {image: (*size, 3), mask: size}
+    return shapes
+
+
+def make_cache(
+    setting: Literal["ram", "off", "auto"], split: Split, processes: int, console: Console
+) -> ImageCache | None:
+    """The cache that `data.cache` asks for, still empty.
+
+    Args:
+        setting: "ram", "off", or "auto": if it takes at most half of this process's part of the available memory.
+        split: the files.
+        processes: how many on this machine share the memory, each with a cache of its own.
+        console: told what is kept.
+
+    Raises:
+        UserError: "ram", and it takes more than this process's part.
+    """
+    if setting == "off":
+        return None
+    shapes = decoded_shapes(split)
+    size, part = sum(map(math.prod, shapes.values())), available_memory() // processes
+    says = f"{len(split)} decoded images and masks take {size / 1e9:.1f} GB, available are {part / 1e9:.1f}"
+    if setting == "ram" and size > part:
+        raise UserError(f"data.cache: {says} for each of {processes} process(es); set it to off or auto")
+    fits = setting == "ram" or size <= part / 2
+    console.print(f"data.cache: {says}: {'kept' if fits else 'not kept'}", highlight=False)
+    return ImageCache(shapes) if fits else None
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that can still be taken: on the machine (Linux; elsewhere all it has), and within its control groups."""
+    try:
+        rows = (row.split() for row in (root / "proc/meminfo").read_text().splitlines())
+        free = next(1024 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
+        return max(0, min([free, *_left_by_groups(root)]))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What every control group that this process is in has left of its limit; page cache counts as free."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        group = root / top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError, KeyError):  # not a group, or one without a limit ("max")
+                free = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(free[cached])
+                yield int((folder / limit).read_text()) - used

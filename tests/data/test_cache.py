@@ -1,0 +1,124 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from starseg.data import cache as cache_module
+from starseg.data.cache import ImageCache, available_memory, decoded_shapes, make_cache
+from starseg.data.dataset import Split
+from starseg.data.files import read_image, read_mask
+from starseg.data.step import EpochSampler, StepDataset, make_loader
+from starseg.data.voc import open_voc
+from starseg.errors import UserError
+
+COUNT, CROP = 8, 48
+DECODED = COUNT * 64 * 64 * 4
+
+
+@pytest.fixture
+def split(shapes: Path, tmp_path: Path) -> Split:
+    """Files of its own, which a test may delete."""
+    first, pairs = open_voc(shapes).train, []
+    for files in (first.images, first.masks):
+        pairs.append(tuple(Path(shutil.copy(path, tmp_path)) for path in files[:COUNT]))
+    return Split(*pairs, first.ids[:COUNT])
+
+
+def _batches(split: Split, cache: ImageCache | None, workers: int, epochs: range) -> list[torch.Tensor]:
+    data = StepDataset(split, np.arange(COUNT), np.arange(256, dtype=np.uint8), CROP, (0, 0), cache=cache)
+    loader = make_loader(data, EpochSampler(COUNT, 4, epochs, (0, 0)), workers)
+    return [part for batch in loader for part in (batch.images, batch.labels)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_later_epochs_and_loaders_get_the_same_without_the_files(split: Split, workers: int) -> None:
+    want = _batches(split, None, 0, range(3))
+    cache = ImageCache(decoded_shapes(split))
+    got = _batches(split, cache, workers, range(2))
+    for path in (*split.images, *split.masks):
+        path.unlink()
+    got += _batches(split, cache, workers, range(2, 3))
+    assert len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+def test_other_files_are_read_as_they_are(split: Split, shapes: Path) -> None:
+    cache = ImageCache(decoded_shapes(split))
+    other = open_voc(shapes).train
+    assert torch.equal(cache.image(other.images[-1]), read_image(other.images[-1]))
+    Image.new("L", (5, 7), 3).save(split.masks[0])  # changed since its size was looked up
+    assert (cache.mask(split.masks[0]) == 3).all() and cache.mask(split.masks[0]).shape == (7, 5)
+    with pytest.raises(UserError, match=r"none\.png"):
+        cache.mask(Path("none.png"))
+
+
+def test_a_turned_photograph_and_a_palette_keep_their_shapes(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees to view
+    image, mask = tmp_path / "i.jpg", tmp_path / "m.png"
+    Image.effect_noise((30, 20), 60).convert("RGB").save(image, exif=exif)
+    Image.effect_noise((20, 30), 60).convert("P").save(mask)
+    cache = ImageCache(decoded_shapes(Split((image,), (mask,), ("x",))))
+    want = read_image(image), read_mask(mask)
+    for _ in range(2):
+        assert torch.equal(cache.image(image), want[0]) and np.array_equal(cache.mask(mask), want[1])
+
+
+@pytest.mark.parametrize(
+    ("setting", "available", "processes", "kept"),
+    [
+        ("off", 10 * DECODED, 1, False),
+        ("auto", 2 * DECODED, 1, True),
+        ("auto", 2 * DECODED - 1, 1, False),
+        ("auto", 4 * DECODED - 1, 2, False),
+        ("ram", DECODED, 1, True),
+        ("ram", 3 * DECODED, 3, True),
+    ],
+)
+def test_what_is_kept(
+    setting: str, available: int, processes: int, kept: bool, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "available_memory", lambda: available)
+    assert (make_cache(setting, split, processes, Console(quiet=True)) is not None) == kept
+
+
+def test_what_cannot_be_kept_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 2 * DECODED - 1)
+    with pytest.raises(UserError, match=r"data\.cache: 8 decoded images .* each of 2 process\(es\); set it to off"):
+        make_cache("ram", split, 2, Console(quiet=True))
+
+
+_V1 = "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "want"),
+    [
+        ("0::/\n", {}, 1000 * 1024),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/memory": (5000, 3000, 500)}, 2500),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory": ("max", 1, 0), "sys/fs/cgroup/memory": (9000, 8000, 0)}, 1000),
+        ("0::/a\n", {"sys/fs/cgroup/a/memory": (100, 200, 0)}, 0),
+        ("4:cpu,memory:/x\n0::/\n", {f"{_V1}/memory": (7000, 5000, 1000), f"{_V1}/x/memory": (2**63, 1, 0)}, 3000),
+    ],
+)
+def test_memory_is_what_the_machine_and_every_control_group_leave(
+    groups: str, files: dict[str, tuple[int | str, int, int]], want: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:  1000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    for stem, (limit, usage, cached) in files.items():
+        first = "memory" in groups
+        path = tmp_path / stem
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name("memory.limit_in_bytes" if first else "memory.max").write_text(f"{limit}\n")
+        path.with_name("memory.usage_in_bytes" if first else "memory.current").write_text(f"{usage}\n")
+        path.with_name("memory.stat").write_text(f"rss 5\n{'total_' * first}inactive_file {cached}\n")
+    assert available_memory(tmp_path) == want
+
+
+def test_memory_of_this_machine_and_of_one_without_proc(tmp_path: Path) -> None:
+    assert 0 < available_memory() <= available_memory(tmp_path)
