@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,17 @@ import torch
 SHARED = Path(os.environ.get("STARSEG_SHARED") or Path(__file__).parents[2] / "shared")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For the session, because fixtures of modules train too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STARSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("STARSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -68,17 +75,22 @@ def ade_sample() -> Path:
     return root
 
 
-@pytest.fixture
-def tiny(shapes: Path, tmp_path: Path) -> dict:
-    """Settings of a run that takes seconds: steps [disc, square, triangle], [hexagon], [heart] at 64 px."""
+@pytest.fixture(scope="session")
+def tiny_tree(shapes: Path) -> dict:
+    """Settings of a run that takes seconds, but for its folder: see :func:`tiny`. Not to be changed."""
     return {
         "method": "star",
-        "out": str(tmp_path / "run"),
         "data": {"root": str(shapes), "crop": 64},
         "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
         "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
     }
+
+
+@pytest.fixture
+def tiny(tiny_tree: dict, tmp_path: Path) -> dict:
+    """Settings of a run that takes seconds: steps [disc, square, triangle], [hexagon], [heart] at 64 px."""
+    return deepcopy(tiny_tree) | {"out": str(tmp_path / "run")}
 
 
 @pytest.fixture
