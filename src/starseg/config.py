@@ -219,6 +219,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             f"({config.model.output_stride}); the statistics are taken on that grid"
         )
     world = config.train.devices * config.train.num_nodes
+    if world > 1 and METHODS[config.method].one_process:
+        raise UserError(f"{source}:\ntrain.devices: method {config.method} runs on one process only, got {world}")
     if config.train.batch_size < 2 * world:
         raise UserError(
             f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes, "

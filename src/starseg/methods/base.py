@@ -172,6 +172,8 @@ class Method:
     layout: ClassVar[HeadLayout] = SIGMOID
     memory: ClassVar[MemoryRule | None] = None
     """How it keeps and uses old images; None: it keeps none."""
+    one_process: ClassVar[bool] = False
+    """Whether its losses need the whole batch in one process, so that a run on several is refused."""
     Options: ClassVar[type[Strict]] = ClassLossOptions
 
     def __init__(self, options: Any) -> None:
