@@ -31,6 +31,8 @@ _FREE_KEYS: Keys = frozenset(
         ("eval", "batch_size"),
     }
 )
+# What may lie in a run directory before its config.yaml does.
+_OURS = (".lock", ".config.yaml.tmp", "step_", "learn")
 
 
 def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
@@ -86,6 +88,8 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> IO[str]
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
+    # Once more: another run may have begun, and ended, since.
+    _refuse_another_run(run_dir, config, free)
     checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return lock
 
@@ -95,16 +99,17 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     if path.is_file():
-        mine = yaml.safe_load(dump_config(config))
-        changed = _differences(yaml.safe_load(path.read_text()), mine, _FREE_KEYS | free)
+        try:
+            theirs = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error
+        changed = _differences(theirs, yaml.safe_load(dump_config(config)), _FREE_KEYS | free)
         if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(
-        not entry.name.startswith(("step_", ".lock", "learn")) for entry in run_dir.iterdir()
-    ):
+    elif run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
 
 
