@@ -51,9 +51,10 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
             "warmup": warmup,
         }
     )
-    size = schedule.memory if config.memory.size is None else config.memory.size
-    memory = config.memory.model_copy(update={"size": size})
     method = METHODS[config.method]
+    default = method.memory.default_size(config.data.dataset) if method.memory else 0
+    size = default if config.memory.size is None else config.memory.size
+    memory = config.memory.model_copy(update={"size": size})
     options = method_options(config.method, config).model_dump()
     if "pos_weight" in options and options["pos_weight"] is None:
         options["pos_weight"] = schedule.pos_weight

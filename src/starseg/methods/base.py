@@ -71,14 +71,12 @@ class Schedule:
         base, later: step 0, and every step after it.
         warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
         pos_weight: of the class loss.
-        memory: old images kept as exemplars.
     """
 
     base: Phase
     later: Phase
     warmup: float
     pos_weight: float
-    memory: int = 0
 
 
 class Group(NamedTuple):
