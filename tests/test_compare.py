@@ -75,6 +75,11 @@ def test_compare_end_to_end(
     assert (out / "compare.tex").read_text().count(r"\\") == 4
     assert (out / "compare.md").read_text().startswith("| method | seeds | old | new | all |")
     assert len((out / "curves.csv").read_text().splitlines()) == 1 + 2 * 3 + 2 * 1 + 3
-    assert (out / "report.html").is_file()
+    page = (out / "report.html").read_text()
+    for row in rows.values():
+        cells = "".join(f"<td>{value}</td>" for column, value in row.items() if column != "method")
+        assert f'<th scope="row">{row["method"]}</th>{cells}' in page
+    assert all(f'<th scope="col">{column}</th>' in page for column in ("seeds", *compare.COLUMNS))
+    assert "mIoU of all classes after each step, by run" in page and page.count('<h2 class="run"') == 5
     with pytest.raises(UserError, match="no finished run"):
         compare.write_comparison(tmp_path / "nothing", Console(quiet=True))

@@ -20,7 +20,7 @@ from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 from starseg.report.facts import forgetting
-from starseg.report.page import write_report
+from starseg.report.page import write_page
 
 GROUPS = ("old", "new", "all", "harmonic")
 COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", "stored bytes")
@@ -200,4 +200,4 @@ def write_comparison(out: Path, console: Console) -> None:
     for name, text in files.items():
         write_atomic(out / name, text.encode())
     console.print(f"tables: {', '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
-    write_report([run for runs in finished_runs(out).values() for run in runs], out / "report.html", console)
+    write_page([run for runs in finished_runs(out).values() for run in runs], out / "report.html", console, rows)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from starseg.errors import UserError
 
@@ -18,6 +18,15 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+
+def _no_path(name: str) -> str:
+    if set(name) & set("/\\\0"):
+        raise ValueError("it becomes a part of a folder's name: expected one without / and \\")
+    return name
+
+
+Label = Annotated[str, AfterValidator(_no_path)]
+"""Text that a folder is named by, so that it cannot lead out of the folder above."""
 
 _ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K"), "folder": Path("./learn")}
 
@@ -51,7 +60,7 @@ class DataConfig(Strict):
 class TaskConfig(Strict):
     """`task`: which classes are learnt when."""
 
-    name: str | None = None
+    name: Label | None = None
     """A published task ("15-1", "joint", ...), or a free label beside `steps`."""
     steps: list[list[int | str]] | None = None
     """Classes of each step, by name or dataset id."""
@@ -237,6 +246,8 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             f"({config.model.output_stride}); the statistics are taken on that grid"
         )
     world = config.train.devices * config.train.num_nodes
+    if world > 1 and METHODS[config.method].one_process:
+        raise UserError(f"{source}:\ntrain.devices: method {config.method} runs on one process only, got {world}")
     if config.train.batch_size < 2 * world:
         raise UserError(
             f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes, "

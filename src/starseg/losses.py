@@ -100,6 +100,28 @@ def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: Tensor, 
     return total / (1 + replay_weight + background_weight)
 
 
+def mixed_bce(
+    new: Tensor, replayed: Tensor, logits: Tensor, cells: Tensor, background_ratio: float, add_up: AddUp = alone
+) -> Tensor:
+    """Class loss of a later step: a batch's own, mixed with replayed features and repeated background cells.
+
+    Args:
+        new: [K], the batch's own (:func:`bce_per_class`).
+        replayed: [M, K] logits of the replayed features.
+        logits: [N, K, h, w] of the batch.
+        cells: [N, h, w] bool, its background cells.
+        background_ratio: how many times these count.
+        add_up: over processes.
+
+    Returns:
+        [K].
+    """
+    replay, replays = negatives_per_class(replayed, add_up)
+    background, repeated = negatives_per_class(logits.movedim(1, -1)[cells], add_up)
+    total = add_up(torch.tensor(cells.numel(), device=cells.device))
+    return mix(new, replay, background, replays / total, background_ratio * repeated / total)
+
+
 def ocfm(features: Tensor, old_features: Tensor, region: Tensor, add_up: AddUp = alone, epsilon: float = 0.0) -> Tensor:
     """Old-class feature maintenance: squared feature change where the old model sees an old class.
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from starseg.contract import Rehearsal, gradients_reach_what_learns, shares_of_a_batch_give_the_loss_of_the_whole
+from starseg.config import parse_config
+from starseg.contract import Rehearsal, check_resume, tiny_settings
+from starseg.contract.checks import gradients_reach_what_learns, shares_of_a_batch_give_the_loss_of_the_whole
 from starseg.data.step import Batch
+from starseg.errors import UserError
 from starseg.losses import upsample
 from starseg.methods import METHODS, Method, StepContext, register_method
 from starseg.methods.base import Network
@@ -51,3 +54,32 @@ def test_the_suite_finds_a_mean_of_one_process() -> None:
 
     with pytest.raises(AssertionError, match="share"):
         shares_of_a_batch_give_the_loss_of_the_whole(Rehearsal("faulty-mean"))
+
+
+def test_the_suite_finds_what_is_lost_when_a_step_breaks_off(shapes: Path, tmp_path: Path) -> None:
+    @register_method("faulty-memory")
+    class Faulty(Method):
+        seen = 0
+
+        def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+            self.seen += 1
+            return {name: self.seen * value for name, value in super().losses(batch, new, old).items()}
+
+    with pytest.raises(AssertionError, match=r"model.safetensors of step 1: another one after a break"):
+        check_resume("faulty-memory", shapes, tmp_path)
+
+
+def test_a_method_may_say_that_it_needs_one_process(shapes: Path, tmp_path: Path) -> None:
+    @register_method("alone")
+    class Alone(Method):
+        one_process = True
+
+        def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+            return {"mean": upsample(new(batch.images).logits, batch.labels).square().mean()}
+
+    shares_of_a_batch_give_the_loss_of_the_whole(Rehearsal("alone"))
+    settings = tiny_settings("alone", shapes, tmp_path)
+    parse_config(settings)
+    settings["train"]["devices"] = 2
+    with pytest.raises(UserError, match=r"train.devices: method alone runs on one process only, got 2"):
+        parse_config(settings)

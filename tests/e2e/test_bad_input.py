@@ -1,7 +1,7 @@
 """Bad input: one readable message, exit code 2, nothing written, before anything is trained.
 
 What the cases damage are copies of a data set and of a finished step. `pytest -rP tests/e2e/test_bad_input.py` prints
-the table.
+the table, under the last test.
 """
 
 import json
@@ -216,17 +216,23 @@ def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(parse_config(tree), range(1), Console(quiet=True))
 
 
-def _refused(argv: list[str], message: str, watched: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
+# Rows of (kind, exit code, message); whatever stands here wrote nothing.
+TABLE: list[tuple[str, int, str]] = []
+
+
+def _refused(
+    kind: str, argv: list[str], message: str, watched: Path, capsys: pytest.CaptureFixture, monkeypatch: Any
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in watched.rglob("*") if p.name != ".lock"}
     monkeypatch.setattr(sys, "argv", ["starseg", *argv])
     with pytest.raises(SystemExit) as stopped:
         main()
     error = capsys.readouterr().err
-    print(f"{stopped.value.code} | {error.strip()}")
     assert stopped.value.code == 2, error
     assert message in error.replace("\n", " ") or message in error, error
     assert "Traceback" not in error
     assert {p: p.stat().st_mtime_ns for p in watched.rglob("*") if p.name != ".lock"} == before
+    TABLE.append((kind, stopped.value.code, " ".join(error.split()).replace(str(watched), "...")))
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, *DATA])
@@ -240,7 +246,7 @@ def test_training(
     change(settings, data)
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(settings))
-    _refused(["train", str(config)], message, tmp_path, capsys, monkeypatch)
+    _refused(kind, ["train", str(config)], message, tmp_path, capsys, monkeypatch)
     assert not Path("/tmp/starseg-was-here").exists()
 
 
@@ -299,7 +305,7 @@ def test_step_directories(
     shutil.copy(config, run / "config.yaml")
     how(run / "step_0" / name)
     argv = ["eval", str(run / "step_0")] if command == "eval" else ["train", str(config), "--steps", "1"]
-    _refused(argv, message, run / "step_0", capsys, monkeypatch)
+    _refused(f"{command}: {kind}", argv, message, run / "step_0", capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -331,4 +337,13 @@ def test_commands(
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(tiny))
     filled = [a.format(config=config) for a in argv]
-    _refused(filled, message, tmp_path, capsys, monkeypatch)
+    _refused(" ".join(argv), filled, message, tmp_path, capsys, monkeypatch)
+
+
+def test_the_table() -> None:
+    """Last, since it prints what the tests before it found."""
+    for kind, code, message in TABLE:
+        print(f"{kind} | {message} | exit code {code} | nothing written")
+    kinds = {*CONFIGS, *DATA, *STEP, *TRAIN_ONLY}
+    print(f"{len(TABLE)} bad inputs were refused")
+    assert len(kinds) >= 60

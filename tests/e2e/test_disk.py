@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from e2e.kill_at import Starter
 from starseg.engine import resume
 
 pytestmark = pytest.mark.kill
@@ -29,31 +29,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def _train(settings: dict, out: Path) -> subprocess.CompletedProcess:
+def _train(starter: Starter, settings: dict, out: Path) -> subprocess.CompletedProcess:
     config = out.parent.parent / f"{out.name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "out": str(out)}))
-    command = [sys.executable, "-m", "starseg", "train", str(config), "--steps", "0"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return starter.run("train", str(config), "--steps", "0")
 
 
-def test_a_full_disk(tiny: dict, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk(starter: Starter, tiny: dict, tmp_path: Path, small_disk: Path) -> None:
     tiny["train"]["base"]["epochs"] = 3
     calm = tmp_path / "other" / "calm"
     calm.parent.mkdir()
-    assert _train(tiny, calm).returncode == 0
+    assert _train(starter, tiny, calm).returncode == 0
     # Room for one saved state, which is kept, and for half of the next.
     state = len(resume.encode({"model": load_file(calm / "step_0" / "model.safetensors")})) * 2
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(40 * 2**20 - int(1.5 * state)))
     run = small_disk / "run"
-    full = _train(tiny, run)
+    full = _train(starter, tiny, run)
     assert full.returncode == 2, full.stderr
     assert "No space left on device" in full.stderr and "Traceback" not in full.stderr
     kept = [resume.decode(p.read_bytes()) for p in (run / "step_0").glob("resume*.ckpt")]
     assert kept and all(s is not None for s in kept)
     assert not list((run / "step_0").glob(".*.tmp"))
     ballast.unlink()
-    again = _train(tiny, run)
+    again = _train(starter, tiny, run)
     assert again.returncode == 0 and "going on," in again.stdout, again.stderr
     a, b = (load_file(r / "step_0" / "model.safetensors") for r in (calm, run))
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -110,8 +110,10 @@ def test_broken_entry_points_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memories_and_groups_of_the_methods() -> None:
-    assert METHODS["ssul-m"](METHODS["ssul-m"].Options()).defaults("voc").memory == 100
-    assert METHODS["dkd-m"](METHODS["dkd-m"].Options()).defaults("ade").memory == 300
+    rules = {name: method.memory for name, method in METHODS.items() if method.memory}
+    sizes = {name: [rule.default_size(dataset) for dataset in ("voc", "ade")] for name, rule in rules.items()}
+    assert sizes["ssul-m"] == sizes["dkd-m"] == [100, 300]
+    assert sizes["star-m"] == [50, 50] and sizes["star"] == [0, 0]
     assert METHODS["ssul"].memory is None and METHODS["mib"].memory is None
     assert METHODS["dft"](METHODS["dft"].Options()).defaults("voc", "15-5").later.lr == 2e-2
     assert METHODS["plop"](METHODS["plop"].Options()).defaults("voc", "10-1").later.epochs == 10

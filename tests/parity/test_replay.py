@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from parity.golden import arrays, check_close, document, tensors
-from parity.stubs import numbered, star, star_context
+from parity.stubs import numbered
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import make_plan
-from starseg.replay.statistics import FeatureStatistics, count_ids, old_prediction, on_grid
+from starseg.replay.statistics import FeatureStatistics, count_cells, count_ids, old_prediction, on_grid
 
 
 def _statistics(step: str) -> FeatureStatistics:
@@ -61,9 +61,8 @@ def test_predicted_counts() -> None:
     n_old, n_new = len(g["pred_numbers"]) - 1, len(g["current_numbers"]) - 1
     batches = numbered(list(g["labels"]))
     for threshold, name in ((0.5, "pred_numbers"), (0.0, "pred_numbers_if_threshold_were_0")):
-        method = star(old_threshold=threshold)
-        method.ctx = star_context("overlap", n_old, n_new, batches, 16, None)
-        counts = sum(method.count_cells(b, g["old_logits"][int(b.images)]) for b in batches)[: 1 + n_old]
+        seen = ((b.labels, g["old_logits"][int(b.images)]) for b in batches)
+        counts = sum(count_cells(*pair, 16, 1 + n_old + n_new, threshold) for pair in seen)[: 1 + n_old]
         assert counts.tolist() == g[name].tolist()
     labels = on_grid(g["labels"].flatten(0, 1), 16)
     counts = count_ids(labels, 1 + n_old + n_new)

@@ -9,7 +9,7 @@ from starseg.bilinear import thin
 from starseg.losses import background_cells, negatives_per_class, resize
 from starseg.methods.star import Star
 from starseg.replay.bank import PrototypeBank
-from starseg.replay.statistics import on_grid
+from starseg.replay.statistics import on_grid, see_old
 
 VARIANTS = [(f, v) for f in ("voc", "ade") for v in cases(f"train_step_{f}") if v != "nobg"]
 
@@ -60,7 +60,7 @@ def test_regions_and_replayed_features(dataset: str, variant: str) -> None:
     small = it.old(batch.images).logits
     check_close(resize(small, batch.labels.shape[-2:]), it.old_logits)
     grid = small.shape[2:]
-    labels, seen = it.method.see_old(batch.labels, small, grid)
+    labels, seen = see_old(batch.labels, small, grid, it.method.options.old_threshold)
     assert torch.equal(seen, thin(want["old_pred"].long(), grid))
     region = ((labels == 0) & (seen > 0)).float()
     assert torch.equal(resize(region[:, None], grid), resize(want["pseudo_label_region"][:, None].float(), grid))

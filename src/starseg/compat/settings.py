@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from starseg.config import RunConfig, explain, parse_config
+from starseg.config import Label, RunConfig, explain, parse_config
 from starseg.errors import UserError
 
 # What classes not learnt yet become in test labels.
@@ -34,7 +34,7 @@ class Arch(_Keys):
 
 
 class Task(_Keys):
-    name: str
+    name: Label
     step: int = Field(0, ge=0)
     setting: Literal["overlap", "disjoint"] = "overlap"
     idxs_path: Path | None = None
@@ -136,7 +136,7 @@ class PublishedConfig(_Keys):
     """A published ``config_*.json``. Keys without a docstring mean what they mean there; docs/published.md lists those
     that are accepted and change nothing (n_gpu, dist_backend, pin_memory, val, validation_period, ...)."""
 
-    name: str
+    name: Label
     n_gpu: int = 1
     multiprocessing_distributed: bool = False
     rank: int = Field(0, ge=0)

@@ -69,7 +69,7 @@ def kept(folder: Path, step: int) -> list[Exemplar]:
 
 
 def _copies(folder: Path, name: str) -> tuple[Path, Path]:
-    stem = Path(name.split()[0]).stem
+    stem = Path((name.split() or [""])[0]).stem
     return folder / "memory" / "images" / f"{stem}.jpg", folder / "memory" / "masks" / f"{stem}.png"
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from lightning_fabric.utilities.rank_zero import rank_zero_only
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from starseg.config import TrainConfig
 from starseg.errors import UserError
+from starseg.models import Segmenter
 
 logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
 # Its successor, forward_sync_buffers, is not in the older releases of torch that we support.
@@ -34,6 +37,25 @@ def is_leader() -> bool:
     return rank_zero_only.rank in (0, None)  # type: ignore[attr-defined]
 
 
+def refuse_other_number(config: TrainConfig) -> None:
+    """Compare the processes that torchrun or SLURM started with the configured ones.
+
+    Raises:
+        UserError: there are more, which would train past each other, or fewer.
+    """
+    world = config.devices * config.num_nodes
+    for launcher, environment in (("torchrun", TorchElasticEnvironment), ("SLURM", SLURMEnvironment)):
+        if environment.detect():
+            started = int(os.environ["WORLD_SIZE" if launcher == "torchrun" else "SLURM_NTASKS"])
+            if started != world:
+                raise UserError(
+                    f"{launcher} started {started} processes, but train.devices ({config.devices}) times "
+                    f"train.num_nodes ({config.num_nodes}) is {world}; give --devices as many as run on each node, and "
+                    "--num-nodes (inside a SLURM job, start them with srun)"
+                )
+            return
+
+
 def make_fabric(config: TrainConfig) -> Fabric:
     """The configured devices and processes, not launched yet.
 
@@ -50,6 +72,9 @@ def make_fabric(config: TrainConfig) -> Fabric:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    if "SLURM_NTASKS" in os.environ:
+        # Fabric refuses `srun --ntasks` without it.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(config.devices))
     precision = _auto_precision(cuda) if config.precision == "auto" else config.precision
     several = config.devices * config.num_nodes > 1
     return Fabric(
@@ -90,3 +115,9 @@ def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(fabric.all_reduce(buffer.clone(), reduce_op="mean"))  # type: ignore[arg-type]
+
+
+def synchronise_norm(model: Segmenter, fabric: Fabric) -> Segmenter:
+    """The network with batch norm over the images of all processes, where they train on GPUs."""
+    several = fabric.world_size > 1 and fabric.device.type == "cuda"
+    return convert_sync_batchnorm(model) if several else model

@@ -32,6 +32,8 @@ _FREE_KEYS: Keys = frozenset(
         ("eval", "batch_size"),
     }
 )
+# What may lie in a run directory before its config.yaml does.
+_OURS = (".lock", ".config.yaml.tmp", "step_", "learn")
 
 
 def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
@@ -50,9 +52,10 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
             "warmup": warmup,
         }
     )
-    size = schedule.memory if config.memory.size is None else config.memory.size
-    memory = config.memory.model_copy(update={"size": size})
     method = METHODS[config.method]
+    default = method.memory.default_size(config.data.dataset) if method.memory else 0
+    size = default if config.memory.size is None else config.memory.size
+    memory = config.memory.model_copy(update={"size": size})
     options = method_options(config.method, config).model_dump()
     if "pos_weight" in options and options["pos_weight"] is None:
         options["pos_weight"] = schedule.pos_weight
@@ -87,6 +90,8 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> IO[str]
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
+    # Once more: another run may have begun, and ended, since.
+    _refuse_another_run(run_dir, config, free)
     checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return lock
 
@@ -96,16 +101,17 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     if path.is_file():
-        mine = yaml.safe_load(dump_config(config))
-        changed = _differences(yaml.safe_load(path.read_text()), mine, _FREE_KEYS | free)
+        try:
+            theirs = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error
+        changed = _differences(theirs, yaml.safe_load(dump_config(config)), _FREE_KEYS | free)
         if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(
-        not entry.name.startswith(("step_", ".lock", "learn")) for entry in run_dir.iterdir()
-    ):
+    elif run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
 
 

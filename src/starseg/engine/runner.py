@@ -14,7 +14,6 @@ import torch
 from lightning_fabric import seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,7 +24,7 @@ from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import StepTraining, to_device
-from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric
+from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric, refuse_other_number, synchronise_norm
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
 from starseg.engine.resume import Guard, clear, read_state, write_state
@@ -57,6 +56,7 @@ class Runner:
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
+        refuse_other_number(self.config.train)
         self.fabric = make_fabric(self.config.train)
         self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
         self.notes = self.method.notes(self.data.dataset.key)
@@ -168,9 +168,7 @@ class Runner:
         model, old = self._models(step)
         if fabric.global_rank:
             seed_everything(sample_seed(self.config.seed, step, fabric.global_rank) % 2**32, verbose=False)
-        if fabric.world_size > 1 and fabric.device.type == "cuda":
-            model = convert_sync_batchnorm(model)
-        device = fabric.device
+        model, device = synchronise_norm(model, fabric), fabric.device
         old = old.to(device) if old else None
         memory = self._memory(step, old)
         generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))

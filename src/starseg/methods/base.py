@@ -75,14 +75,12 @@ class Schedule:
         base, later: step 0, and every step after it.
         warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
         pos_weight: of the class loss.
-        memory: old images kept as exemplars.
     """
 
     base: Phase
     later: Phase
     warmup: float
     pos_weight: float
-    memory: int = 0
 
 
 class Group(NamedTuple):
@@ -179,6 +177,8 @@ class Method:
     layout: ClassVar[HeadLayout] = SIGMOID
     memory: ClassVar[MemoryRule | None] = None
     """How it keeps and uses old images; None: it keeps none."""
+    one_process: ClassVar[bool] = False
+    """Whether its losses need the whole batch in one process, so that a run on several is refused."""
     Options: ClassVar[type[Strict]] = ClassLossOptions
 
     def __init__(self, options: Any) -> None:

@@ -102,7 +102,4 @@ class DkdM(Dkd):
     summary = "DKD with an exemplar memory"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "dkd"
-    memory = MemoryRule(score=0.9)
-
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        return replace(super().defaults(dataset, task), memory=300 if dataset == "ade" else 100)
+    memory = MemoryRule(score=0.9, size=100, size_ade=300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,7 +119,4 @@ class SsulM(Ssul):
     summary = "SSUL with an exemplar memory that fills half of every batch"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "ssul"
-    memory = MemoryRule(score=0.7, mix="half", labels="seen")
-
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        return replace(super().defaults(dataset, task), memory=300 if dataset == "ade" else 100)
+    memory = MemoryRule(score=0.7, mix="half", labels="seen", size=100, size_ade=300)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -10,16 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starseg.bilinear import thin
 from starseg.data.step import Batch
 from starseg.errors import UserError
-from starseg.losses import background_cells, mix, negatives_per_class, ocfm, sad
-from starseg.methods.base import ClassLossOptions, Method, Network, Schedule, StepContext, register_method
+from starseg.losses import background_cells, mixed_bce, ocfm, sad
+from starseg.methods.base import ClassLossOptions, Method, Network, StepContext, register_method
 from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
-from starseg.replay.statistics import count_ids, measure, old_prediction, on_grid
+from starseg.replay.statistics import count_cells, measure, on_grid, see_old
 from starseg.tasks import BACKGROUND
 
 
@@ -44,7 +42,7 @@ class Star(Method):
     summary = "prototype replay: about 2 KB per class in place of old images"
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
-    memory = MemoryRule(score=0.9)
+    memory: ClassVar[MemoryRule] = MemoryRule(score=0.9)
     ocfm_epsilon: ClassVar[float] = 0.0
     Options = StarOptions
     options: StarOptions
@@ -64,30 +62,17 @@ class Star(Method):
                 f"{ctx.step - 1}; that step was trained by another method or holds another task"
             )
         self.bank = self.bank.to(ctx.device)
-        cells = torch.zeros(ctx.first_new + ctx.new_classes, dtype=torch.int64, device=ctx.device)
+        ids, stride, threshold = ctx.first_new + ctx.new_classes, ctx.model.output_stride, self.options.old_threshold
+        cells = torch.zeros(ids, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
-            cells += self.count_cells(batch, ctx.old_model(batch.images).logits)
+            cells += count_cells(batch.labels, ctx.old_model(batch.images).logits, stride, ids, threshold)
         stored, cells = self.bank.counts, ctx.add_up(cells)
         whole = self.make_plan(ctx, stored, cells)
         self.plan = replace(self.make_plan(ctx, stored * self.options.replay, cells), carried=whole.carried)
 
-    def count_cells(self, batch: Batch, old_logits: Tensor) -> Tensor:
-        """Grid cells by label, those labelled background by the old model's prediction: [1 + K_old + K_new] int64."""
-        ctx = self.ctx
-        cells = [side // ctx.model.output_stride for side in batch.labels.shape[1:]]
-        labels, seen = self.see_old(batch.labels, old_logits, cells)
-        stride = labels.shape[-1] // cells[-1]
-        labels, seen = on_grid(labels, stride), on_grid(seen, stride)
-        return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ctx.first_new + ctx.new_classes)
-
     def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
         """The step's replay, from the stored counts and what :meth:`count_cells` found in all its images."""
         return make_plan(ctx.task.setting, stored, cells[: ctx.first_new], ctx.new_classes, ctx.iterations)
-
-    def see_old(self, labels: Tensor, old_logits: Tensor, cells: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Labels [N, H, W] and the old model's prediction, both [N, H', W'] and :func:`thin` for a grid of cells."""
-        seen = old_prediction(old_logits, labels.shape[1:], cells, self.options.old_threshold)
-        return thin(labels, cells), seen
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         if old is None:
@@ -105,7 +90,7 @@ class Star(Method):
         """The losses of a later step, the replayed features among the new network's output."""
         ctx, options = self.ctx, self.options
         features = output.features.float()
-        labels, seen = self.see_old(batch.labels, previous.logits, features.shape[2:])
+        labels, seen = see_old(batch.labels, previous.logits, features.shape[2:], options.old_threshold)
         stride = labels.shape[-1] // features.shape[-1]
         cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
 
@@ -113,15 +98,8 @@ class Star(Method):
         extra = new_logits.new_zeros(0, ctx.new_classes)
         if output.extra_logits is not None:
             extra = output.extra_logits[:, ctx.old_classes :].float()
-        negatives, replays = negatives_per_class(extra, ctx.add_up)
-        background, owed = negatives_per_class(new_logits.movedim(1, -1)[cells], ctx.add_up)
-        total = ctx.add_up(torch.tensor(cells.numel(), device=ctx.device))
-        mbce = mix(
-            self.class_loss(batch, output),
-            negatives,
-            background,
-            replays / total,
-            self.plan.background_ratio * owed / total,
+        mbce = mixed_bce(
+            self.class_loss(batch, output), extra, new_logits, cells, self.plan.background_ratio, ctx.add_up
         )
         region = (labels == BACKGROUND) & (seen > 0)
         old_classes = bank.prototypes if ctx.published else bank.prototypes[bank.present]
@@ -154,6 +132,4 @@ class StarM(Star):
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
     stores = Star.stores + "; 50 images"
     section = base_step = "star"
-
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        return replace(super().defaults(dataset, task), memory=50)
+    memory = replace(Star.memory, size=50)

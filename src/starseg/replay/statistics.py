@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from starseg.bilinear import largest, resize_thin, split_classes
+from starseg.bilinear import largest, resize_thin, split_classes, thin
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
 
@@ -45,6 +45,20 @@ def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], th
     parts = split_classes(maps, 4 * cells[0] * cells[1])
     best, winner = largest(resize_thin(part, size, cells) for part in parts)
     return torch.where(best > threshold, winner + 1, BACKGROUND)
+
+
+def see_old(labels: Tensor, old_logits: Tensor, cells: Sequence[int], threshold: float) -> tuple[Tensor, Tensor]:
+    """Labels [N, H, W] and :func:`old_prediction`, both [N, H', W'] and thinned for a grid of cells."""
+    return thin(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
+
+
+def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, threshold: float) -> Tensor:
+    """Grid cells by label [N, H, W], those labelled background by the old model's prediction: [ids] int64."""
+    cells = [side // stride for side in labels.shape[1:]]
+    labels, seen = see_old(labels, old_logits, cells, threshold)
+    thinned = labels.shape[-1] // cells[-1]
+    labels, seen = on_grid(labels, thinned), on_grid(seen, thinned)
+    return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ids)
 
 
 @dataclass

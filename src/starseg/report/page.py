@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -90,8 +90,12 @@ def _run_page(run: Path) -> RunPage:
     return RunPage(facts, _class_curves(facts), _loss_charts(facts), drawn, missing)
 
 
-def render_page(runs: Sequence[Path]) -> str:
+def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ()) -> str:
     """The page of run directories, side by side.
+
+    Args:
+        runs: directories.
+        summary: rows of a table over them all, column by column (:func:`starseg.compare.summary`).
 
     Raises:
         UserError: a folder that is no run. A data set that is gone only leaves the pictures out.
@@ -109,18 +113,19 @@ def render_page(runs: Sequence[Path]) -> str:
     return template("report.html.j2").render(
         pages=pages,
         comparison=comparison,
+        summary=summary,
         environment=environment,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     )
 
 
-def write_page(runs: Sequence[Path], path: Path, console: Console) -> None:
+def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequence[Mapping[str, str]] = ()) -> None:
     """Write :func:`render_page` to ``path`` and say where.
 
     Raises:
         UserError: a folder that is no run.
     """
-    html = render_page(runs)
+    html = render_page(runs, summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html.encode())
     console.print(f"report: {path} ({len(html) / 2**20:.1f} MB)", highlight=False, soft_wrap=True)

@@ -1,0 +1,190 @@
+"""What a method must do in the steps of a rehearsal; each check raises AssertionError."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from starseg.contract.rehearsal import ITERATIONS, Rehearsal, through_a_file, total
+from starseg.data.step import Batch
+from starseg.losses import alone
+from starseg.tasks import IGNORE
+
+
+def the_loss_falls(run: Rehearsal) -> None:
+    """On one repeated batch, in every step."""
+    for step in range(len(run.task)):
+        method, ctx, optimizer = run.enter(step)
+        values = run.train(method, ctx, optimizer, run.batch(step), ITERATIONS)
+        assert values[-1] < values[0], f"step {step}: the loss does not fall: {values}"
+        run.leave(method, ctx)
+
+
+def the_state_survives_a_file(run: Rehearsal) -> None:
+    """What a method saves is what it loads, and a step begun from it gives the same loss twice."""
+    last = len(run.task) - 1
+    run.walk(last)
+    method = run.method()
+    method.load_state_dict(through_a_file(run.state))
+    again = method.state_dict()
+    assert again.keys() == run.state.keys(), f"{sorted(again)} after loading {sorted(run.state)}"
+    for name, value in run.state.items():
+        assert torch.equal(again[name], value), f"{name} changed on its way through a file"
+    values = []
+    for _ in range(2):
+        method, ctx, _ = run.enter(last)
+        values.append(total(method, ctx, run.batch(last)).item())
+    assert values[0] == values[1], f"the same step begun twice gives {values}"
+
+
+def gradients_reach_what_learns(run: Rehearsal) -> None:
+    """Every parameter that needs a gradient is in one group and gets one; whatever is frozen stays as it is."""
+    for step in range(len(run.task)):
+        method, ctx, optimizer = run.enter(step)
+        # An unchanged network has nothing to distil, so the first iteration tells nothing of distillation.
+        run.train(method, ctx, optimizer, run.batch(step), 1)
+        optimizer.zero_grad()
+        before = {k: v.clone() for k, v in ctx.model.state_dict().items()}
+        names = {p: name for name, p in ctx.model.named_parameters()}
+        trained = {p for p in names if p.requires_grad}
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(grouped) == len(set(grouped)), f"step {step}: a parameter is in two groups"
+        stray = [names[p] for p in trained.symmetric_difference(grouped)]
+        assert not stray, f"step {step}: needs a gradient or is in a group, not both: {stray}"
+        total(method, ctx, run.batch(step)).backward()
+        missing = [names[p] for p in trained if p.grad is None]
+        assert not missing, f"step {step}: no gradient (which breaks training on several processes): {missing}"
+        reached = [names[p] for p in names if p.grad is not None and not p.requires_grad]
+        assert not reached, f"step {step}: a gradient reaches what is frozen: {reached}"
+        for group in optimizer.param_groups:
+            strength = sum(float(p.grad.abs().sum()) for p in group["params"])
+            assert strength > 0, f"step {step}: group {group['name']!r} gets a gradient of zero"
+        head = next(ctx.model.heads[step].parameters())
+        assert head.requires_grad and head.grad is not None, f"step {step}: the new head does not learn"
+        optimizer.step()
+        frozen = {names[p] for p in names if not p.requires_grad}
+        moved = [k for k in frozen if not torch.equal(ctx.model.state_dict()[k], before[k])]
+        assert not moved, f"step {step}: frozen, and yet changed: {moved}"
+        run.leave(method, ctx)
+
+
+def a_batch_without_old_classes(run: Rehearsal) -> None:
+    """Plain background and one that is new classes all over: finite losses and gradients."""
+    step = min(1, len(run.task) - 1)
+    run.walk(step)
+    for fill in (0, 1 + len(run.task.old(step)), IGNORE):
+        method, ctx, _ = run.enter(step)
+        batch = run.batch(step)
+        batch = replace(batch, images=torch.zeros_like(batch.images), labels=torch.full_like(batch.labels, fill))
+        ctx.model.train()
+        total(method, ctx, batch).backward()
+        bad = [n for n, p in ctx.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        assert not bad, f"labels all {fill}: gradients are not finite in {bad[:3]}"
+
+
+def predictions_are_training_ids(run: Rehearsal) -> None:
+    """The rule gives ids of the classes seen, for logits of any height and width."""
+    run.walk(2 if len(run.task) > 1 else 1)
+    assert run.model is not None
+    with torch.no_grad():
+        logits = run.model(run.batch(0).images).logits
+    ids = run.method().rule(False)(logits)
+    classes = sum(run.model.head_sizes)
+    assert ids.shape == logits[:, 0].shape and ids.dtype == torch.int64, f"{ids.dtype} {tuple(ids.shape)}"
+    assert int(ids.min()) >= 0 and int(ids.max()) <= classes, f"ids {ids.unique().tolist()}, classes 1..{classes}"
+    assert classes == len(run.task.seen(min(1, len(run.task) - 1))), "a finished step holds the classes seen so far"
+
+
+def one_new_class_and_many(run: Rehearsal) -> None:
+    """Steps of one class, and a step that adds more classes than were known."""
+    for steps in (((1,), (2,)), ((1, 2), tuple(range(3, 10)))):
+        the_loss_falls(replace(run, steps=steps))
+
+
+def a_permuted_order(run: Rehearsal) -> None:
+    """Class ids out of order change nothing, since a method sees training ids only; both settings run."""
+    straight, permuted = run, replace(run, steps=((5, 1, 3), (4,), (2,)))
+    for step in range(len(run.task)):
+        values = []
+        for r in (straight, permuted):
+            method, ctx, optimizer = r.enter(step)
+            values.append(r.train(method, ctx, optimizer, r.batch(step), 2))
+            r.leave(method, ctx)
+        assert values[0] == values[1], f"step {step}: {values}"
+    the_loss_falls(replace(run, setting="disjoint", model=None, state={}))
+
+
+class _Meeting:
+    """Sums tensors over threads that stand for processes; gradients as :func:`starseg.engine.launch.adder` has them."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.barrier = world, threading.Barrier(world, timeout=60)
+        self.values: list[Tensor] = [torch.empty(0)] * world
+
+    def adder(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def add_up(values: Tensor) -> Tensor:
+            self.values[rank] = values.detach()
+            self.barrier.wait()
+            others = sum((v for i, v in enumerate(self.values) if i != rank), torch.zeros_like(values.detach()))
+            self.barrier.wait()
+            return values + others
+
+        return add_up
+
+
+def shares_of_a_batch_give_the_loss_of_the_whole(run: Rehearsal) -> None:
+    """Two processes with half of each batch: the loss of the whole batch in each, their gradients add up to its own.
+
+    Batch norm is held in eval mode here: in training it is synchronised on GPUs only. A method may say that it cannot.
+    """
+    if run.method().one_process:
+        return
+    for step in range(len(run.task)):
+        batch = run.batch(step)
+        want, gradient = _share(run, step, batch, alone, 0, 1)
+        meeting = _Meeting(2)
+
+        def part(
+            rank: int, step: int = step, batch: Batch = batch, meeting: _Meeting = meeting
+        ) -> tuple[float, Tensor]:
+            return _share(run, step, _half(batch, rank), meeting.adder(rank), rank, 2)
+
+        with ThreadPoolExecutor(2) as pool:
+            parts = list(pool.map(part, range(2)))
+        for got, _ in parts:
+            assert abs(got - want) <= 1e-4 * abs(want), f"step {step}: {got} from a share, {want} from the whole batch"
+        difference = (sum(p for _, p in parts) - gradient).norm() / gradient.norm()
+        assert difference < 1e-3, f"step {step}: gradients of the shares differ by {difference:.1e} from the whole's"
+        run.walk(step + 1)
+
+
+def _half(batch: Batch, rank: int) -> Batch:
+    return Batch(**{f.name: v[rank::2] for f in fields(Batch) if (v := getattr(batch, f.name)) is not None})
+
+
+def _share(
+    run: Rehearsal, step: int, batch: Batch, add_up: Callable[[Tensor], Tensor], rank: int, world: int
+) -> tuple[float, Tensor]:
+    method, ctx, _ = run.enter(step, add_up=add_up, rank=rank, world=world, scan=lambda name: iter([batch]))
+    ctx.model.eval()
+    loss = total(method, ctx, batch)
+    loss.backward()
+    gradients = [p.grad.flatten() for p in ctx.model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(gradients)
+
+
+CHECKS: tuple[Callable[[Rehearsal], None], ...] = (
+    the_loss_falls,
+    the_state_survives_a_file,
+    gradients_reach_what_learns,
+    a_batch_without_old_classes,
+    predictions_are_training_ids,
+    one_new_class_and_many,
+    a_permuted_order,
+    shares_of_a_batch_give_the_loss_of_the_whole,
+)

@@ -1,0 +1,77 @@
+"""What a method must do in runs of the real engine on a tiny data set; each check raises AssertionError."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from rich.console import Console
+from torch import Tensor
+
+from starseg.config import parse_config
+from starseg.contract.rehearsal import BACKBONE, SIDE, Rehearsal
+from starseg.data.step import Batch
+from starseg.engine.checkpoint import load_model, read_json
+from starseg.engine.evaluate import evaluate_model
+from starseg.engine.fit import StepTraining
+from starseg.engine.resume import begun
+from starseg.engine.runner import train
+from starseg.errors import Stopped
+
+
+def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
+    """A run of three steps in a permuted order that takes seconds, on the data of :func:`write_shapes`."""
+    return {
+        "method": name,
+        "out": str(out),
+        "data": {"root": str(data), "crop": SIDE},
+        "task": {"name": "tiny", "steps": [["heart", "disc", "triangle"], ["hexagon"], ["square"]]},
+        "model": {"backbone": BACKBONE, "pretrained": False},
+        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
+    }
+
+
+def check_run(name: str, data: Path, out: Path) -> None:
+    """Three steps through the runner; each step directory alone is enough to evaluate it."""
+    config = parse_config(tiny_settings(name, data, out))
+    quiet = Console(quiet=True)
+    results = read_json(train(config, console=quiet) / "results.json")
+    assert list(results["steps"][-1]["iou"]) == ["background", "heart", "disc", "triangle", "hexagon", "square"]
+    for entry in results["steps"]:
+        again = evaluate_model(*load_model(out / f"step_{entry['step']}"), config, quiet)
+        assert again["iou"] == entry["iou"], f"step {entry['step']}: evaluated again, its directory gives other figures"
+
+
+def check_resume(name: str, data: Path, folder: Path) -> None:
+    """A later step that breaks off in the middle and is begun again ends with the same files, bit by bit."""
+    settings = tiny_settings(name, data, folder / "straight")
+    quiet, last = Console(quiet=True), 0 if len(Rehearsal(name).task) == 1 else 1
+    straight = train(parse_config(settings), range(last + 1), quiet)
+    settings |= {"out": str(folder / "broken"), **({"start_from": str(straight / "step_0")} if last else {})}
+    settings["train"]["save_minutes"] = 1e-9  # so after every iteration
+    broken = parse_config(settings)
+    with _breaking_off(step=last, iteration=2), suppress(Stopped):
+        train(broken, range(last + 1), quiet)
+    assert begun(broken.run_dir / f"step_{last}"), f"step {last} was to break off, and left no state"
+    train(broken, range(last + 1), quiet)
+    for path in sorted((straight / f"step_{last}").glob("*.safetensors")):
+        again = broken.run_dir / path.relative_to(straight)
+        assert again.read_bytes() == path.read_bytes(), f"{path.name} of step {last}: another one after a break"
+
+
+@contextmanager
+def _breaking_off(step: int, iteration: int) -> Iterator[None]:
+    """Within it, training stops in a step before an iteration, as a signal stops it."""
+    iterate = StepTraining.iterate
+
+    def until(training: StepTraining, raw: Batch) -> dict[str, Tensor]:
+        if training.ctx.step == step and training.iteration == iteration:
+            raise Stopped(signal.SIGTERM)
+        return iterate(training, raw)
+
+    with patch.object(StepTraining, "iterate", until):
+        yield
