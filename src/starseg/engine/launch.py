@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +62,22 @@ def make_fabric(config: TrainConfig) -> Fabric:
         strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
         precision=precision,  # type: ignore[arg-type]
     )
+
+
+def refuse_without_compiler(device: torch.device) -> None:
+    """For `train.compile`.
+
+    Raises:
+        UserError: torch.compile lacks what it needs for the device.
+    """
+    needed = "triton" if device.type == "cuda" else os.environ.get("CXX", "g++")
+    there = importlib.util.find_spec(needed) if device.type == "cuda" else shutil.which(needed)
+    if not there:
+        kind = "package" if device.type == "cuda" else "C++ compiler"
+        raise UserError(
+            f"train.compile: torch.compile needs the {kind} {needed}, which is not installed; "
+            "install it, or leave train.compile out"
+        )
 
 
 class _Sum(torch.autograd.Function):
