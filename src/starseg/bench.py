@@ -1,7 +1,7 @@
 """`starseg bench`: what training and evaluation cost, beside the same written densely, in one process.
 
-Here the loss path: the networks' outputs are random tensors; measured is everything between them and their gradients. Times are medians
-of interleaved repetitions, memory is the peak above what the inputs take.
+Here the loss path: the networks' outputs are random tensors; measured is everything between them and their gradients.
+Times are medians of interleaved repetitions, memory is the peak above what the inputs take.
 """
 
 from __future__ import annotations

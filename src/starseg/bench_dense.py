@@ -1,4 +1,4 @@
-"""The loss path, the step and the evaluation written densely and literally, what `starseg bench` and the tests compare with.
+"""Loss path, step and evaluation written densely and literally: what `starseg bench` and the tests compare with.
 
 Every logit of every class is brought to image size, one-hot targets are made there, and autograd keeps what it needs;
 vectorised, float32. The formulas are those of REFERENCE, "Each iteration", by default (not ``published``) and for one

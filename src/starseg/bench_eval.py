@@ -1,7 +1,7 @@
 """What `starseg bench` says of the evaluation, beside one image at a time with every class at full size.
 
-Both run the same ResNet-101 in float32 on uint8 images in memory and end in a confusion matrix. The heads are shifted so that
-of each class a twentieth of the cells has a positive logit.
+Both run the same ResNet-101 in float32 on uint8 images in memory and end in a confusion matrix. The heads are shifted
+so that of each class a twentieth of the cells has a positive logit.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from starseg.models import Output
 class MicroBatches:
     """A network that a batch goes through in parts: called once, then asked for :meth:`backward`.
 
-    The losses see the outputs of the whole batch, so they and their gradients are the batch's, whatever they are normalised
-    over. The parts go through the network twice: without gradients for the outputs, then one by one with the
-    gradients that the losses have for these. Only a batch norm that is trained takes its statistics from a part;
+    The losses see the outputs of the whole batch, so they and their gradients are the batch's, whatever they are
+    normalised over. The parts go through the network twice: without gradients for the outputs, then one by one with
+    the gradients that the losses have for these. Only a batch norm that is trained takes its statistics from a part;
     dropout draws the same both times.
 
     Args:
