@@ -11,9 +11,9 @@ from starseg.models import Segmenter
 from starseg.models.lean import BatchNorm2d, Conv2d
 
 
-def network(backbone: str = "test_resnet") -> Segmenter:
+def network() -> Segmenter:
     """In float64, with batch norms that do something."""
-    model = Segmenter(backbone, [3]).double()
+    model = Segmenter("test_resnet", [3]).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values, low, high in (
@@ -27,13 +27,12 @@ def network(backbone: str = "test_resnet") -> Segmenter:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("backbone", ["test_resnet", "resnet18"])
-def test_outputs_gradients_and_statistics(backbone: str, frozen: bool) -> None:
-    model = network(backbone)
+def test_outputs_gradients_and_statistics(frozen: bool) -> None:
+    model = network()
     if frozen:
         model.freeze_norm()
     model.aspp.project[-1].p = 0.0
-    plain, images = literal(model), torch.randn(2, 3, 96, 80).double().contiguous(memory_format=torch.channels_last)
+    plain, images = literal(model), torch.randn(2, 3, 64, 48).double().contiguous(memory_format=torch.channels_last)
     found = []
     for each in (model, plain):
         output = each.train()(images)
@@ -87,7 +86,7 @@ def test_a_frozen_step_keeps_no_map_for_batch_norm() -> None:
             lambda t: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1],
             lambda t: t,
         ):
-            model(torch.randn(2, 3, 256, 256).double().contiguous(memory_format=torch.channels_last))
+            model(torch.randn(2, 3, 128, 128).double().contiguous(memory_format=torch.channels_last))
         return sum(sizes.values())
 
     trained = kept()

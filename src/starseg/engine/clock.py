@@ -57,7 +57,7 @@ class Clock:
         """Pass ``items`` through, the wait for each counted as ``part``'s."""
         done = object()
         while (item := self.timed(part, next)(items, done)) is not done:
-            yield item  # type: ignore[misc]
+            yield item
 
     def read(self) -> dict[str, float]:
         """Add up what was marked since the last time; waits for a GPU to get there."""
@@ -66,7 +66,7 @@ class Clock:
         for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
             if part:
                 passed = end - start if isinstance(end, float) else start.elapsed_time(end) / 1000  # type: ignore
-                self.seconds[part] = self.seconds.get(part, 0.0) + passed  # type: ignore[operator]
+                self.seconds[part] = self.seconds.get(part, 0.0) + passed
         del self.marks[:-1]
         return self.seconds
 

@@ -121,7 +121,7 @@ class StepTraining:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.ctx.generator.set_state(state["generator"])
         self.processes = state["processes"]
-        self.clock.seconds |= state["time"]
+        self.clock.seconds |= state.get("time", {})
 
     def run(
         self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
