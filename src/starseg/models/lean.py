@@ -29,8 +29,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @property
     def constant(self) -> bool:
-        """Whether it is a fixed scale and shift: statistics and affine parameters are frozen, or nothing learns."""
-        return not self.training and not (torch.is_grad_enabled() and self.weight.requires_grad)
+        """Whether it is a fixed scale and shift: statistics and affine parameters are frozen, or nothing learns.
+
+        Not in an export to ONNX, which joins them in the file itself.
+        """
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        return not (self.training or learns or torch.onnx.is_in_onnx_export())
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, [C] each."""
