@@ -81,13 +81,16 @@ def test_a_frozen_step_keeps_no_map_for_batch_norm() -> None:
     assert len(every) == sum(len(m.norm) for m in model.modules() if isinstance(m, Conv2d)) and every
 
     def kept() -> int:
-        sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1],
-            lambda t: t,
-        ):
+        maps: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim == 4 and len(tensor) == 2:
+                maps[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model(torch.randn(2, 3, 128, 128).double().contiguous(memory_format=torch.channels_last))
-        return sum(sizes.values())
+        return sum(maps.values())
 
     trained = kept()
     model.freeze_norm()
