@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,7 @@ def dense_later(
 def literal(network: Segmenter) -> Segmenter:
     """A copy with torch's own convolutions and batch norms."""
     network = copy.deepcopy(network)
+    module: Any
     for module in network.modules():
         if isinstance(module, lean.Conv2d):
             module.__class__ = nn.Conv2d

@@ -79,7 +79,7 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
     seconds, dense_seconds = alternate([path.lean, path.dense], repeats, warm=True)
     split = {part: (path.training.clock.read()[part] - before[part]) / repeats for part in PARTS}
     peaks = [peak_bytes(path.lean), peak_bytes(path.dense)]
-    found = {
+    found: dict[str, Any] = {
         "speedup": dense_seconds / seconds,
         "memory_ratio": peaks[1] / peaks[0],
         "seconds": seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class MicroBatches:
             first = after
         self.leaves = []
 
-    def _same_draws(self) -> torch.random.fork_rng:
+    def _same_draws(self) -> AbstractContextManager[None]:
         """Leave the random state as it was, so that the second time draws what the first did."""
         device = self.fabric.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -90,6 +90,8 @@ class StepTraining:
         self.total, self.iteration = epochs * ctx.iterations, 0
         self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay)
         self.schedule = LambdaLR(self.optimizer, partial(lr_factor, total=self.total, warmup=config.warmup))
+        network: Any
+        old: Any
         network, old = (torch.compile(m) if m and config.compile else m for m in (ctx.model, ctx.old_model))
         network, self.wrapped = fabric.setup(network, self.optimizer)
         self.new = self.clock.timed("new forward", network)
