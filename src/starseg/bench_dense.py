@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,12 +101,11 @@ def dense_later(
 def literal(network: Segmenter) -> Segmenter:
     """A copy with torch's own convolutions and batch norms."""
     network = copy.deepcopy(network)
-    module: Any
     for module in network.modules():
         if isinstance(module, lean.Conv2d):
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
         elif isinstance(module, lean.BatchNorm2d):
-            module.__class__ = nn.BatchNorm2d
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     return network
 
 
