@@ -47,8 +47,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         cli.main()
     assert end.value.code == 0
     found = json.loads(file.read_text())
-    assert found.keys() == {"loss", "memory_growth", "data"}
+    assert found.keys() == {"loss", "memory_growth", "step", "data", "eval"}
     assert {"speedup", "seconds", "dense_seconds", "parts"} <= found["data"]["pipeline"].keys()
+    assert {"speedup", "memory_ratio", "seconds", "dense_seconds", "split"} <= found["step"]["voc_15-1"].keys()
+    assert all(found["eval"][name]["differing_pixels"] <= 1e-5 for name in ("voc", "ade"))
     for case in ("voc_15-1", "ade_100-10", "ade_base"):
         assert {"speedup", "memory_ratio", "seconds", "dense_seconds"} <= found["loss"][case].keys()
     assert "ade_100-10" in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""`starseg bench`: what the loss path of a training step costs, beside the same written densely, in one process.
+"""`starseg bench`: what training and evaluation cost, beside the same written densely, in one process.
 
-The networks' outputs are random tensors; measured is everything between them and their gradients. Times are medians
-of interleaved repetitions, memory is the peak above what the inputs take.
+Here the loss path: the networks' outputs are random tensors; measured is everything between them and their gradients.
+Times are medians of interleaved repetitions, memory is the peak above what the inputs take.
 """
 
 from __future__ import annotations
@@ -135,16 +135,25 @@ def _no_scan(name: str) -> Iterator[Batch]:
 
 
 def alternate(
-    paths: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    paths: list[Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> list[float]:
-    """Median seconds of each, called in turn, after one call of each that does not count."""
+    """Median seconds of each, called in turn, after one call of each that does not count, unless they are ``warm``."""
     seconds: list[list[float]] = [[] for _ in paths]
-    for _ in range(repeats + 1):
+    for _ in range(repeats + (not warm)):
         for path, times in zip(paths, seconds, strict=True):
             start = clock()
             path()
+            _wait()
             times.append(clock() - start)
-    return [statistics.median(times[1:]) for times in seconds]
+    return [statistics.median(times[-repeats:]) for times in seconds]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_bytes(path: Callable[[], Any]) -> int:
@@ -208,14 +217,17 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
 
     Args:
         console: takes the tables.
-        quick: crops of 128 pixels and a single repetition: whether it runs, not how fast.
+        quick: crops of 128 pixels, a tiny network and a single repetition: whether it runs, not how fast.
 
     Returns:
         {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
-        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "data": see
-        :func:`starseg.bench_data.data_section`}; ratios are dense over ours.
+        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "step": see
+        :func:`starseg.bench_step.measure_step`, "data": see :func:`starseg.bench_data.data_section`, "eval": see
+        :func:`starseg.bench_eval.measure_eval`}; ratios are dense over ours.
     """
     from starseg.bench_data import data_section
+    from starseg.bench_eval import bench_eval
+    from starseg.bench_step import BACKBONE, bench_step
 
     crop, repeats = (128, 1) if quick else (512, 5)
     table = Table(
@@ -225,15 +237,18 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
     for name, case in loss_cases(crop).items():
         f = found["loss"][name] = measure_loss(case, repeats)
         seconds = (f"{f['seconds']:.3f}", f"{f['dense_seconds']:.3f}", f"{f['speedup']:.1f} x")
-        table.add_row(name, *seconds, _mega(f["bytes"]), _mega(f["dense_bytes"]), f"{f['memory_ratio']:.1f} x")
+        table.add_row(name, *seconds, mega(f["bytes"]), mega(f["dense_bytes"]), f"{f['memory_ratio']:.1f} x")
     console.print(table)
     f = found["memory_growth"] = measure_growth(Case(_FEW, 10, 4, crop, "ade"))
     grown = Table("10 new classes", f"MB, {_FEW} old", f"MB, {_MANY} old", "growth")
     for name, prefix in (("starseg", ""), ("densely", "dense_")):
-        peaks = (_mega(f[f"{prefix}bytes_{n}"]) for n in (_FEW, _MANY))
+        peaks = (mega(f[f"{prefix}bytes_{n}"]) for n in (_FEW, _MANY))
         grown.add_row(name, *peaks, f"{f[f'{prefix}growth']:.2f} x")
     console.print(grown)
     found["data"] = data_section(console, quick)
+    backbone = "test_resnet" if quick else BACKBONE
+    found["step"] = bench_step(console, Case(15, 1, 4, crop, "voc"), 1 if quick else 3, backbone)
+    found["eval"] = bench_eval(console, crop, 4, 1 if quick else 3, backbone)
     return found
 
 
@@ -241,5 +256,6 @@ def _machine() -> str:
     return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def _mega(size: float) -> str:
+def mega(size: float) -> str:
+    """Bytes as megabytes."""
     return f"{size / 1e6:.1f}"

@@ -1,4 +1,4 @@
-"""The loss path written densely and literally, what `starseg bench` and the tests compare with.
+"""Loss path, step and evaluation written densely and literally: what `starseg bench` and the tests compare with.
 
 Every logit of every class is brought to image size, one-hot targets are made there, and autograd keeps what it needs;
 vectorised, float32. The formulas are those of REFERENCE, "Each iteration", by default (not ``published``) and for one
@@ -7,16 +7,22 @@ process. Shape letters: N images, K classes, H W pixels, h w feature cells, D fe
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from starseg.bilinear import resize
 from starseg.data.step import Batch
 from starseg.losses import mix, one_hot
 from starseg.methods.base import StepContext
-from starseg.methods.star import StarOptions
-from starseg.models import Output
+from starseg.methods.star import Star, StarOptions
+from starseg.models import Output, Segmenter, lean
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import ReplayPlan
 from starseg.tasks import BACKGROUND, IGNORE
@@ -90,3 +96,56 @@ def dense_later(
     kept = dense_ocfm(output.features, previous.features, (labels == BACKGROUND) & (seen > 0))
     apart = dense_sad(output.features, labels, ctx.first_new, ctx.new_classes, bank.prototypes[bank.present])
     return options.mbce * mixed.sum() + options.ocfm * kept + options.sad * apart
+
+
+def literal(network: Segmenter) -> Segmenter:
+    """A copy with torch's own convolutions and batch norms."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, lean.Conv2d):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif isinstance(module, lean.BatchNorm2d):
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    return network
+
+
+class DenseStep:
+    """A later step of STAR with torch's own layers and optimizer, in float32 and channels_last: ``step(raw)``.
+
+    Args:
+        method: its options and bank.
+        ctx: the networks, which are copied.
+        plan: of the replay.
+    """
+
+    def __init__(self, method: Star, ctx: StepContext, plan: ReplayPlan) -> None:
+        assert ctx.old_model is not None and method.bank is not None, "a later step"
+        self.ctx, self.options, self.bank, self.plan = ctx, method.options, method.bank, plan
+        self.old, self.new = literal(ctx.old_model), literal(ctx.model).train()
+        trained = [p for p in self.new.parameters() if p.requires_grad]
+        self.optimizer = SGD(trained, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def __call__(self, raw: Batch) -> Tensor:
+        images = self.new.normalize(raw.images)
+        batch = replace(raw, images=images, labels=raw.labels.to(images.device))
+        replayed = self.bank.draw(self.plan.per_iteration, self.ctx.generator, self.options.norm_noise)
+        with torch.no_grad():
+            previous = self.old(images)
+        output = self.new(images, replayed)
+        loss = dense_later(self.ctx, self.options, batch, output, previous, self.bank, self.plan)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def dense_confusion(model: Segmenter, rule: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Tensor:
+    """[1 + C, 1 + C] confusion, image by image, every class at full size; see
+    :func:`starseg.engine.evaluate.confusion_matrix`."""
+    classes = 1 + sum(model.head_sizes)
+    total = torch.zeros(classes, classes, dtype=torch.int64)
+    for batch in batches:
+        for image, label in zip(batch.images.split(1), batch.labels.split(1), strict=True):
+            predicted = rule(resize(model(model.normalize(image)).logits, label.shape[-2:])).cpu()
+            total += multiclass_confusion_matrix(predicted, label.long(), classes, ignore_index=IGNORE)
+    return total

@@ -85,17 +85,21 @@ def largest(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """``torch.cat(parts, 1).max(1)`` without the whole: largest value and first channel that has it, [N, ...].
 
     Args:
-        parts: at least one, [N, c, ...] each.
+        parts: at least one, [N, c, ...] each, without gradients.
     """
-    best = winner = None
+    best = winner = torch.empty(0)
     before = 0
     for part in parts:
-        value, index = part.max(1)
-        if best is None or winner is None:
-            best, winner = value, index
-        else:
-            better = value > best
-            best, winner = torch.where(better, value, best), torch.where(better, index + before, winner)
-        before += part.shape[1]
-    assert best is not None and winner is not None, "there is a class"
-    return best, winner
+        # A CPU goes through contiguous maps one by one, several times as fast as across them.
+        candidates = part.split(1, 1) if part.device.type == "cpu" else (part,)
+        for maps in candidates:
+            value, index = (maps[:, 0], 0) if len(candidates) > 1 else maps.max(1)
+            if not before:
+                best, winner = value.clone(), torch.zeros_like(value, dtype=torch.int16).add_(index)
+            else:
+                # Channels come in ascending order, so the largest of those that improved is the last.
+                winner = torch.maximum(winner, (value > best).to(winner.dtype).mul_(index + before))
+                best = torch.maximum(best, value, out=best)
+            before += maps.shape[1]
+    assert before, "there is a class"
+    return best, winner.long()

@@ -307,7 +307,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time and memory of the loss path on the CPU, beside the same written densely."""
+    """Time and memory of training and evaluation, beside the same written densely."""
     from starseg.bench import bench as run
     from starseg.engine.checkpoint import write_json
 

@@ -111,6 +111,12 @@ class TrainConfig(Strict):
     """Processes on each node, one per GPU (also --devices)."""
     num_nodes: int = Field(1, gt=0)
     """Nodes (also --num-nodes)."""
+    compile: bool = False
+    """torch.compile of both networks: minutes at the start of each step; on a CPU it needs a C++ compiler
+    (docs/performance.md)."""
+    accumulate: int = Field(1, gt=0)
+    """Parts in which a batch goes through the network, to fit into memory: the same losses and gradients for one more
+    forward pass; trained batch norm sees a part at a time."""
     save_minutes: float = Field(10, gt=0)
     """Longest time between two saves of a step's state, which is also saved at each epoch's end."""
     deterministic: bool = False
@@ -248,10 +254,12 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     world = config.train.devices * config.train.num_nodes
     if world > 1 and METHODS[config.method].one_process:
         raise UserError(f"{source}:\ntrain.devices: method {config.method} runs on one process only, got {world}")
-    if config.train.batch_size < 2 * world:
+    parts = config.train.accumulate
+    if config.train.batch_size < 2 * world * parts:
         raise UserError(
-            f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes, "
-            f"got {config.train.batch_size} in all"
+            f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes"
+            + (f" and {parts} parts (train.accumulate)" if parts > 1 else "")
+            + f", got {config.train.batch_size} in all"
         )
     return config
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import BatchNorm2d, SyncBatchNorm
 
 from starseg.config import TrainConfig
-from starseg.engine.launch import make_fabric, refuse_other_number, synchronise_norm
+from starseg.engine.launch import make_fabric, refuse_other_number, refuse_without_compiler, synchronise_norm
 from starseg.errors import UserError
 from starseg.models import Segmenter
 
@@ -67,3 +67,9 @@ def test_a_launcher_starts_what_is_configured(
     refuse_other_number(TrainConfig(devices=2, num_nodes=2))
     with pytest.raises(UserError, match=rf"{launcher} started 4 processes, but train.devices \(1\) times .* is 1"):
         refuse_other_number(TrainConfig())
+
+
+def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"train.compile: .* C\+\+ compiler no-such-compiler, which is not installed"):
+        refuse_without_compiler(torch.device("cpu"))

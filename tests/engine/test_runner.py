@@ -12,6 +12,7 @@ from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
 from starseg.engine.runner import train
 from starseg.errors import UserError
+from starseg.report.facts import time_split
 
 QUIET = Console(quiet=True)
 
@@ -31,6 +32,9 @@ def test_every_method_runs_the_sequence(tiny: dict, method: str) -> None:
         assert {"step", "iou", "miou", "pixel_accuracy", "seconds", "images", "bank_bytes"} <= set(entry)
         folder = run / f"step_{entry['step']}"
         assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "model.json", "metrics.json", "logs"}
+        parts = {"statistics", "data", "new forward", "loss", "backward", "optimizer", "evaluation"}
+        parts |= {"old forward"} if entry["step"] and method != "finetune" else set()
+        assert set(time_split(folder)) == parts and sum(time_split(folder).values()) <= entry["seconds"] + 0.01
         again = evaluate_model(*load_model(folder), parse_config({**tiny, "method": method}), QUIET)
         assert again["iou"] == entry["iou"]
     assert set(steps[-1]["miou"]) == {"old", "new", "all", "harmonic"}

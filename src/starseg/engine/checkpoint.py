@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -186,7 +185,7 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(f"{folder}: model.safetensors does not fit model.json: {error}") from error
-    return model.eval().to(memory_format=torch.channels_last), info
+    return model.eval(), info
 
 
 def load_bank(folder: Path) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from starseg.config import TrainConfig
 from starseg.data.step import Batch
+from starseg.engine.accumulate import MicroBatches
+from starseg.engine.clock import Clock
 from starseg.engine.progress import Bar
 from starseg.engine.resume import Guard, every_process, restore_process
 from starseg.errors import UserError
@@ -42,7 +44,7 @@ def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: fl
         if parameters := [p for p in group.module.parameters() if p.requires_grad]:
             decay = weight_decay if group.decay else 0.0
             groups.append({"params": parameters, "lr": lr * group.lr, "name": group.name, "weight_decay": decay})
-    return SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    return SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
 
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
@@ -69,18 +71,33 @@ class StepTraining:
         method: whose losses are minimised.
         ctx: the step.
         epochs, lr: of the step.
-        config: warm-up and weight decay.
+        config: warm-up, weight decay, compilation and micro-batches.
+        clock: of the step.
     """
 
     def __init__(
-        self, fabric: Fabric, method: Method, ctx: StepContext, epochs: int, lr: float, config: TrainConfig
+        self,
+        fabric: Fabric,
+        method: Method,
+        ctx: StepContext,
+        epochs: int,
+        lr: float,
+        config: TrainConfig,
+        clock: Clock,
     ) -> None:
         assert config.warmup is not None, "resolved by the runner"
-        self.fabric, self.method, self.ctx, self.epochs = fabric, method, ctx, epochs
+        self.fabric, self.method, self.ctx, self.epochs, self.clock = fabric, method, ctx, epochs, clock
         self.total, self.iteration = epochs * ctx.iterations, 0
         self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay)
         self.schedule = LambdaLR(self.optimizer, partial(lr_factor, total=self.total, warmup=config.warmup))
-        self.new, self.wrapped = fabric.setup(ctx.model, self.optimizer)
+        network: Any
+        old: Any
+        network, old = (torch.compile(m) if m and config.compile else m for m in (ctx.model, ctx.old_model))
+        network, self.wrapped = fabric.setup(network, self.optimizer)
+        self.new = self.clock.timed("new forward", network)
+        parts = config.accumulate
+        self.micro = MicroBatches(fabric, network, self.new, parts) if parts > 1 else None
+        self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if old else None
         self.processes: list[dict[str, Any]] = []
         # What the device computed but nobody has looked at yet: looking waits for a GPU.
         self.unseen: list[tuple[Batch, dict[str, Tensor]]] = []
@@ -94,6 +111,7 @@ class StepTraining:
             "schedule": self.schedule.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "generator": self.ctx.generator.get_state(),
+            "time": dict(self.clock.read()),
             "processes": every_process(self.ctx.model, self.fabric),
         }
 
@@ -105,6 +123,7 @@ class StepTraining:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.ctx.generator.set_state(state["generator"])
         self.processes = state["processes"]
+        self.clock.seconds |= state.get("time", {})
 
     def run(
         self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
@@ -125,7 +144,7 @@ class StepTraining:
         self.ctx.model.train()
         batches = iter(loader)  # which draws a number that the interrupted run had drawn too
         restore_process(self.processes, self.ctx.model, self.fabric)
-        for raw in batches:
+        for raw in self.clock.each("data", batches):
             losses = self.iterate(raw)
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
             self.unseen.append((raw, losses))
@@ -136,7 +155,8 @@ class StepTraining:
             if last or self.iteration % _LOG_EVERY == 1:
                 terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
                 rates = {f"lr/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-                logger.log_metrics({f"loss/{k}": v for k, v in terms.items()} | rates, step=self.iteration - 1)
+                values = {f"loss/{k}": v for k, v in terms.items()} | rates | self.clock.scalars()
+                logger.log_metrics(values, step=self.iteration - 1)
                 if last or bar.live:
                     bar.show(f"epoch {epoch}/{self.epochs}", terms, len(raw))
             if due:
@@ -145,11 +165,20 @@ class StepTraining:
 
     def iterate(self, raw: Batch) -> dict[str, Tensor]:
         """One iteration on a uint8 batch: the loss terms."""
-        old = partial(_frozen, self.fabric, self.ctx.old_model) if self.ctx.old_model else None
-        losses = self.method.losses(to_device(raw, self.ctx.model), self.new, old)
+        clock, micro = self.clock, self.micro
+        with clock.time("data"):
+            batch = to_device(raw, self.ctx.model)
+        with clock.time("loss"):
+            losses = self.method.losses(batch, micro or self.new, self.old)
+            total = torch.stack(list(losses.values())).sum()
         self.wrapped.zero_grad()
-        self.fabric.backward(torch.stack(list(losses.values())).sum())
-        self.wrapped.step()
+        with clock.time("backward"):
+            if micro:
+                micro.backward(total)
+            else:
+                self.fabric.backward(total)
+        with clock.time("optimizer"):
+            self.wrapped.step()
         self.schedule.step()
         self.iteration += 1
         return {name: value.detach() for name, value in losses.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +89,22 @@ def make_fabric(config: TrainConfig) -> Fabric:
     )
 
 
+def refuse_without_compiler(device: torch.device) -> None:
+    """For `train.compile`.
+
+    Raises:
+        UserError: torch.compile lacks what it needs for the device.
+    """
+    needed = "triton" if device.type == "cuda" else os.environ.get("CXX", "g++")
+    there = importlib.util.find_spec(needed) if device.type == "cuda" else shutil.which(needed)
+    if not there:
+        kind = "package" if device.type == "cuda" else "C++ compiler"
+        raise UserError(
+            f"train.compile: torch.compile needs the {kind} {needed}, which is not installed; "
+            "install it, or leave train.compile out"
+        )
+
+
 class _Sum(torch.autograd.Function):
     """Sum over processes, each of which then computes the same loss from it.
 
@@ -119,5 +137,7 @@ def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
 
 def synchronise_norm(model: Segmenter, fabric: Fabric) -> Segmenter:
     """The network with batch norm over the images of all processes, where they train on GPUs."""
-    several = fabric.world_size > 1 and fabric.device.type == "cuda"
-    return convert_sync_batchnorm(model) if several else model
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        model = convert_sync_batchnorm(model)
+        model.lighten()
+    return model

@@ -20,11 +20,20 @@ from torch.utils.data import DataLoader
 from starseg.config import RunConfig
 from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
+from starseg.engine.clock import Clock
 from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import StepTraining, to_device
-from starseg.engine.launch import adder, average_buffers, is_leader, make_fabric, refuse_other_number, synchronise_norm
+from starseg.engine.launch import (
+    adder,
+    average_buffers,
+    is_leader,
+    make_fabric,
+    refuse_other_number,
+    refuse_without_compiler,
+    synchronise_norm,
+)
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
 from starseg.engine.resume import Guard, clear, read_state, write_state
@@ -58,6 +67,8 @@ class Runner:
         self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
         refuse_other_number(self.config.train)
         self.fabric = make_fabric(self.config.train)
+        if self.config.train.compile:
+            refuse_without_compiler(self.fabric.device)
         self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
         self.notes = self.method.notes(self.data.dataset.key)
         for note in self.notes:
@@ -136,7 +147,7 @@ class Runner:
             model = Segmenter(
                 model_config.backbone, [new], model_config.output_stride, model_config.pretrained, self.method.layout
             )
-            return model.to(memory_format=torch.channels_last), None
+            return model, None
         previous = self.step_dir(step - 1)
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
@@ -212,11 +223,14 @@ class Runner:
         training = self._begin(ctx, phase.epochs, phase.lr)
         spent = self._fit(training, memory, guard)
         ctx.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), training.clock.time("statistics"):
             average_buffers(ctx.model, self.fabric)
             method.end_step(ctx)
         bank = method.state_dict()
-        metrics = self._evaluate(ctx) | {
+        with training.clock.time("evaluation"):
+            figures = self._evaluate(ctx)
+        self._log_times(training)
+        metrics = figures | {
             "seconds": round(time.monotonic() - start + spent, 2),
             "images": images,
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
@@ -239,9 +253,17 @@ class Runner:
             self.method.init_heads(ctx)
         self.method.freeze(ctx)
         ctx.model.eval()
-        with torch.no_grad():
+        clock = Clock(self.fabric.device)
+        with torch.no_grad(), clock.time("statistics"):
             self.method.begin_step(ctx)
-        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train)
+        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock)
+
+    def _log_times(self, training: StepTraining) -> None:
+        """Keep in the step's logs where its time went."""
+        if self.leader:
+            logger = TensorBoardLogger(root_dir=self.step_dir(training.ctx.step) / "logs", name="", version="")
+            logger.log_metrics(training.clock.scalars(), step=training.iteration)
+            logger.finalize("success")
 
     def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
         """Train a few iterations for the clock's sake; nothing is kept, and the first does not count.

@@ -16,14 +16,17 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from starseg.bilinear import resize
+from starseg.bilinear import chunk_size, largest, resize
 from starseg.models.backbones import make_backbone
 from starseg.models.heads import AUXILIARY, SIGMOID, HeadLayout, make_head
+from starseg.models.lean import lighten
 
 FEATURES = 256
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 # Three channels are interpolated by another kernel on a CPU, whose last bit differs.
 _FEWEST = 4
+# Maps of an image that are upsampled at a time: few enough for a CPU's cache.
+_AT_A_TIME = 8
 _DROPOUTS = (nn.modules.dropout._DropoutNd, DropPath)
 
 
@@ -102,6 +105,13 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
         self._frozen: Sequence[nn.Module] = ()
+        self.lighten()
+
+    def lighten(self) -> None:
+        """Take the convolutions and batch norms of :mod:`starseg.models.lean`; anew where batch norms were replaced."""
+        lighten(self.backbone)
+        lighten(self.aspp)
+        self.to(memory_format=torch.channels_last)
 
     def add_head(self, classes: int) -> None:
         """Append a randomly initialised head for ``classes`` new classes."""
@@ -187,7 +197,7 @@ class LargestLogit:
         return self._ids(*self._score(logits[:, self.lead :]).max(1))
 
     def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win.
+        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win, a few maps at a time.
 
         A class with no positive logit in an image has none after bilinear interpolation either.
         """
@@ -198,7 +208,10 @@ class LargestLogit:
         peaks = logits.amax((0, 2, 3))
         most = min(len(peaks), max(_FEWEST, int((peaks > 0).sum())))
         chosen = peaks.topk(most).indices.sort().values
-        best, winner = self._score(resize(logits[:, chosen], size)).max(1)
+        parts = logits[:, chosen].tensor_split(
+            max(1, most // max(_AT_A_TIME, chunk_size(size[0] * size[1], logits.device))), 1
+        )
+        best, winner = largest(self._score(resize(part, size)) for part in parts)
         return self._ids(best, chosen[winner])
 
     def _score(self, logits: Tensor) -> Tensor:

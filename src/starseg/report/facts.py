@@ -124,19 +124,29 @@ def _storage(run: Path, results: dict[str, Any]) -> Storage:
     return replace(kept, images=len(used), raw=raw)
 
 
-def loss_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Loss terms of a step from its TensorBoard logs: name -> (iteration, value), at most some 200 points."""
+def _logged(folder: Path, group: str) -> dict[str, list[tuple[float, float]]]:
+    """The scalars ``group/name`` of a step's TensorBoard logs: name -> (iteration, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not any(folder.glob("logs/events.*")):
         return {}
     events = EventAccumulator(str(folder / "logs")).Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
-        if tag.startswith("loss/"):
-            points = [(float(e.step), float(e.value)) for e in events.Scalars(tag)]
-            curves[tag.removeprefix("loss/")] = points[:: -(-len(points) // _CURVE_POINTS)]
-    return curves
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(f"{group}/")]
+    return {
+        tag.removeprefix(f"{group}/"): [(float(e.step), float(e.value)) for e in events.Scalars(tag)] for tag in tags
+    }
+
+
+def loss_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Loss terms of a step: name -> (iteration, value), at most some 200 points."""
+    curves = _logged(folder, "loss")
+    return {name: points[:: -(-len(points) // _CURVE_POINTS)] for name, points in curves.items()}
+
+
+def time_split(folder: Path) -> dict[str, float]:
+    """Seconds of a step by what they went to, the largest first."""
+    seconds = {part: points[-1][1] for part, points in _logged(folder, "time").items()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,7 @@ class Facts:
         run, steps: see results.json.
         forgetting, confusion, storage: see their classes; confusion is None where metrics.json is gone.
         losses: step -> name -> points.
+        times: step -> part -> seconds.
         kept: old mIoU after the last step in percent of that after step 0.
         config: config.yaml as text.
     """
@@ -159,6 +170,7 @@ class Facts:
     confusion: Confusion | None
     storage: Storage
     losses: dict[int, dict[str, list[tuple[float, float]]]]
+    times: dict[int, dict[str, float]]
     kept: float | None
     config: str
 
@@ -194,6 +206,7 @@ def gather(run: Path) -> Facts:
         confusion=_confusion(run),
         storage=_storage(run, results),
         losses={s["step"]: curves for s in steps if (curves := loss_curves(run / f"step_{s['step']}"))},
+        times={s["step"]: times for s in steps if (times := time_split(run / f"step_{s['step']}"))},
         kept=old_kept(steps),
         config=(run / "config.yaml").read_text() if (run / "config.yaml").is_file() else "",
     )
