@@ -71,7 +71,7 @@ class Star(Method):
         self.plan = replace(self.make_plan(ctx, stored * self.options.replay, cells), carried=whole.carried)
 
     def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
-        """The step's replay, from the stored counts and what :meth:`count_cells` found in all its images."""
+        """The step's replay, from the stored counts and what :func:`count_cells` found in all its images."""
         return make_plan(ctx.task.setting, stored, cells[: ctx.first_new], ctx.new_classes, ctx.iterations)
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
