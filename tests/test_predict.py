@@ -132,7 +132,7 @@ def test_load_says_what_it_has_and_what_is_wrong(step_dir: Path) -> None:
     assert starseg.load(str(step_dir)).classes == ["background", "cat", "dog", "cow"]
     with pytest.raises(UserError, match="device: cannot use 'tpu9'"):
         load(step_dir, "tpu9")
-    with pytest.raises(UserError, match="no step directory"):
+    with pytest.raises(UserError, match=f"no step directory .*give one of its steps: {step_dir.name}"):
         load(step_dir.parent)
     info = json.loads((step_dir / "model.json").read_text())
     (step_dir / "model.json").write_text(json.dumps(info | {"method": "mine"}))
@@ -163,6 +163,13 @@ def test_an_image_is_never_overwritten(photos: Path, predictor: Predictor) -> No
     with pytest.raises(UserError, match=r"--json: .*a\.png is one of the images"):
         predict_files(predictor, [str(photos)], photos / "masks", QUIET, json_file=photos / "a.png")
     assert (photos / "a.png").read_bytes() == before
+
+
+def test_masks_do_not_go_among_the_photos(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
+    (tmp_path / "jpg").mkdir()
+    Image.open(photos / "a.png").convert("RGB").save(tmp_path / "jpg" / "a.jpg")
+    with pytest.raises(UserError, match="masks in it would pass for images"):
+        predict_files(predictor, [str(tmp_path / "jpg")], tmp_path / "jpg", QUIET)
 
 
 def test_overlay_tints_classes_and_names_them() -> None:

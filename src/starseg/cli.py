@@ -185,8 +185,8 @@ def evaluate(
         model, info, published = open_checkpoint(weights)
         config = change_config(published.to_run(gpu=is_available()), overrides or [])
     else:
-        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
         model, info = load_model(weights)
+        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
     figures = evaluate_model(model, info, config, console)
     console.print(figures_table(str(weights), figures))
     if json_file:
@@ -255,11 +255,11 @@ def report(
     ),
 ) -> None:
     """Tables, pictures and one self-contained HTML page of one or several runs."""
-    from starseg.engine.checkpoint import read_json
+    from starseg.engine.checkpoint import read_results
     from starseg.report.page import write_report
     from starseg.report.tables import comparison_table, iou_table
 
-    results = {run.name: read_json(run / "results.json") for run in runs}
+    results = {run.name: read_results(run) for run in runs}
     for result in results.values():
         console.print(iou_table(result))
     if len(runs) > 1:

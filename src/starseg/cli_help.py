@@ -37,8 +37,8 @@ EXAMPLES = {
         "starseg eval checkpoint-epoch60.pth data.root=/data/PascalVOC2012",
     ),
     "predict": (
-        "starseg predict runs/my/step_3 photos --out masks --overlays",
-        'starseg predict runs/my/step_3 a.jpg "more/**/*.png" --out masks \\',
+        "starseg predict runs/my/step_3 photos --out found --overlays",
+        'starseg predict runs/my/step_3 a.jpg "more/**/*.png" --out found \\',
         "    --json shares.json --window --flip --scales 0.75,1,1.25",
     ),
     "export": (

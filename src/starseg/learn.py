@@ -209,7 +209,7 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
     checkpoint.write_json(run / FOLDER / "before_after.json", figures)
     console.print(before_after_table(figures))
     folder = request.out / f"step_{step}"
-    console.print(f"learnt: {folder}; try `starseg predict {folder} PHOTOS --out masks --overlays`", soft_wrap=True)
+    console.print(f"learnt: {folder}; try `starseg predict {folder} PHOTOS --out found --overlays`", soft_wrap=True)
     return folder
 
 

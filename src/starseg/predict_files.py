@@ -179,6 +179,8 @@ def predict_files(
     """
     images = find_images(inputs)
     targets = plan_targets(images, out, overlays)
+    if out.resolve() in {Path(text).resolve() for text in inputs if Path(text).is_dir()}:
+        raise UserError(f"--out: {out} is a folder of images; masks in it would pass for images, give another folder")
     if json_file and json_file.resolve() in {image.resolve() for image in images}:
         raise UserError(f"--json: {json_file} is one of the images and would be overwritten; give another file")
     try:
@@ -202,5 +204,6 @@ def predict_files(
         write_json(json_file, {"classes": predictor.classes, "images": ordered, "failed": failed})
     rest = f", {len(failed)} of {len(images)} images failed" if failed else ""
     speed = f"{seconds:.1f} s, {len(images) / seconds:.1f} images/s"
-    console.print(f"{len(entries)} masks in {out}{rest} ({speed})", highlight=False, soft_wrap=True)
+    drawn = f", overlays in {out / 'overlays'}" if overlays else ""
+    console.print(f"{len(entries)} masks in {out}{drawn}{rest} ({speed})", highlight=False, soft_wrap=True)
     return failed

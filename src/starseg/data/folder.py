@@ -185,7 +185,7 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
         return count_ids(ids)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos)))
+        counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos), "masks"))
     return np.stack(counts).astype(np.int64)
 
 

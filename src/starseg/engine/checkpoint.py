@@ -63,6 +63,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged, not valid JSON ({error})") from error
 
 
+def read_results(run: Path) -> Any:
+    """Parse results.json of a run directory.
+
+    Raises:
+        UserError: no run directory, or a damaged file.
+    """
+    path = run / "results.json"
+    if not path.is_file():
+        raise UserError(f"{path}: cannot read it, there is no such file; give a run directory (it holds step_0, ...)")
+    return read_json(path)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file of a step directory.
 
@@ -159,7 +171,9 @@ def load_info(folder: Path) -> StepInfo:
         UserError: no step directory, or one of a newer version.
     """
     if not (folder / "model.json").is_file():
-        raise UserError(f"{folder}: no step directory (it holds no model.json)")
+        steps = sorted(path.parent.name for path in folder.glob("step_*/model.json"))
+        hint = f"; it is a run, give one of its steps: {', '.join(steps)}" if steps else ""
+        raise UserError(f"{folder}: no step directory (it holds no model.json){hint}")
     raw = read_json(folder / "model.json")
     version = raw.pop("format", None)
     if version != FORMAT:

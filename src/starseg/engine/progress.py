@@ -72,7 +72,7 @@ def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
         yield shown
 
 
-def track(console: Console, title: str, items: Iterable[T], total: int) -> Iterator[T]:
+def track(console: Console, title: str, items: Iterable[T], total: int, unit: str = "batches") -> Iterator[T]:
     """Pass ``items`` through, with a bar."""
     with bar(console, title, total) as shown:
         for item in items:
@@ -80,4 +80,4 @@ def track(console: Console, title: str, items: Iterable[T], total: int) -> Itera
             shown.advance()
     if shown.live is None:
         seconds = time.monotonic() - shown.start
-        console.print(f"{title}: {total} batches, {seconds:.1f} s", highlight=False, soft_wrap=True)
+        console.print(f"{title}: {total} {unit}, {seconds:.1f} s", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from starseg.data.index import class_index
-from starseg.engine.checkpoint import load_info, read_json
+from starseg.engine.checkpoint import load_info, read_json, read_results
 from starseg.engine.data import Data
 from starseg.errors import UserError
 from starseg.report.tables import old_kept
@@ -194,7 +194,7 @@ def gather(run: Path) -> Facts:
     Raises:
         UserError: no run, or one without a finished step.
     """
-    results = read_json(run / "results.json")
+    results = read_results(run)
     steps = results["steps"]
     if not steps:
         raise UserError(f"{run}: no finished step in this run directory")

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.data.palette import paint, voc_palette
-from starseg.engine.checkpoint import read_json
+from starseg.engine.checkpoint import read_results
 from starseg.errors import UserError
 from starseg.report.testset import open_test_set
 
@@ -168,7 +168,7 @@ def write_figures(runs: Sequence[Path], out: Path, console: Console) -> None:
         UserError: a folder that is no run.
     """
     out.mkdir(parents=True, exist_ok=True)
-    results = {run.name: read_json(run / "results.json") for run in runs}
+    results = {run.name: read_results(run) for run in runs}
     paths = [draw_iou(results, out / "iou.png")]
     try:
         paths.append(draw_gallery(_side_by_side(runs), out / "pictures.png"))

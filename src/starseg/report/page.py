@@ -128,7 +128,7 @@ def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequ
     html = render_page(runs, summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html.encode())
-    console.print(f"report: {path} ({len(html) / 2**20:.1f} MB)", highlight=False, soft_wrap=True)
+    console.print(f"report: {path} ({len(html) / 1000:,.0f} KB)", highlight=False, soft_wrap=True)
 
 
 def write_report(runs: Sequence[Path], out: Path, console: Console) -> None:
