@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 MEGABYTES, MEGAPIXELS = 50, 40
 LIMITS = f"At most {MEGABYTES} MB and {MEGAPIXELS} megapixels."
 # The browser refuses what would come from another machine, or go there.
-_POLICY = "default-src 'self' 'unsafe-inline' data: blob:"
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # gr.HTML compiles its template
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _STYLE = """
 .shares { width: 100%; border-collapse: collapse; }
@@ -175,7 +175,10 @@ def build_page(sides: Sequence[Side]) -> Any:
                 upload = gr.File(label="Image", file_types=list(SUFFIXES), height=160)
                 gr.Markdown(f"{LIMITS} It does not leave this machine.")
                 status = gr.HTML()
-                step = gr.Slider(numbers[0], numbers[-1], numbers[-1], step=1, label="Step", visible=len(numbers) > 1)
+                if len(numbers) > 1:
+                    step = gr.Slider(numbers[0], numbers[-1], numbers[-1], step=1, label="Step")
+                else:
+                    step = gr.State(numbers[0])
                 chosen = gr.CheckboxGroup(classes, value=classes, label="Classes")
                 table = gr.HTML()
             with gr.Column(scale=5, min_width=280), gr.Row():
