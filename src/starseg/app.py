@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 from rich.console import Console
 
@@ -34,9 +34,11 @@ LIMITS = f"At most {MEGABYTES} MB and {MEGAPIXELS} megapixels."
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # gr.HTML compiles its template
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _STYLE = """
-.shares { width: 100%; border-collapse: collapse; }
-.shares th, .shares td { padding: 2px 8px 2px 0; text-align: right; font-variant-numeric: tabular-nums; }
-.shares :first-child { text-align: left; overflow-wrap: anywhere; }
+.shares { width: 100%; max-width: 30rem; border-collapse: collapse; }
+.shares tr > * { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 3px 0 3px 8px; }
+.shares tr > * { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.shares tr > :first-child { text-align: left; padding-left: 0; }
+.shares th { font-size: .85em; font-weight: normal; vertical-align: bottom; }
 .shares i { display: inline-block; width: .9em; height: .9em; margin-right: .5em; border: 1px solid; }
 [role=alert] { color: var(--error-text-color); font-weight: 600; overflow-wrap: anywhere; }
 """
@@ -153,48 +155,49 @@ def build_page(sides: Sequence[Side]) -> Any:
     classes = list(_all_classes(sides))[1:]
 
     def show(upload: str | None, number: int, wanted: list[str]) -> list[Any]:
-        """Values of the status, the table, and each side's picture and button."""
-        nothing = [gr.skip(), ""] + [None, gr.DownloadButton(value=None, interactive=False)] * len(sides)
+        """Values of the status, the table, and each side's caption, picture and button."""
+        empty = [part for side in sides for part in (escape(side.label), None, gr.DownloadButton(interactive=False))]
         if upload is None:
-            return ["", *nothing[1:]]
+            return [gr.HTML(visible=False), "", *empty]
         image = Path(upload)
         try:
             views = [view(side, image, number, wanted) for side in sides]
         except UserError as error:
             text = str(error).replace(upload, image.name)
-            return [Markup('<p role="alert">{}</p>').format(text), *nothing[1:]]
-        shown = [
-            [gr.Image(value=v.overlay, label=v.caption), gr.DownloadButton(value=v.mask, interactive=True)]
-            for v in views
+            return [gr.HTML(Markup('<p role="alert">{}</p>').format(text), visible=True), "", *empty]
+        parts = [
+            p for v in views for p in (escape(v.caption), v.overlay, gr.DownloadButton(value=v.mask, interactive=True))
         ]
-        return ["", _shares_table(sides, views), *(part for pair in shown for part in pair)]
+        return [gr.HTML(visible=False), _shares_table(sides, views), *parts]
 
-    with gr.Blocks(title="starseg", analytics_enabled=False) as page:
-        with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                upload = gr.File(label="Image", file_types=list(SUFFIXES), height=160)
-                gr.Markdown(f"{LIMITS} It does not leave this machine.")
-                status = gr.HTML()
-                if len(numbers) > 1:
-                    step = gr.Slider(numbers[0], numbers[-1], numbers[-1], step=1, label="Step")
-                else:
-                    step = gr.State(numbers[0])
-                chosen = gr.CheckboxGroup(classes, value=classes, label="Classes")
-                table = gr.HTML()
-            with gr.Column(scale=5, min_width=280), gr.Row():
-                parts = []
+    with gr.Blocks(title="starseg", analytics_enabled=False) as page, gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            upload = gr.File(label="Image", file_types=list(SUFFIXES), height=160)
+            gr.Markdown(f"{LIMITS} It does not leave this machine.")
+            status = gr.HTML(visible=False, padding=False)
+            if len(numbers) > 1:
+                step = gr.Slider(numbers[0], numbers[-1], numbers[-1], step=1, label="Step")
+            else:
+                step = gr.State(numbers[0])
+            chosen = gr.CheckboxGroup(classes, value=classes, label="Classes")
+        with gr.Column(scale=5, min_width=280):
+            parts = []
+            with gr.Row():
                 for side in sides:
                     with gr.Column(min_width=280):
-                        picture = gr.Image(label=side.label, interactive=False, format="jpeg", buttons=["fullscreen"])
-                        parts += [picture, gr.DownloadButton("Mask (PNG)", interactive=False)]
-        triggers = [upload.change, step.change, chosen.change]
+                        parts.append(gr.HTML(escape(side.label), padding=False))
+                        parts.append(
+                            gr.Image(show_label=False, interactive=False, format="jpeg", buttons=["fullscreen"])
+                        )
+                        parts.append(gr.DownloadButton("Mask (PNG)", interactive=False, size="sm"))
+            table = gr.HTML(padding=False)
         gr.on(
-            triggers,
+            [upload.change, step.change, chosen.change],
             show,
             [upload, step, chosen],
             [status, table, *parts],
             trigger_mode="always_last",
-            show_progress_on=parts[::2],
+            show_progress_on=parts[1::3],
             api_visibility="private",
         )
     return page
