@@ -35,6 +35,7 @@ _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # gr.H
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _STYLE = """
 .shares { width: 100%; max-width: 30rem; border-collapse: collapse; }
+.shares, .shares tr { border: 0 !important; }
 .shares tr > * { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 3px 0 3px 8px; }
 .shares tr > * { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .shares tr > :first-child { text-align: left; padding-left: 0; }
