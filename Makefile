@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[dev,docs,lite,export,learn]'
+	$(BIN)/python -m pip install -e '.[dev,docs,lite,export,learn,app]'
 	@touch $@
 
 # venv puts pip in last: where it is there, the environment is whole.

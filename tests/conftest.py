@@ -93,19 +93,29 @@ def tiny(tiny_tree: dict, tmp_path: Path) -> dict:
     return deepcopy(tiny_tree) | {"out": str(tmp_path / "run")}
 
 
-@pytest.fixture
-def step_dir(tmp_path: Path) -> Path:
-    """A step with random weights whose dataset ids are not its training ids."""
+@pytest.fixture(scope="session")
+def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps [cat, dog], [cow] with random weights and dataset ids that are not training ids. Not to be changed."""
     from starseg.engine.checkpoint import StepInfo, save_step
     from starseg.models import Segmenter
 
-    model = Segmenter("test_resnet", [2, 1]).eval()
-    for head in model.heads:
-        torch.nn.init.normal_(head.weight, std=3.0)
-    info = StepInfo(
-        **{"backbone": "test_resnet", "output_stride": 16, "head_sizes": [2, 1], "method": "star", "dataset": "voc"},
-        **{"names": ["background", "cat", "dog", "cow"], "dataset_ids": [0, 8, 12, 10], "task": "t", "step": 1},
-        **{"setting": "overlap", "seed": 0, "compat": None, "base": 2, "crop": 64, "test_fill": 0},
-    )
-    save_step(tmp_path / "step_1", model, info, {}, {})
-    return tmp_path / "step_1"
+    run = tmp_path_factory.mktemp("random") / "run"
+    torch.manual_seed(0)
+    for heads in ([2, 1], [2]):
+        model, count, step = Segmenter("test_resnet", heads).eval(), 1 + sum(heads), len(heads) - 1
+        for head in model.heads:
+            torch.nn.init.normal_(head.weight, std=3.0)
+        info = StepInfo(
+            **{"backbone": "test_resnet", "output_stride": 16, "head_sizes": heads, "method": "star", "dataset": "voc"},
+            **{"names": ["background", "cat", "dog", "cow"][:count], "dataset_ids": [0, 8, 12, 10][:count]},
+            **{"task": "t", "step": step, "setting": "overlap", "seed": 0, "compat": None, "base": 2, "crop": 64},
+            test_fill=0,
+        )
+        save_step(run / f"step_{step}", model, info, {}, {})
+    return run
+
+
+@pytest.fixture
+def step_dir(random_run: Path, tmp_path: Path) -> Path:
+    """The last step of :func:`random_run`, to be changed at will."""
+    return Path(shutil.copytree(random_run / "step_1", tmp_path / "step_1"))

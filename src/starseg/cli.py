@@ -247,6 +247,18 @@ def export(
         console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
 
 
+@app.command(name="app", epilog=examples("app"))
+def serve(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one step_<t> of it.", show_default=False)],
+    other: Annotated[Path | None, typer.Option("--compare", help="Another, beside it.", show_default=False)] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
+) -> None:
+    """A page for this machine alone: drop an image and see what each step makes of it."""
+    from starseg.app import serve
+
+    serve([run, other] if other else [run], port, console)
+
+
 @app.command(epilog=examples("report"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
@@ -350,11 +362,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @data_app.command(epilog=examples("check"))
-def check(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    json_file: JsonFile = None,
-) -> None:
+def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Read every image and mask, list every broken file, count classes.
 
     Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.

@@ -41,6 +41,10 @@ EXAMPLES = {
         'starseg predict runs/my/step_3 a.jpg "more/**/*.png" --out found \\',
         "    --json shares.json --window --flip --scales 0.75,1,1.25",
     ),
+    "app": (
+        "starseg app runs/my",
+        "starseg app runs/star --compare runs/finetune --port 0",
+    ),
     "export": (
         "starseg export runs/my/step_3 --out model.onnx",
         "starseg export runs/my/step_3 --out small.onnx --int8 --images photos",

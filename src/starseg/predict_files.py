@@ -134,6 +134,12 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray, names: dict[int, str]) -> 
     return whole
 
 
+def class_shares(mask: np.ndarray, names: dict[int, str]) -> dict[str, float]:
+    """Percent of the pixels of [H, W] uint8 ids, by class; ``names`` by dataset id."""
+    counts = np.bincount(mask.ravel(), minlength=256)
+    return {name: 100 * int(counts[i]) / mask.size for i, name in names.items()}
+
+
 def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str, Any]:
     """Write one image's files, and return its entry of the JSON file."""
     write_atomic(target.mask, mask_png(done.mask))
@@ -141,13 +147,12 @@ def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str,
         drawn = draw_overlay(done.image.permute(1, 2, 0).numpy(), done.mask, names)
         write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90))
     height, width = done.mask.shape
-    counts = np.bincount(done.mask.ravel(), minlength=256)
     return {
         "image": str(target.image),
         "mask": str(target.mask),
         "width": width,
         "height": height,
-        "percent": {name: 100 * int(counts[i]) / done.mask.size for i, name in names.items()},
+        "percent": class_shares(done.mask, names),
     }
 
 
