@@ -73,7 +73,7 @@ def _disturb(
 def _draw(seed: int, more: int = 0) -> list[tuple[str, int]]:
     """Every moment once, and ``more`` of those that come many times in a step."""
     draw = random.Random(seed)
-    moments = [*MOMENTS] + draw.choices(["iteration", "write", "rename"], k=more)
+    moments = [*MOMENTS, *draw.choices(["iteration", "write", "rename"], k=more)]
     draw.shuffle(moments)
     return [(moment, draw.randint(1, COUNTS[moment])) for moment in moments]
 
