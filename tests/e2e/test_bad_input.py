@@ -319,7 +319,7 @@ def test_step_directories(
         (["train", "{config}", "--steps", "2-7"], "task tiny has steps 0-2, asked for 2-7"),
         (["train", "{config}", "--steps", "2-1"], "task tiny has steps 0-2, asked for 2-1"),
         (["train", "{config}", "--steps", "1"], "step 1 needs step 0, which is not finished"),
-        (["eval", "/nowhere/step_0"], "config.yaml: cannot read"),
+        (["eval", "/nowhere/step_0"], "/nowhere/step_0: no step directory"),
         (["eval", "/nowhere/weights.pth"], "there is no checkpoint /nowhere/weights.pth"),
         (["report", "/nowhere"], "/nowhere/results.json: cannot read"),
         (["data", "check", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets"),

@@ -45,7 +45,7 @@ def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
         (["train", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets/Segmentation/train_aug.txt: cannot read"),
         (["train", "{config}", "--steps", "a-b"], "--steps: expected a step or a range"),
         (["train", "{config}", "train.accelerator=gpu"], "train.accelerator: gpu is asked for"),
-        (["eval", "/nowhere/step_0"], "config.yaml: cannot read"),
+        (["eval", "/nowhere/step_0"], "/nowhere/step_0: no step directory"),
         (
             ["eval", "/nowhere/step_0", "--json", "/nowhere/e.json"],
             "--json /nowhere/e.json: expected a file in a folder",

@@ -63,7 +63,7 @@ class Rehearsal:
     name: str
     steps: tuple[tuple[int, ...], ...] = ((1, 2, 3), (4,), (5,))
     options: dict[str, Any] = field(default_factory=dict)
-    lr: float = 1e-3
+    lr: float = 3e-4
     setting: Setting = "overlap"
     model: Segmenter | None = None
     state: dict[str, Tensor] = field(default_factory=dict)

@@ -11,15 +11,20 @@ Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
 # A tap's product has in_channels columns; with few of them the copies outweigh it.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
+# Of the input that shows which batch norm follows which convolution.
+_SIDE = 64
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -151,35 +156,60 @@ def _seen(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, s
     return slice(first, last + 1), slice(stride * first + offset, stride * last + offset + 1, stride)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (Conv2d, BatchNorm2d)) or m.__module__.startswith("timm.layers.")
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def lighten(network: nn.Module) -> None:
+def lighten(network: nn.Module, channels: int) -> None:
     """Let the plain convolutions and batch norms of a network be those of this module.
 
-    A batch norm is joined to the convolution before it where nobody else reads the convolution's output; none is in a
-    network whose ``forward`` torch.fx cannot follow.
+    A batch norm is joined to the convolution before it where nobody else reads the convolution's output; which these
+    are, the graph of one small pass tells.
+
+    Args:
+        network: maps [N, channels, H, W] to a map or a list of maps.
+        channels: of its input.
     """
-    modules = dict(network.named_modules())
-    for module in modules.values():
+    for module in network.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
         elif type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
             module.__class__ = BatchNorm2d
         if isinstance(module, Conv2d):
             module.norm = ()
-    try:
-        nodes = _Tracer().trace(network).nodes
-    except (fx.proxy.TraceError, TypeError):
-        return
-    for node in nodes:
-        before = node.args[0] if node.op == "call_module" and node.args else None
-        norm = modules.get(str(node.target))
-        if not isinstance(norm, BatchNorm2d) or not isinstance(before, fx.Node) or len(before.users) > 1:
-            continue
-        conv = modules.get(str(before.target)) if before.op == "call_module" else None
-        if isinstance(conv, Conv2d):
-            conv.norm, norm.joined = (norm,), True
+        elif isinstance(module, BatchNorm2d):
+            module.joined = False
+    for conv, norm in _pairs(network, channels):
+        conv.norm, norm.joined = (norm,), True
+
+
+def _pairs(network: nn.Module, channels: int) -> list[tuple[Conv2d, BatchNorm2d]]:
+    """Convolutions and the batch norms that alone read their outputs."""
+    convs: dict[Node, Conv2d] = {}
+    norms: list[tuple[Node | None, BatchNorm2d]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, Conv2d) and output.grad_fn is not None:
+            convs[output.grad_fn] = module
+        elif isinstance(module, BatchNorm2d):
+            norms.append((inputs[0].grad_fn, module))
+
+    modes = {module: module.training for module in network.modules()}
+    hooks = [m.register_forward_hook(note) for m in modes if isinstance(m, (Conv2d, BatchNorm2d))]
+    like = next(network.parameters())
+    with torch.enable_grad():
+        found = network.eval()(like.new_zeros(1, channels, _SIDE, _SIDE).requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    for module, training in modes.items():
+        module.training = training
+    readers = _readers([found] if isinstance(found, Tensor) else found)
+    return [(convs[node], norm) for node, norm in norms if node in convs and readers[node] == 1]
+
+
+def _readers(outputs: Iterable[Tensor]) -> Counter[Node]:
+    """How often the result of each node of a graph is read; being an output counts."""
+    readers: Counter[Node] = Counter()
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        readers[node] += 1
+        if readers[node] == 1:
+            nodes += [before for before, _ in node.next_functions if before is not None]
+    return readers

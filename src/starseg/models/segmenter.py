@@ -54,6 +54,7 @@ class Aspp(ASPP):
     def __init__(self, in_channels: int, output_stride: int) -> None:
         rates = [r * 16 // output_stride for r in (6, 12, 18)]
         super().__init__(in_channels, rates, FEATURES)
+        self.in_channels = in_channels
         self.project[-1].p = 0.1
         self.last_conv = nn.Sequential(
             nn.Conv2d(FEATURES, FEATURES, 3, padding=1, bias=False), nn.BatchNorm2d(FEATURES), nn.ReLU()
@@ -109,8 +110,8 @@ class Segmenter(nn.Module):
 
     def lighten(self) -> None:
         """Take the convolutions and batch norms of :mod:`starseg.models.lean`; anew where batch norms were replaced."""
-        lighten(self.backbone)
-        lighten(self.aspp)
+        lighten(self.backbone, 3)
+        lighten(self.aspp, self.aspp.in_channels)
         self.to(memory_format=torch.channels_last)
 
     def add_head(self, classes: int) -> None:
