@@ -186,6 +186,11 @@ def measure_loss(case: Case, repeats: int) -> dict[str, float]:
     for call in (path.lean, path.dense):
         path.forget()
         peaks.append(peak_bytes(call))
+    return beside_dense(seconds, dense_seconds, peaks)
+
+
+def beside_dense(seconds: float, dense_seconds: float, peaks: list[int]) -> dict[str, float]:
+    """Times and peak bytes (ours, the dense path's) with their ratios, dense over ours."""
     return {
         "speedup": dense_seconds / seconds,
         "memory_ratio": peaks[1] / peaks[0],

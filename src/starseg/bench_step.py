@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from starseg.bench import Case, LossPath, alternate, mega, peak_bytes
+from starseg.bench import Case, LossPath, alternate, beside_dense, mega, peak_bytes
 from starseg.bench_dense import DenseStep
 from starseg.config import TrainConfig
 from starseg.engine.clock import Clock
@@ -80,12 +80,7 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
     split = {part: (path.training.clock.read()[part] - before[part]) / repeats for part in PARTS}
     peaks = [peak_bytes(path.lean), peak_bytes(path.dense)]
     found: dict[str, Any] = {
-        "speedup": dense_seconds / seconds,
-        "memory_ratio": peaks[1] / peaks[0],
-        "seconds": seconds,
-        "dense_seconds": dense_seconds,
-        "bytes": peaks[0],
-        "dense_bytes": peaks[1],
+        **beside_dense(seconds, dense_seconds, peaks),
         "split": split,
         "networks_share": sum(split[part] for part in _NETWORKS) / sum(split.values()),
     }
