@@ -142,3 +142,6 @@ def test_hub_folder_predicts_and_describes_itself(step_dir: Path, photos: Path, 
     )
     with pytest.raises(UserError, match="is the step itself"):
         write_hub(step_dir, step_dir)
+    with pytest.raises(UserError, match="did not make"):
+        write_hub(step_dir, photos)
+    write_hub(step_dir, tmp_path / "hub")

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,9 +299,22 @@ def test_requests_that_are_refused(folder: Folder, tmp_path: Path, step_dir: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"backbone": "nosuchnet"}, "nosuchnet"), ({"pretrained": Path("none.pt")}, "none.pt")]
+)
+def test_a_network_that_cannot_be_had_is_refused_before_a_mask_is_read(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("starseg.learn.read_lesson", lambda *_: pytest.fail("reads masks"))
+    request = Request(None, *folder("heart", count=3), "heart", tmp_path / "run", backbone="test_resnet")
+    with pytest.raises(UserError, match=message):
+        learn(_with(request, **changes), Console(quiet=True))
+
+
 def test_two_images_are_too_few_and_three_enough(folder: Folder, tmp_path: Path) -> None:
     request = Request(None, *folder("heart", count=3), "heart", tmp_path / "run", backbone="test_resnet")
-    assert learn(_with(request, pretrained=False, crop=64, epochs=1), Console(quiet=True)) is not None
+    request = _with(request, pretrained=False)
+    assert learn(_with(request, crop=64, epochs=1), Console(quiet=True)) is not None
     lone = min(request.images.iterdir())
     lone.unlink()
     with pytest.raises(UserError, match="expected at least 3"):

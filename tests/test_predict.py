@@ -165,6 +165,18 @@ def test_an_image_is_never_overwritten(photos: Path, predictor: Predictor) -> No
     assert (photos / "a.png").read_bytes() == before
 
 
+def test_a_mask_of_ones_own_is_never_overwritten(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(own / "a.png")
+    before = (own / "a.png").read_bytes()
+    with pytest.raises(UserError, match=r"own/a\.png is there and was not made by `starseg predict`"):
+        predict_files(predictor, [str(photos / "a.png")], own, QUIET)
+    assert (own / "a.png").read_bytes() == before and len(list(own.iterdir())) == 1
+    for _ in range(2):  # an earlier result is replaced
+        assert not predict_files(predictor, [str(photos / "a.png")], out, QUIET)
+
+
 def test_masks_do_not_go_among_the_photos(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
     (tmp_path / "jpg").mkdir()
     Image.open(photos / "a.png").convert("RGB").save(tmp_path / "jpg" / "a.jpg")

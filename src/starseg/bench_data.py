@@ -26,8 +26,9 @@ from starseg.config import DataConfig
 from starseg.data.cache import ImageCache, decoded_shapes
 from starseg.data.dataset import Split
 from starseg.data.files import read_image, read_mask
+from starseg.data.loading import collate
 from starseg.data.palette import voc_palette
-from starseg.data.step import StepDataset, collate, relabel
+from starseg.data.step import StepDataset, relabel
 from starseg.data.transforms import train_transform
 from starseg.models import Segmenter
 from starseg.tasks import IGNORE
@@ -96,12 +97,9 @@ def measure_data(folder: Path, crop: int, count: int, repeats: int) -> dict[str,
     split, kind = write_files(folder, count)
     table = np.zeros(256, np.uint8)
     table[[_NEW, IGNORE]] = 1, IGNORE
-    plain, cached = (
-        StepDataset(split, np.arange(count), table, crop, (0, 0), cache=cache)
-        for cache in (None, ImageCache(decoded_shapes(split)))
-    )
+    data, cache = StepDataset(split, np.arange(count), table, crop, (0, 0)), ImageCache(decoded_shapes(split))
     images, masks = [read_image(p) for p in split.images], [torch.from_numpy(read_mask(p))[None] for p in split.masks]
-    samples = [plain[0, i] for i in range(count)]
+    samples = [data[0, i] for i in range(count)]
     joined = [collate(samples[start : start + _BATCH]).images for start in range(0, count, _BATCH)]
     network = cast(
         Segmenter, SimpleNamespace(mean=torch.tensor(_MEAN)[:, None, None], std=torch.tensor(_STD)[:, None, None])
@@ -122,13 +120,13 @@ def measure_data(folder: Path, crop: int, count: int, repeats: int) -> dict[str,
         return run
 
     timed = {
-        "seconds": batches(lambda i: plain[0, i], collate),
+        "seconds": batches(lambda i: data[0, i], collate),
         "dense_seconds": batches(lambda i: published(split.images[i], split.masks[i], crop), default_collate),
-        "cached_seconds": batches(lambda i: cached[0, i], collate),
+        "cached_seconds": batches(lambda i: data.request((0, i)).read(cache), collate),
         "decode image": each(read_image, split.images),
         "decode mask": each(read_mask, split.masks),
         "crop, resize, flip": each(lambda image, mask: train_transform(image, mask, crop), images, masks),
-        "relabel": each(lambda mask: relabel(mask[0].numpy(), table), masks),
+        "relabel": each(lambda mask: relabel(mask[0].numpy(), table.tobytes()), masks),
         "collate": batches(lambda i: samples[i], collate),
         "not the worker's: normalise (float32, CPU)": each(lambda images: Segmenter.normalize(network, images), joined),
     }

@@ -185,12 +185,13 @@ def write_comparison(out: Path, console: Console) -> None:
     rows = summary(out)
     if not rows:
         raise UserError(f"{out}: holds no finished run of a comparison")
-    table = Table(title="after the last step, mIoU in percent, mean over seeds")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    for columns in (("seeds", *GROUPS), COLUMNS[len(GROUPS) :]):  # all at once are too wide for a terminal
+        table = Table(title="after the last step, mIoU in percent, mean over seeds")
+        for column in ("method", *columns):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in rows:
+            table.add_row(row["method"], *(row[column] for column in columns))
+        console.print(table)
     files = {
         "compare.md": markdown(rows),
         "compare.tex": latex(rows),

@@ -273,7 +273,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
+        place = "" if path.is_absolute() else f"; looked from {Path.cwd()}"
+        raise UserError(f"{path}: cannot read the configuration ({error.strerror}){place}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict):

@@ -30,10 +30,12 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
         The model card.
 
     Raises:
-        UserError: the step is damaged or not finished, or the folder is the step's own.
+        UserError: the step is damaged or not finished, or the folder is the step's own or holds something else.
     """
     if folder.resolve() == step_dir.resolve():
         raise UserError(f"--hub: {folder} is the step itself; give another folder")
+    if folder.exists() and not (folder.is_dir() and ((folder / _FILES[1]).is_file() or not any(folder.iterdir()))):
+        raise UserError(f"--hub: {folder} holds something that `starseg export` did not make; give a free place")
     model, info = load_model(step_dir)
     metrics = read_json(step_dir / "metrics.json")
     card = template("model_card.md.j2").render(

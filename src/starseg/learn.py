@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from starseg.config import RunConfig, parse_config
+from starseg.config import ModelConfig, RunConfig, parse_config
 from starseg.data.files import image_size
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
@@ -21,6 +21,7 @@ from starseg.engine.rundir import adopt
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.lesson import Lesson, Request, Source, open_source, read_lesson
+from starseg.models.backbones import make_backbone
 from starseg.report.learning import before_after_table, print_preview
 from starseg.report.testset import open_test_set
 from starseg.schedule import FIRST, LATER, batch_size, crop_size, replay_share
@@ -87,6 +88,13 @@ def _refuse_other_run(request: Request) -> None:
         raise UserError(f"--out {out}: is a file; give a free place")
     if out.is_dir() and any(out.iterdir()) and not (out / FOLDER / "learn.json").is_file():
         raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
+
+
+def _refuse_backbone(request: Request) -> None:
+    """Refuse a network that cannot be made, or weights that cannot be had, before every mask is read."""
+    model = ModelConfig()
+    weights = model.pretrained if request.pretrained is None else request.pretrained
+    make_backbone(request.backbone or model.backbone, model.output_stride, weights)
 
 
 def _install(prepared: Path, run: Path) -> None:
@@ -188,6 +196,8 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
     """
     source = open_source(request.source, request.method) if request.source else None
     _refuse_other_run(request)
+    if not source:
+        _refuse_backbone(request)
     out = request.out.resolve()
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
 from starseg.data.files import SUFFIXES
@@ -22,6 +23,7 @@ from starseg.errors import UserError
 from starseg.predict import Options, Prediction, Predictor
 
 _GLOB = set("*?[")
+_MARK = {"Software": "starseg"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
     """Name a mask (and an overlay) for each image: its stem, with a number where another image has it already.
 
     Raises:
-        UserError: a result would overwrite one of the images.
+        UserError: a result would overwrite one of the images, or a mask that no prediction made.
     """
     taken: set[str] = set()
     targets = []
@@ -80,7 +82,17 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
     written = [path for t in targets for path in (t.mask, t.overlay) if path]
     if lost := [path for path in written if path.resolve() in inputs]:
         raise UserError(f"--out: {lost[0]} is one of the images and would be overwritten; give another folder")
+    if alien := next((t.mask for t in targets if t.mask.exists() and not _is_predicted(t.mask)), None):
+        raise UserError(f"--out: {alien} is there and was not made by `starseg predict`; give another folder")
     return targets
+
+
+def _is_predicted(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return _MARK.items() <= image.info.items()
+    except OSError:
+        return False
 
 
 def _encoded(image: Image.Image, **options: Any) -> bytes:
@@ -90,10 +102,12 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
 
 
 def mask_png(mask: np.ndarray) -> bytes:
-    """A palette PNG of [H, W] uint8 ids, in the colours of the VOC."""
-    image = Image.fromarray(mask)
+    """A palette PNG of [H, W] uint8 ids, in the colours of the VOC, that says which program made it."""
+    image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(voc_palette().tobytes())
-    return _encoded(image, format="PNG", optimize=True)
+    for key, value in _MARK.items():
+        about.add_text(key, value)
+    return _encoded(image, format="PNG", optimize=True, pnginfo=about)
 
 
 def _legend(width: int, entries: Sequence[tuple[str, tuple[int, ...]]], size: int) -> Image.Image:

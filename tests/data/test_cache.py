@@ -11,7 +11,8 @@ from starseg.data import cache as cache_module
 from starseg.data.cache import ImageCache, available_memory, decoded_shapes, make_cache
 from starseg.data.dataset import Split
 from starseg.data.files import read_image, read_mask
-from starseg.data.step import EpochSampler, StepDataset, make_loader
+from starseg.data.loading import Loading
+from starseg.data.step import EpochSampler, StepDataset
 from starseg.data.voc import open_voc
 from starseg.errors import UserError
 
@@ -29,8 +30,8 @@ def split(shapes: Path, tmp_path: Path) -> Split:
 
 
 def _batches(split: Split, cache: ImageCache | None, workers: int, epochs: range) -> list[torch.Tensor]:
-    data = StepDataset(split, np.arange(COUNT), np.arange(256, dtype=np.uint8), CROP, (0, 0), cache=cache)
-    loader = make_loader(data, EpochSampler(COUNT, 4, epochs, (0, 0)), workers)
+    data = StepDataset(split, np.arange(COUNT), np.arange(256, dtype=np.uint8), CROP, (0, 0))
+    loader = Loading(workers, cache).over(data, EpochSampler(COUNT, 4, epochs, (0, 0)))
     return [part for batch in loader for part in (batch.images, batch.labels)]
 
 

@@ -14,7 +14,8 @@ from starseg.data import index as index_module
 from starseg.data.dataset import Split, open_dataset
 from starseg.data.files import image_tensor
 from starseg.data.index import cache_dir, class_index
-from starseg.data.step import Batch, EpochSampler, StepDataset, make_loader, sample_seed, select_images
+from starseg.data.loading import Loading
+from starseg.data.step import Batch, EpochSampler, StepDataset, sample_seed, select_images
 from starseg.data.transforms import test_transform as centre_transform
 from starseg.data.transforms import train_transform
 from starseg.data.voc import open_voc
@@ -41,7 +42,7 @@ def test_crops_depend_on_seed_step_epoch_and_sample_alone(shapes: Path) -> None:
 
     def crops(workers: int, seed: tuple[int, int]) -> torch.Tensor:
         data = StepDataset(split, np.arange(8), IDENTITY, 48, seed)
-        return torch.cat([b.images for b in make_loader(data, EpochSampler(8, 4, [0, 1, "after"], seed), workers)])
+        return torch.cat([b.images for b in Loading(workers).over(data, EpochSampler(8, 4, [0, 1, "after"], seed))])
 
     one = crops(0, (0, 0))
     assert torch.equal(one, crops(2, (0, 0)))
@@ -106,7 +107,7 @@ def test_a_sample_is_what_the_plain_order_gives(shapes: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_is_channels_last(shapes: Path, workers: int) -> None:
     data = StepDataset(open_voc(shapes).train, np.arange(4), IDENTITY, 48, (0, 0))
-    (batch,) = make_loader(data, EpochSampler(4, 4, [0]), workers)
+    (batch,) = Loading(workers).over(data, EpochSampler(4, 4, [0]))
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch.images, torch.stack([data[0, i].images for i in range(4)]))
 

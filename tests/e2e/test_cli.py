@@ -41,7 +41,10 @@ def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "missing.yaml"], "missing.yaml: cannot read the configuration"),
+        (
+            ["train", "missing.yaml"],
+            "missing.yaml: cannot read the configuration (No such file or directory); looked from /",
+        ),
         (["train", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets/Segmentation/train_aug.txt: cannot read"),
         (["train", "{config}", "--steps", "a-b"], "--steps: expected a step or a range"),
         (["train", "{config}", "train.accelerator=gpu"], "train.accelerator: gpu is asked for"),

@@ -166,7 +166,7 @@ def check_data(config: RunConfig, console: Console) -> Report:
             row[:] = counts
             broken += problems
         pixels[name] = rows
-    data = Data(dataset, task, pixels["training"], pixels["test"], config, workers=0)
+    data = Data(dataset, task, pixels["training"], pixels["test"], config)
     return Report(data, broken, time.monotonic() - start)
 
 

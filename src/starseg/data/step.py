@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Sampler
 
 from starseg.data.cache import ImageCache
 from starseg.data.dataset import Split
@@ -78,13 +78,59 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def relabel(ids: np.ndarray, table: np.ndarray | None) -> Tensor:
-    """A copy of ids [H, W] uint8, looked up in a [256] uint8 table; as bytes, since NumPy would make 64-bit indices."""
-    found = bytearray(ids) if table is None else bytearray(ids).translate(table.tobytes())
+def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
+    """A copy of ids [H, W] uint8, looked up in a table of 256 bytes; by NumPy, they would become 64-bit indices."""
+    found = bytearray(ids) if table is None else bytearray(ids).translate(table)
     return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
 
 
-class StepDataset(Dataset[Batch]):
+@dataclass(frozen=True)
+class Request:
+    """All that must be known to make one sample; a few hundred bytes, sent to whichever worker is free.
+
+    Attributes:
+        image, mask: files.
+        index: the image's position in the split's file list.
+        exemplar: whether it comes from the exemplar memory.
+        table: 256 bytes, a relabelling.
+        crop: side of the square crop; None for the whole image.
+        seed: of the augmentation; None for the test transform.
+        saliency: a grey PNG that is cropped alike; an exemplar's is zero.
+    """
+
+    image: Path
+    mask: Path
+    index: int
+    exemplar: bool
+    table: bytes
+    crop: int | None
+    seed: int | None
+    saliency: Path | None
+
+    def read(self, cache: ImageCache | None = None) -> Batch:
+        """The sample: a :class:`Batch` of one, without the first dimension."""
+        image = cache.image(self.image) if cache else read_image(self.image)
+
+        def grey(path: Path, table: bytes | None) -> Tensor:
+            mask = relabel(cache.mask(path) if cache else read_mask(path), table)[None]
+            refuse_other_size(image.shape[1:], mask.shape[1:], path)
+            return mask
+
+        mask = grey(self.mask, self.table)
+        if self.saliency:
+            mask = torch.cat([mask, torch.zeros_like(mask) if self.exemplar else grey(self.saliency, None)])
+        if self.crop and self.seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed the GPUs as well, which nobody restores.
+                torch.default_generator.manual_seed(self.seed)
+                image, mask = train_transform(image, mask, self.crop)
+        elif self.crop:
+            image, mask = test_transform(image, mask, self.crop)
+        saliency = mask[1] if self.saliency else None
+        return Batch(image, mask[0], torch.tensor(self.index), saliency, torch.tensor(self.exemplar))
+
+
+class StepDataset:
     """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
 
     Args:
@@ -95,8 +141,7 @@ class StepDataset(Dataset[Batch]):
         seed: of the augmentation, (run seed, step); None for the test transform.
         exemplars: how many of the split's last files are exemplars.
         exemplar_table: [256] relabelling of exemplars, by default ``table``.
-        saliency: folder of grey PNGs named like the images, cropped alike; an exemplar's is zero.
-        cache: keeps what was decoded.
+        saliency: folder of grey PNGs named like the images.
     """
 
     def __init__(
@@ -109,41 +154,34 @@ class StepDataset(Dataset[Batch]):
         exemplars: int = 0,
         exemplar_table: np.ndarray | None = None,
         saliency: Path | None = None,
-        cache: ImageCache | None = None,
     ) -> None:
-        self.split, self.positions, self.table, self.crop, self.seed = split, positions, table, crop, seed
+        self.split, self.positions, self.crop, self.seed, self.saliency = split, positions, crop, seed, saliency
         self.first_exemplar = len(split) - exemplars
-        self.exemplar_table = table if exemplar_table is None else exemplar_table
-        self.saliency, self.cache = saliency, cache
+        # The same bytes in every request: in a batch that is sent, they stand once.
+        self.table = table.tobytes()
+        self.exemplar_table = self.table if exemplar_table is None else exemplar_table.tobytes()
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, key: tuple[Epoch, int]) -> Batch:
+    def request(self, key: tuple[Epoch, int]) -> Request:
         epoch, position = key
         index = int(self.positions[position])
         path = self.split.images[index]
-        image = self.cache.image(path) if self.cache else read_image(path)
         exemplar = index >= self.first_exemplar
-        mask = self._read(self.split.masks[index], image, self.exemplar_table if exemplar else self.table)
-        if self.saliency:
-            grey = self.saliency / f"{path.stem}.png"
-            mask = torch.cat([mask, torch.zeros_like(mask) if exemplar else self._read(grey, image)])
-        if self.seed is not None and self.crop:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed the GPUs as well, which nobody restores.
-                torch.default_generator.manual_seed(sample_seed(*self.seed, epoch, index))
-                image, mask = train_transform(image, mask, self.crop)
-        elif self.crop:
-            image, mask = test_transform(image, mask, self.crop)
-        saliency = mask[1] if self.saliency else None
-        return Batch(image, mask[0], torch.tensor(index), saliency, torch.tensor(exemplar))
+        return Request(
+            path,
+            self.split.masks[index],
+            index,
+            exemplar,
+            self.exemplar_table if exemplar else self.table,
+            self.crop,
+            None if self.seed is None else sample_seed(*self.seed, epoch, index),
+            self.saliency / f"{path.stem}.png" if self.saliency else None,
+        )
 
-    def _read(self, path: Path, image: Tensor, table: np.ndarray | None = None) -> Tensor:
-        values = self.cache.mask(path) if self.cache else read_mask(path)
-        mask = relabel(values, table)[None]
-        refuse_other_size(image.shape[1:], mask.shape[1:], path)
-        return mask
+    def __getitem__(self, key: tuple[Epoch, int]) -> Batch:
+        return self.request(key).read()
 
 
 class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
@@ -205,25 +243,3 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         draw = np.random.default_rng(sample_seed(*(self.seed or ()), crops))
         rows = draw.choice(self.exemplars, drawn, replace=drawn > self.exemplars)
         return batch[: len(batch) - drawn] + [(crops, self.size + int(i)) for i in rows]
-
-
-def collate(samples: list[Batch]) -> Batch:
-    """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
-    columns = {f.name: [getattr(s, f.name) for s in samples] for f in fields(Batch)}
-    columns["images"] = [image.permute(1, 2, 0) for image in columns["images"]]
-    found = {name: default_collate(values) for name, values in columns.items() if values[0] is not None}
-    return Batch(**found | {"images": found["images"].permute(0, 3, 1, 2)})
-
-
-def make_loader(dataset: StepDataset, sampler: EpochSampler, workers: int) -> DataLoader[Batch]:
-    """A loader of :class:`Batch` over all the sampler's epochs."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        # A forked worker shares its parent's cache.
-        multiprocessing_context="fork" if workers and dataset.cache else None,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-    )

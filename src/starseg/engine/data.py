@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from lightning_fabric import Fabric
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
-from starseg.data.cache import ImageCache, make_cache
+from starseg.data.cache import make_cache
 from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
-from starseg.data.step import Batch, EpochSampler, Kind, StepDataset, make_loader, select_images
+from starseg.data.loading import Loading, Pass
+from starseg.data.step import EpochSampler, Kind, StepDataset, select_images
 from starseg.errors import UserError
 from starseg.methods import Method
 from starseg.replay.memory import MemoryRule
@@ -39,12 +39,11 @@ class Data:
     train_pixels: np.ndarray
     test_pixels: np.ndarray
     config: RunConfig
-    workers: int
+    loading: Loading = field(default_factory=Loading)
     rank: int = 0
     world: int = 1
     memory: MemoryRule | None = None
     saliency: Path | None = None
-    cache: ImageCache | None = None
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
         """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
@@ -98,7 +97,7 @@ class Data:
 
     def train_loader(
         self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
-    ) -> DataLoader[Batch]:
+    ) -> Pass:
         """Augmented training crops of a step's images and of its exemplar memory.
 
         Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
@@ -116,27 +115,24 @@ class Data:
             kept,
             self.task.relabelling(step, "test") if all_seen else table,
             self.saliency,
-            self.cache,
         )
         size, batch = self.samples(step, kept), self.config.train.batch_size
         drawn = len(crops) - size
         sampler = EpochSampler(size, batch, epochs, seed, drop_last, self.rank, self.world, start, drawn)
-        return make_loader(crops, sampler, self.workers)
+        return self.loading.over(crops, sampler)
 
     def samples(self, step: int, exemplars: int) -> int:
         """Samples of an epoch, which appended exemplars belong to, and those that fill half of each batch do not."""
         appended = self.memory is None or self.memory.mix == "append"
         return len(self.positions(step, "train")) + (exemplars if appended else 0)
 
-    def test_loader(self, step: int) -> DataLoader[Batch]:
+    def test_loader(self, step: int) -> Pass:
         full = self.config.eval.image == "full"
         table = self.task.relabelling(step, "test", self.dataset.test_fill)
         crop = None if full else self.config.data.crop
         images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
         batch = self.world if full else self.config.eval.batch_size
-        return make_loader(
-            images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world), self.workers
-        )
+        return self.loading.over(images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world))
 
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
@@ -164,10 +160,11 @@ def open_data(
         highlight=False,
         soft_wrap=True,
     )
-    share = (workers_for(config, fabric), fabric.global_rank, fabric.world_size) if fabric else (0, 0, 1)
-    saliency = method.saliency(dataset.key)
-    data = Data(dataset, sequence, train, test, config, *share, memory=method.memory, saliency=saliency)
+    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    loading, saliency = Loading(), method.saliency(dataset.key)
+    data = Data(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)
     data.check(steps)
-    if fabric is None:
-        return data
-    return replace(data, cache=make_cache(config.data.cache, dataset.train, config.train.devices, console))
+    if fabric:
+        loading.workers = workers_for(config, fabric)
+        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console)
+    return data

@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from starseg.config import RunConfig
 from starseg.data.dataset import open_dataset
 from starseg.data.index import class_index
+from starseg.data.loading import Loading
 from starseg.data.step import Batch
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.data import Data, workers_for
@@ -74,7 +75,7 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     if list(task.class_names(last)) != info.names:
         raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, workers_for(config, fabric))
+    data = Data(dataset, task, pixels[:0], pixels, config, Loading(workers_for(config, fabric)))
     loader = data.test_loader(last)
     published = info.compat == "published"
     rule = METHODS[info.method](method_options(info.method, config)).rule(published)

@@ -142,9 +142,8 @@ class StepTraining:
             Stopped: a signal came; the state is saved.
         """
         self.ctx.model.train()
-        batches = iter(loader)  # which draws a number that the interrupted run had drawn too
         restore_process(self.processes, self.ctx.model, self.fabric)
-        for raw in self.clock.each("data", batches):
+        for raw in self.clock.each("data", iter(loader)):
             losses = self.iterate(raw)
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
             self.unseen.append((raw, losses))

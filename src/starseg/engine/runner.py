@@ -15,9 +15,9 @@ from lightning_fabric import seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from starseg.config import RunConfig
+from starseg.data.loading import Pass
 from starseg.data.step import Batch, sample_seed
 from starseg.engine import checkpoint
 from starseg.engine.clock import Clock
@@ -101,6 +101,7 @@ class Runner:
         try:
             self._run_steps()
         finally:
+            self.data.loading.close()
             if self.lock:
                 self.lock.close()
         return self.run_dir
@@ -203,7 +204,7 @@ class Runner:
         )
         return context, memory
 
-    def _scan(self, model: Segmenter, loader: DataLoader[Batch], title: str) -> Iterator[Batch]:
+    def _scan(self, model: Segmenter, loader: Pass, title: str) -> Iterator[Batch]:
         for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 

@@ -113,7 +113,7 @@ def _storage(run: Path, results: dict[str, Any]) -> Storage:
     try:
         config, _, dataset, task = run_data(run)
         pixels = class_index(dataset, dataset.train)
-        data = Data(dataset, task, pixels, pixels[:0], config, 0)
+        data = Data(dataset, task, pixels, pixels[:0], config)
         earlier = [data.positions(s["step"], "train") for s in steps[:-1]]
         if not earlier:
             return kept

@@ -102,5 +102,5 @@ def open_test_set(run: Path) -> TestSet:
     folders = finished_steps(run)
     config, method, dataset, task = run_data(run)
     pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
-    positions = Data(dataset, task, pixels[:0], pixels, config, 0).positions(last, "test")
+    positions = Data(dataset, task, pixels[:0], pixels, config).positions(last, "test")
     return TestSet(config, method, dataset, task, folders, last, pixels, positions)

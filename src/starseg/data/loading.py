@@ -1,0 +1,107 @@
+"""Batches from the files, in workers that live as long as a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from starseg.data.cache import ImageCache
+from starseg.data.step import Batch, EpochSampler, Request, StepDataset
+
+
+class _Reader(Dataset[Batch]):
+    """Makes the samples it is asked for; workers hold nothing that belongs to a step."""
+
+    def __init__(self, cache: ImageCache | None) -> None:
+        self.cache = cache
+
+    def __getitem__(self, request: Request) -> Batch:
+        return request.read(self.cache)
+
+
+class _Requests(Sampler[list[Request]]):
+    """What the workers are sent; changes from pass to pass."""
+
+    batches: Iterable[list[Request]] = ()
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        return iter(self.batches)
+
+
+class Loading:
+    """Loads one pass over data after another in the same workers, which the first pass starts.
+
+    Args:
+        workers: how many; 0 loads in this process.
+        cache: keeps what was decoded; shared with the workers, which are forked.
+    """
+
+    def __init__(self, workers: int = 0, cache: ImageCache | None = None) -> None:
+        self.workers, self.cache = workers, cache
+        self._requests = _Requests()
+        self._loader: DataLoader[Batch] | None = None
+        self._passes = 0
+
+    def over(self, dataset: StepDataset, sampler: EpochSampler) -> Pass:
+        """All of the sampler's batches, each time it is iterated."""
+        return Pass(self, dataset, sampler)
+
+    def close(self) -> None:
+        """End the workers; another pass would start new ones."""
+        self._loader = None
+
+    def run(self, batches: Iterable[list[Request]]) -> Iterator[Batch]:
+        """Load batches; whatever an unfinished pass before this one has ordered is thrown away.
+
+        Raises:
+            RuntimeError: asked for the rest of a pass after another one began.
+        """
+        self._passes += 1
+        number, self._requests.batches = self._passes, batches
+        if self._loader is None:
+            self._loader = self._make()
+        for batch in self._loader:
+            yield batch
+            if number != self._passes:
+                raise RuntimeError("another pass over the data began before this one had ended")
+
+    def _make(self) -> DataLoader[Batch]:
+        return DataLoader(
+            _Reader(self.cache),
+            batch_sampler=self._requests,
+            num_workers=self.workers,
+            collate_fn=collate,
+            # A forked worker shares its parent's cache.
+            multiprocessing_context="fork" if self.workers and self.cache else None,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self.workers else None,
+            # The loader's own: how often it draws from it must not change what training draws.
+            generator=torch.Generator(),
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over some images; a pass that begins ends the one before."""
+
+    loading: Loading
+    dataset: StepDataset
+    sampler: EpochSampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.loading.run([self.dataset.request(key) for key in keys] for keys in self.sampler)
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
+    columns = {f.name: [getattr(s, f.name) for s in samples] for f in fields(Batch)}
+    columns["images"] = [image.permute(1, 2, 0) for image in columns["images"]]
+    found = {name: default_collate(values) for name, values in columns.items() if values[0] is not None}
+    return Batch(**found | {"images": found["images"].permute(0, 3, 1, 2)})
