@@ -34,9 +34,9 @@ _NETWORKS = ("old forward", "new forward", "backward")
 class StepPath:
     """A later step of STAR on random images, as training does it and densely."""
 
-    def __init__(self, case: Case, backbone: str = BACKBONE, precision: Any = "32") -> None:
+    def __init__(self, case: Case, backbone: str = BACKBONE, precision: Any = "32", compiled: bool = False) -> None:
         path = LossPath(case)
-        config = TrainConfig(precision=precision, warmup=0.0, batch_size=case.batch)
+        config = TrainConfig(precision=precision, compile=compiled, warmup=0.0, batch_size=case.batch)
         fabric = make_fabric(config)
         old = Segmenter(backbone, [case.old]).requires_grad_(False).eval()
         model = copy.deepcopy(old).requires_grad_(True)

@@ -1,5 +1,6 @@
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_the_same_seed_gives_the_same_run_in_parts_or_at_once(tiny: dict, tmp_pa
     assert [s["iou"] for s in split["steps"]] == [s["iou"] for s in whole["steps"]]
     models = [load_model(Path(s["out"]) / "step_2")[0].state_dict() for s in (tiny, parts)]
     assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+
+
+def test_compiled_networks_train_alike(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile, but not translated to machine code, which would take minutes."""
+    _run(tiny, range(2))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = {**tiny, "out": str(tmp_path / "compiled"), "train": {**tiny["train"], "compile": True}}
+    _run({**compiled, "start_from": str(Path(tiny["out"]) / "step_0")}, range(2))
+    plain, traced = (load_model(Path(s["out"]) / "step_1")[0].state_dict() for s in (tiny, compiled))
+    for name, want in plain.items():
+        torch.testing.assert_close(traced[name], want, rtol=1e-3, atol=1e-4)
 
 
 def test_old_heads_stay_put_unless_published(tiny: dict, tmp_path: Path) -> None:

@@ -195,10 +195,13 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
     info = load_info(folder)
     layout = HeadLayout(tuple(info.lead), info.conv_heads)
     model = Segmenter(info.backbone, info.head_sizes, info.output_stride, layout=layout)
-    try:
-        model.load_state_dict(read_tensors(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise UserError(f"{folder}: model.safetensors does not fit model.json: {error}") from error
+    state, own = read_tensors(folder / "model.safetensors"), model.state_dict()
+    if wrong := [k for k in own | state if k not in own or k not in state or own[k].shape != state[k].shape]:
+        raise UserError(
+            f"{folder}: model.safetensors does not fit model.json: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first is {wrong[0]}; one of the two files belongs to another step"
+        )
+    model.load_state_dict(state)
     return model.eval(), info
 
 

@@ -97,7 +97,7 @@ class StepTraining:
         self.new = self.clock.timed("new forward", network)
         parts = config.accumulate
         self.micro = MicroBatches(fabric, network, self.new, parts) if parts > 1 else None
-        self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if old else None
+        self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if ctx.old_model else None
         self.processes: list[dict[str, Any]] = []
         # What the device computed but nobody has looked at yet: looking waits for a GPU.
         self.unseen: list[tuple[Batch, dict[str, Tensor]]] = []
