@@ -50,8 +50,11 @@ class MicroBatches:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss of the outputs to the network's parameters'."""
-        loss.backward()
-        slopes = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self.leaves]
+        # Its gradient is what fp16's loss scaler multiplies all by, as it will those of the parts once more.
+        unit = torch.zeros_like(loss, requires_grad=True)
+        self.fabric.backward(loss + unit)
+        assert unit.grad is not None
+        slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.div_(unit.grad) for leaf in self.leaves]
         first = 0
         for i, call in enumerate(self.calls):
             after = first + len(call[0])
