@@ -16,8 +16,10 @@ from rich.table import Table
 from starseg.bench import alternate
 from starseg.bench_dense import dense_confusion, literal
 from starseg.bench_step import BACKBONE
+from starseg.config import TrainConfig
 from starseg.data.step import Batch
 from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.launch import make_fabric
 from starseg.models import Segmenter
 from starseg.models.segmenter import LargestLogit
 
@@ -31,7 +33,7 @@ class EvalPath:
 
     def __init__(self, classes: int, shown: int, images: int, side: int, backbone: str) -> None:
         torch.manual_seed(0)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = make_fabric(TrainConfig()).device
         self.model, self.rule = Segmenter(backbone, [classes]).eval().to(device), LargestLogit()
         labels = torch.randint(0, classes + 1, (images, side, side), dtype=torch.uint8)
         pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)

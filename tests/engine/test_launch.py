@@ -6,22 +6,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import BatchNorm2d, SyncBatchNorm
 
-from starseg.config import TrainConfig
+from starseg.config import TrainConfig, parse_config
+from starseg.engine.data import workers_for
 from starseg.engine.launch import make_fabric, refuse_other_number, refuse_without_compiler, synchronise_norm
 from starseg.errors import UserError
 from starseg.models import Segmenter
+from starseg.models.heads import HeadLayout
 
 
 @pytest.fixture
 def _algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
 
 
 @pytest.mark.usefixtures("_algorithms")
@@ -34,6 +37,10 @@ def test_deterministic_sets_what_gpus_need() -> None:
     assert not torch.backends.cudnn.benchmark
 
 
+def _norms(module: nn.Module) -> list[BatchNorm2d | SyncBatchNorm]:
+    return [m for m in module.modules() if isinstance(m, (BatchNorm2d, SyncBatchNorm))]
+
+
 @pytest.mark.parametrize(
     ("device", "world", "synchronised"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)]
 )
@@ -41,14 +48,28 @@ def test_batch_norm_is_synchronised_on_several_gpus(device: str, world: int, syn
     model = Segmenter("test_resnet", [2])
     before = model.state_dict()
     fabric = SimpleNamespace(device=torch.device(device), world_size=world)
-    changed = synchronise_norm(model, fabric)
-    norms = [m for m in changed.modules() if isinstance(m, (BatchNorm2d, SyncBatchNorm))]
+    synchronise_norm(model, fabric)
+    norms = _norms(model)
     assert norms and all(isinstance(m, SyncBatchNorm) == synchronised for m in norms)
-    after = changed.state_dict()
+    after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    changed.freeze_norm()
-    changed.train()
+    model.freeze_norm()
+    model.train()
     assert not any(m.training or m.weight.requires_grad for m in norms)
+
+
+def test_frozen_batch_norm_stays_joined_to_its_convolution() -> None:
+    """As in later steps, of which some train the batch norms of their new head alone."""
+    model = Segmenter("test_resnet", [2, 1], layout=HeadLayout(conv=True))
+    joined = [norm.joined for norm in _norms(model.backbone)]
+    model.freeze_all_but(model.heads[-1:])
+    synchronise_norm(model.train(), SimpleNamespace(device=torch.device("cuda"), world_size=2))
+    assert any(joined) and [norm.joined for norm in _norms(model.backbone)] == joined
+    norms = {name: isinstance(m, SyncBatchNorm) for name, m in model.named_modules() if m in _norms(model)}
+    assert norms == {name: name.startswith("heads.1") for name in norms} and any(norms.values())
+    assert {name for name, m in model.train().named_modules() if m in _norms(model) and m.training} == {
+        name for name, synchronised in norms.items() if synchronised
+    }
 
 
 @pytest.mark.parametrize(
@@ -67,6 +88,26 @@ def test_a_launcher_starts_what_is_configured(
     refuse_other_number(TrainConfig(devices=2, num_nodes=2))
     with pytest.raises(UserError, match=rf"{launcher} started 4 processes, but train.devices \(1\) times .* is 1"):
         refuse_other_number(TrainConfig())
+
+
+@pytest.mark.usefixtures("_algorithms")
+def test_float32_is_no_tf32() -> None:
+    make_fabric(TrainConfig(accelerator="cpu"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "started_by", "workers"),
+    [("cuda", 1, "", 8), ("cuda", 4, "", 4), ("cuda", 32, "", 1), ("cuda", 4, "srun", 8), ("cpu", 4, "", 0)],
+)
+def test_loader_workers_share_the_cores(
+    device: str, devices: int, started_by: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    if started_by:
+        monkeypatch.setenv("SLURM_NTASKS", "4")
+    config = parse_config({"task": {"name": "15-1"}, "train": {"devices": devices, "batch_size": 64}})
+    assert workers_for(config, SimpleNamespace(device=torch.device(device))) == workers
 
 
 def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

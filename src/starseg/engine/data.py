@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from rich.console import Console
 
 from starseg.config import RunConfig
@@ -25,9 +26,14 @@ from starseg.tasks import TaskSequence, make_task
 
 
 def workers_for(config: RunConfig, fabric: Fabric) -> int:
+    """Loader workers of this process: where that is left open, no more than its share of the cores."""
     if config.data.workers != "auto":
         return config.data.workers
-    return min(8, len(os.sched_getaffinity(0))) if fabric.device.type == "cuda" else 0
+    if fabric.device.type != "cuda":
+        return 0
+    # srun gives each process cores of its own; those of other launchers share all of them.
+    sharing = 1 if SLURMEnvironment.detect() else config.train.devices
+    return min(8, max(1, len(os.sched_getaffinity(0)) // sharing))
 
 
 @dataclass(frozen=True)

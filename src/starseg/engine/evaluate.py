@@ -66,7 +66,9 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     Raises:
         UserError: the data's classes are not the model's.
     """
-    fabric = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1}))
+    single = config.train.model_copy(update={"devices": 1, "num_nodes": 1})
+    config = config.model_copy(update={"train": single})
+    fabric = make_fabric(single)
     dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
     ids = iter(info.dataset_ids[1:])
     steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)

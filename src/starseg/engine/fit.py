@@ -71,7 +71,7 @@ class StepTraining:
         method: whose losses are minimised.
         ctx: the step.
         epochs, lr: of the step.
-        config: warm-up, weight decay, compilation and micro-batches.
+        config: batch size, warm-up, weight decay, compilation and micro-batches.
         clock: of the step.
     """
 
@@ -87,7 +87,7 @@ class StepTraining:
     ) -> None:
         assert config.warmup is not None, "resolved by the runner"
         self.fabric, self.method, self.ctx, self.epochs, self.clock = fabric, method, ctx, epochs, clock
-        self.total, self.iteration = epochs * ctx.iterations, 0
+        self.total, self.iteration, self.batch_size = epochs * ctx.iterations, 0, config.batch_size
         self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay)
         self.schedule = LambdaLR(self.optimizer, partial(lr_factor, total=self.total, warmup=config.warmup))
         network: Any
@@ -115,15 +115,24 @@ class StepTraining:
             "processes": every_process(self.ctx.model, self.fabric),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Go on from :meth:`state_dict`; the names of what begins anew, as it does not fit another device's."""
+        precision, generator, anew = self.fabric.strategy.precision, self.ctx.generator, []
         self.iteration = state["iteration"]
         self.ctx.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.ctx.generator.set_state(state["generator"])
+        if state["precision"] or not precision.state_dict():
+            precision.load_state_dict(state["precision"])
+        else:
+            anew.append("loss scale")
+        if state["generator"].shape == generator.get_state().shape:
+            generator.set_state(state["generator"])
+        else:
+            anew.append("random draws")
         self.processes = state["processes"]
         self.clock.seconds |= state.get("time", {})
+        return anew
 
     def run(
         self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
@@ -157,7 +166,7 @@ class StepTraining:
                 values = {f"loss/{k}": v for k, v in terms.items()} | rates | self.clock.scalars()
                 logger.log_metrics(values, step=self.iteration - 1)
                 if last or bar.live:
-                    bar.show(f"epoch {epoch}/{self.epochs}", terms, len(raw))
+                    bar.show(f"epoch {epoch}/{self.epochs}", terms, self.batch_size)
             if due:
                 save()
                 guard.saved_now()

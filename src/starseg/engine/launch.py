@@ -17,6 +17,7 @@ from lightning_fabric.strategies import DDPStrategy
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from starseg.config import TrainConfig
 from starseg.errors import UserError
@@ -74,6 +75,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    # What is computed in float32 (evaluation and statistics always) is so in convolutions too.
+    torch.backends.cudnn.allow_tf32 = False
     if "SLURM_NTASKS" in os.environ:
         # Fabric refuses `srun --ntasks` without it.
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(config.devices))
@@ -135,9 +138,11 @@ def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
                 buffer.copy_(fabric.all_reduce(buffer.clone(), reduce_op="mean"))  # type: ignore[arg-type]
 
 
-def synchronise_norm(model: Segmenter, fabric: Fabric) -> Segmenter:
-    """The network with batch norm over the images of all processes, where they train on GPUs."""
+def synchronise_norm(model: Segmenter, fabric: Fabric) -> None:
+    """Give batch norms in train mode the images of all processes, where these train on GPUs."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
-        model = convert_sync_batchnorm(model)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, _BatchNorm) and child.training:
+                    setattr(parent, name, convert_sync_batchnorm(child))
         model.lighten()
-    return model

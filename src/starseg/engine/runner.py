@@ -180,7 +180,7 @@ class Runner:
         model, old = self._models(step)
         if fabric.global_rank:
             seed_everything(sample_seed(self.config.seed, step, fabric.global_rank) % 2**32, verbose=False)
-        model, device = synchronise_norm(model, fabric), fabric.device
+        device = fabric.device
         old = old.to(device) if old else None
         memory = self._memory(step, old)
         generator = torch.Generator(device).manual_seed(sample_seed(self.config.seed, step, "method"))
@@ -253,6 +253,7 @@ class Runner:
         with torch.no_grad():
             self.method.init_heads(ctx)
         self.method.freeze(ctx)
+        synchronise_norm(ctx.model.train(), self.fabric)
         ctx.model.eval()
         clock = Clock(self.fabric.device)
         with torch.no_grad(), clock.time("statistics"):
@@ -289,9 +290,11 @@ class Runner:
         state = read_state(folder, self.console)
         spent = state["seconds"] if state else 0.0
         if state:
-            training.load_state_dict(state)
+            anew = training.load_state_dict(state)
             done = f"{training.iteration} of {training.total} iterations are done"
             self.console.print(f"step {step}: going on, {done}", highlight=False)
+            if anew:
+                self.console.print(f"[yellow]note:[/] saved on another device: {', '.join(anew)} begin anew")
         elif self.leader:
             shutil.rmtree(folder / "logs", ignore_errors=True)
 

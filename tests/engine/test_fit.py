@@ -1,0 +1,65 @@
+"""The loop of one step: its state on another device, and what it reports."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+
+from starseg.config import TrainConfig
+from starseg.contract import Rehearsal
+from starseg.data.step import Batch
+from starseg.engine.clock import Clock
+from starseg.engine.fit import StepTraining
+
+_CPU = torch.device("cpu")
+
+
+def _training(*plugins: MixedPrecision, batch_size: int = 4) -> tuple[StepTraining, Batch]:
+    """The first step of a rehearsal, and a batch for it."""
+    rehearsal = Rehearsal("finetune")
+    method, ctx, _ = rehearsal.enter(0)
+    fabric = Fabric(accelerator="cpu", plugins=list(plugins))
+    config = TrainConfig(warmup=0, batch_size=batch_size)
+    batch = rehearsal.batch(0)
+    images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8)
+    return StepTraining(fabric, method, ctx, 1, 1e-3, config, Clock(_CPU)), replace(batch, images=images)
+
+
+def _half() -> MixedPrecision:
+    """16-mixed, which Fabric takes for bf16 on a CPU unless it is given so."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+
+
+def test_what_fits_is_restored() -> None:
+    before, again = _training(_half())[0], _training(_half())[0]
+    before.ctx.generator.manual_seed(5)
+    before.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    assert again.load_state_dict(before.state_dict()) == []
+    assert again.fabric.strategy.precision.scaler.get_scale() == 2
+    assert torch.equal(again.ctx.generator.get_state(), before.ctx.generator.get_state())
+
+
+def test_another_device_begins_anew_what_it_cannot_take_up() -> None:
+    """A GPU's generator has a state of 16 bytes, and bf16 and float32 have no loss scale."""
+    before, again = _training()[0], _training(_half())[0]
+    draws = again.ctx.generator.get_state()
+    before.iteration = 3
+    state = before.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    assert again.load_state_dict(state) == ["loss scale", "random draws"]
+    assert again.iteration == 3 and again.fabric.strategy.precision.scaler.get_scale() == 8
+    assert torch.equal(again.ctx.generator.get_state(), draws)
+    assert _training()[0].load_state_dict(_training(_half())[0].state_dict()) == [], "what is not needed is no loss"
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_speed_is_that_of_all_processes(share: int) -> None:
+    """A process sees its share of every batch."""
+    training, batch = _training()
+    raw = replace(batch, images=batch.images[:share], labels=batch.labels[:share], indices=batch.indices[:share])
+    shown: list[int] = []
+    bar = SimpleNamespace(live=True, advance=lambda: None, show=lambda where, terms, images: shown.append(images))
+    training.run([raw], bar, SimpleNamespace(log_metrics=lambda *_, **__: None), SimpleNamespace(due=bool), print)
+    assert shown == [4]
