@@ -91,7 +91,7 @@ class LossPath:
         ctx, options = self.ctx, self.method.options
         if self.previous is None:
             return self._backward(dense_base(ctx, options, self.batch, self.output))
-        self.bank.draw(self.plan.per_iteration, ctx.generator, options.norm_noise)
+        self.bank.draw(self.plan.rows, ctx.generator, options.norm_noise)
         return self._backward(dense_later(ctx, options, self.batch, self.output, self.previous, self.bank, self.plan))
 
     def _backward(self, loss: Tensor) -> Tensor:

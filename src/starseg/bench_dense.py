@@ -94,7 +94,7 @@ def dense_later(
         plan.background_ratio * cells.sum() / cells.numel(),
     )
     kept = dense_ocfm(output.features, previous.features, (labels == BACKGROUND) & (seen > 0))
-    apart = dense_sad(output.features, labels, ctx.first_new, ctx.new_classes, bank.prototypes[bank.present])
+    apart = dense_sad(output.features, labels, ctx.first_new, ctx.new_classes, bank.shown)
     return options.mbce * mixed.sum() + options.ocfm * kept + options.sad * apart
 
 
@@ -128,7 +128,7 @@ class DenseStep:
     def __call__(self, raw: Batch) -> Tensor:
         images = self.new.normalize(raw.images)
         batch = replace(raw, images=images, labels=raw.labels.to(images.device))
-        replayed = self.bank.draw(self.plan.per_iteration, self.ctx.generator, self.options.norm_noise)
+        replayed = self.bank.draw(self.plan.rows, self.ctx.generator, self.options.norm_noise)
         with torch.no_grad():
             previous = self.old(images)
         output = self.new(images, replayed)

@@ -42,7 +42,7 @@ def ratio(total: Tensor, weight: Tensor | int, add_up: AddUp = alone) -> tuple[T
     Returns:
         [K] total / weight, 0 where the weight is 0, and the weight, both of all processes.
     """
-    joined = add_up(torch.cat([total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)[None]]))
+    joined = add_up(torch.cat([total, total.new_zeros(1) + weight]))
     weight = joined[-1]
     return joined[:-1] / torch.where(weight > 0, weight, 1), weight
 
@@ -117,8 +117,10 @@ def mixed_bce(
         [K].
     """
     replay, replays = negatives_per_class(replayed, add_up)
-    background, repeated = negatives_per_class(logits.movedim(1, -1)[cells], add_up)
-    total = add_up(torch.tensor(cells.numel(), device=cells.device))
+    # Indexing by the cells would wait for a GPU to count them.
+    negatives = F.softplus(logits).masked_fill_(~cells[:, None], 0)
+    background, repeated = ratio(negatives.sum((0, 2, 3)), cells.sum(), add_up)
+    total = add_up(torch.full((), cells.numel(), device=cells.device))
     return mix(new, replay, background, replays / total, background_ratio * repeated / total)
 
 

@@ -67,7 +67,7 @@ def test_regions_and_replayed_features(dataset: str, variant: str) -> None:
     stride = seen.shape[-1] // grid[-1]
     cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
     assert torch.equal(cells, want["region_bg"].bool())
-    replayed = it.method.bank.draw(it.method.plan.per_iteration, it.ctx.generator)
+    replayed = it.method.bank.draw(it.method.plan.rows, it.ctx.generator)
     check_close(replayed.T, want["fake_features"])
     check_close(it.new.classify(replayed).T, want["logits_fake"])
 

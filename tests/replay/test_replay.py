@@ -54,10 +54,11 @@ def test_classes_with_one_cell_or_none() -> None:
 def test_draws_have_the_stored_distribution(norms: str) -> None:
     prototypes = torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
     bank = PrototypeBank(torch.ones(3), prototypes, torch.full((2, 16), 0.1), torch.tensor([5.0, 9.0]), torch.ones(2))
-    drawn = bank.draw(torch.tensor([20000, 0]), torch.Generator().manual_seed(0), norms)
+    rows = torch.zeros(20000, dtype=torch.int64)
+    drawn = bank.draw(rows, torch.Generator().manual_seed(0), norms)
     assert drawn.shape == (20000, 16)
     torch.testing.assert_close(drawn.mean(0), 5 * prototypes[0], rtol=0, atol=0.05)
-    again = bank.draw(torch.tensor([20000, 0]), torch.Generator().manual_seed(0), norms)
+    again = bank.draw(rows, torch.Generator().manual_seed(0), norms)
     assert torch.equal(drawn, again)
 
 

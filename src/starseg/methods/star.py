@@ -79,7 +79,7 @@ class Star(Method):
             return self.base_terms(batch, new(batch.images))
         ctx, bank = self.ctx, self.bank
         assert bank is not None, "begin_step refuses a step without a bank"
-        replayed = bank.draw(self.plan.per_iteration, ctx.generator, self.options.norm_noise)[ctx.rank :: ctx.world]
+        replayed = bank.draw(self.plan.rows, ctx.generator, self.options.norm_noise)[ctx.rank :: ctx.world]
         return self.terms(batch, new(batch.images, replayed), old(batch.images), bank)
 
     def base_terms(self, batch: Batch, output: Output) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class Star(Method):
             self.class_loss(batch, output), extra, new_logits, cells, self.plan.background_ratio, ctx.add_up
         )
         region = (labels == BACKGROUND) & (seen > 0)
-        old_classes = bank.prototypes if ctx.published else bank.prototypes[bank.present]
+        old_classes = bank.prototypes if ctx.published else bank.shown
         return {
             "mbce": options.mbce * mbce.sum(),
             "ocfm": options.ocfm * ocfm(features, previous.features.float(), region, ctx.add_up, self.ocfm_epsilon),

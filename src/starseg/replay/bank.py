@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -42,6 +43,11 @@ class PrototypeBank:
         """[K] bool: classes that had a cell; the others are neither replayed nor kept apart from."""
         return self.prototypes.abs().sum(1) > 0
 
+    @cached_property
+    def shown(self) -> Tensor:
+        """[P, D] prototypes of the classes :attr:`present`; their number waits for a GPU, once."""
+        return self.prototypes[self.present]
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, as in bank.safetensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -62,18 +68,17 @@ class PrototypeBank:
         }
         return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **joined)
 
-    def draw(self, per_class: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
+    def draw(self, rows: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
         """Draw replayed features: (P + s e1) * (m + d e2), e1 and e2 standard normal.
 
         Args:
-            per_class: [K] int64, features of each class.
+            rows: [M] int64, the class of each.
             generator: on the bank's device.
             norms: draw e2 per channel (as the published tables were made) or once per vector.
 
         Returns:
-            [sum(per_class), D], classes in order.
+            [M, D].
         """
-        rows = torch.repeat_interleave(per_class)
         shape = (len(rows), self.prototypes.shape[1])
         device = self.prototypes.device
         e1 = torch.randn(shape, generator=generator, device=device)

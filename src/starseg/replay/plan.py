@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class ReplayPlan:
     background_owed: float
     background_ratio: float
     carried: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[sum(per_iteration)] int64 class of each replayed feature; their number waits for a GPU, once."""
+        return torch.repeat_interleave(self.per_iteration)
 
 
 def make_adapter_plan(
