@@ -280,6 +280,7 @@ class Runner:
             losses = training.iterate(batch)
             sum(value.item() for value in losses.values())
             marks.append(time.monotonic())
+        self.data.loading.close()
         return (marks[-1] - marks[0]) / (len(marks) - 1)
 
     def _fit(self, training: StepTraining, memory: Memory, guard: Guard) -> float:
