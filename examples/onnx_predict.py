@@ -1,6 +1,7 @@
 """Segment images with an exported model; needs onnxruntime, numpy and pillow, nothing of starseg.
 
-python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png
+python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png,
+                                                             where there are none yet
 """
 
 import json
@@ -16,11 +17,14 @@ COLOURS[0] = 0
 
 
 def main(model: str, *files: str) -> None:
+    targets = {Path(file): Path(file).with_name(f"{Path(file).stem}_mask.png") for file in files}
+    if there := [str(target) for target in targets.values() if target.exists()]:
+        sys.exit(f"{there[0]} is there already and would be overwritten; move it away")
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     names = dict(zip(json.loads(about["dataset_ids"]), json.loads(about["classes"]), strict=True))
     crop, stride = int(about["crop"]), int(about["output_stride"])
-    for file in map(Path, files):
+    for file, target in targets.items():
         image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
         factor = crop / min(image.size) / stride
         size = [max(1, round(side * factor)) * stride for side in image.size]
@@ -28,7 +32,6 @@ def main(model: str, *files: str) -> None:
         (mask,) = session.run(["mask"], {"images": pixels.transpose(2, 0, 1)[None]})
         result = Image.fromarray(mask[0]).resize(image.size, Image.Resampling.NEAREST)
         result.putpalette(COLOURS.tobytes())
-        target = file.with_name(f"{file.stem}_mask.png")
         result.save(target)
         ids, counts = np.unique(mask, return_counts=True)
         shares = ", ".join(f"{names[i]} {100 * n / mask.size:.0f} %" for i, n in zip(ids, counts, strict=True))

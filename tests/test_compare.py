@@ -43,6 +43,11 @@ def test_a_base_step_is_trained_once_where_it_is_the_same(config: Path, tmp_path
     # Other hyper-parameters of the first step: nothing is shared.
     alone = compare.make_plan(config, ["finetune"], [0], out, ["finetune.pos_weight=2"])
     assert [run.run_dir.name for run in alone.runs] == ["finetune_seed0"] and not alone.only_base
+    # Names that YAML reads otherwise when they are not quoted.
+    for name in ("runs #2", "a: b", "[x", "\U0001f600"):
+        awkward = compare.make_plan(config, ["star", "finetune"], [0], tmp_path / name, [])
+        assert [run.run_dir.parent for run in awkward.runs] == 2 * [tmp_path / name]
+        assert awkward.runs[1].start_from == tmp_path / name / "star_seed0" / "step_0"
     with pytest.raises(UserError, match="--methods: unknown nobody"):
         compare.make_plan(config, ["nobody"], [0], out, [])
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ def test_the_example_runs_on_noise_checked_files(
     with Image.open(photos / "0_mask.png") as mask:
         expected = starseg.load(step_dir, "cpu").predict(photos / "0.png")
         assert (np.asarray(mask) == expected).mean() > 0.95
+    drawn = photos / "1_mask.png"  # by hand, as ground truth is often named
+    drawn.write_bytes(b"mine")
+    monkeypatch.setattr(
+        sys, "argv", ["onnx_predict.py", str(tmp_path / "m.onnx"), f"{photos}/2.png", f"{photos}/1.png"]
+    )
+    with pytest.raises(SystemExit, match=f"{drawn} is there already"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert drawn.read_bytes() == b"mine" and not (photos / "2_mask.png").exists()
 
 
 def test_export_names_the_missing_package(step_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +151,23 @@ def test_hub_folder_predicts_and_describes_itself(step_dir: Path, photos: Path, 
     )
     with pytest.raises(UserError, match="is the step itself"):
         write_hub(step_dir, step_dir)
-    with pytest.raises(UserError, match="did not make"):
-        write_hub(step_dir, photos)
     write_hub(step_dir, tmp_path / "hub")
+
+
+def test_hub_overwrites_only_what_it_made(random_run: Path, step_dir: Path, photos: Path, tmp_path: Path) -> None:
+    """A step holds a model.json too; neither it nor a folder with someone's own README is taken for an export."""
+    metrics = summarize(np.diag([5, 4, 3, 0]) + 1, ["background", "cat", "dog", "cow"], 2)
+    (step_dir / "metrics.json").write_text(json.dumps({"step": 1, "new_classes": ["cow"], **metrics}))
+    card = write_hub(step_dir, tmp_path / "hub")
+    other, unfinished, mine = (tmp_path / name for name in ("step_0", "unfinished", "mine"))
+    shutil.copytree(random_run / "step_0", other)
+    shutil.copy(card, other)  # a card beside it does not make a step an export
+    shutil.copytree(random_run / "step_0", unfinished)
+    (unfinished / "metrics.json").unlink()
+    shutil.copytree(tmp_path / "hub", mine)
+    (mine / "README.md").write_text("# My model\n")
+    for folder in (other, unfinished, mine, photos):
+        before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        with pytest.raises(UserError, match="did not make"):
+            write_hub(step_dir, folder)
+        assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

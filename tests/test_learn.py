@@ -1,6 +1,7 @@
 """`starseg learn`: a folder of photos and masks becomes a step."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -129,6 +130,34 @@ def test_the_same_request_goes_on_and_another_is_refused(folder: Folder, tmp_pat
     with pytest.raises(UserError, match=r"another configuration:\n.*lr"):
         learn(_with(request, lr=0.5), Console(quiet=True))
     assert (done / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_run_that_learns_is_left_alone(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first epoch nothing is saved yet, but the data that it reads are not taken from it."""
+    request = Request(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
+    request = _with(request, backbone="test_resnet", crop=64)
+    other = _with(request, seed=1)
+    real, refused = StepTraining.iterate, []
+
+    def meanwhile(self: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
+        if not refused:
+            refused.append(True)
+            before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+            with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()}\) is running"):
+                learn(other, Console(quiet=True))
+            assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+        return real(self, raw)
+
+    monkeypatch.setattr(StepTraining, "iterate", meanwhile)
+    done = learn(request, Console(quiet=True))
+    assert refused and done is not None and (done / "metrics.json").is_file()
+
+
+def test_a_place_that_was_only_claimed_is_free(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("1\n")
+    request = Request(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
+    assert learn(_with(request, backbone="test_resnet", crop=64), Console(quiet=True)) is not None
 
 
 def test_defaults_fit_the_data(folder: Folder, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Prediction: sizes, options, files, the command."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -174,7 +175,12 @@ def test_a_mask_of_ones_own_is_never_overwritten(tmp_path: Path, photos: Path, p
         predict_files(predictor, [str(photos / "a.png")], own, QUIET)
     assert (own / "a.png").read_bytes() == before and len(list(own.iterdir())) == 1
     for _ in range(2):  # an earlier result is replaced
-        assert not predict_files(predictor, [str(photos / "a.png")], out, QUIET)
+        assert not predict_files(predictor, [str(photos / "a.png")], out, QUIET, overlays=True)
+    picture = out / "overlays" / "a.jpg"
+    shutil.copy(photos / "b.jpg", picture)
+    with pytest.raises(UserError, match=r"overlays/a\.jpg is there and was not made by `starseg predict`"):
+        predict_files(predictor, [str(photos / "a.png")], out, QUIET, overlays=True)
+    assert picture.read_bytes() == (photos / "b.jpg").read_bytes()
 
 
 def test_masks_do_not_go_among_the_photos(tmp_path: Path, photos: Path, predictor: Predictor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from rich.text import Text
 
 from starseg import __version__
 from starseg.cli_help import complete_methods, examples, show_method, show_methods
-from starseg.errors import Stopped, UserError
+from starseg.errors import Stopped, UserError, message
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,14 +95,14 @@ def train(
     out: Out = None,
 ) -> None:
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
-    from starseg.config import load_config
+    from starseg.config import load_config, override
     from starseg.engine.launch import is_leader
     from starseg.engine.runner import train as run
     from starseg.report.page import write_report
 
-    options = {"out": out and json.dumps(str(out)), "train.devices": devices, "train.num_nodes": num_nodes}
+    options = {"out": out and str(out), "train.devices": devices, "train.num_nodes": num_nodes}
     options["train.deterministic"] = deterministic or None
-    changed = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    changed = [*(overrides or []), *(override(key, value) for key, value in options.items() if value is not None)]
     with resumable():
         run_dir = run(load_config(config, changed), _steps(steps), console)
     if is_leader():
@@ -201,7 +199,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the masks.", show_default=False)],
     overlays: Annotated[bool, typer.Option("--overlays", help="Also draw tinted images with a legend.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write each image's share of each class.")] = None,
+    json_file: JsonFile = None,
     window: Annotated[bool, typer.Option("--window", help="Slide crops over the full-size image.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
     scales: Annotated[str, typer.Option(help="Average over these sizes, e.g. 0.75,1,1.25.")] = "1",
@@ -211,7 +209,8 @@ def predict(
     """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
 
     By default an image is resized so that its short side is the training
-    crop's, and the logits are brought back to its size.
+    crop's, and the logits are brought back to its size. The --json file
+    takes each image's share of each class.
     """
     from starseg.predict import Options, load
     from starseg.predict_files import predict_files
@@ -381,13 +380,14 @@ def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile =
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
-    """A user's mistake, and a full disk, is one message and exit code 2; with ``debug`` also a traceback."""
+    """What a user can mend is one message and exit code 2; with ``debug`` a traceback."""
     try:
         yield
     except (UserError, OSError) as error:
-        if debug or (isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
+        text = None if debug else message(error)
+        if text is None:
             raise
-        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", Text(text), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

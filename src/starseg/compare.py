@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from starseg.config import RunConfig, load_config
+from starseg.config import RunConfig, load_config, override
 from starseg.engine.checkpoint import read_json, write_atomic
 from starseg.engine.rundir import resolve
 from starseg.engine.runner import train
@@ -59,7 +59,7 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
 
     def configured(method: str, seed: int, *more: str) -> RunConfig:
         place = out / run_name(method, seed)
-        return load_config(config, [*overrides, f"method={method}", f"seed={seed}", f"out={place}", *more])
+        return load_config(config, [*overrides, f"method={method}", f"seed={seed}", override("out", str(place)), *more])
 
     for seed in seeds:
         owners: dict[str, RunConfig] = {}
@@ -75,7 +75,7 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
                 owners[owner] = lender
                 plan.runs.append(lender)
                 plan.only_base.add(lender.run_dir)
-            plan.runs.append(configured(method, seed, f"start_from={lender.run_dir / 'step_0'}"))
+            plan.runs.append(configured(method, seed, override("start_from", str(lender.run_dir / "step_0"))))
     return plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -262,6 +263,11 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             + f", got {config.train.batch_size} in all"
         )
     return config
+
+
+def override(key: str, value: Any) -> str:
+    """``key=value`` for :func:`load_config`, quoted where YAML would read a text as something else."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

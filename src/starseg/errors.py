@@ -1,5 +1,7 @@
 """What ends a command early."""
 
+import errno
+
 
 class UserError(ValueError):
     """Bad input. The message says what was received, what was expected and what to do."""
@@ -10,3 +12,14 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
+
+
+def message(error: Exception) -> str | None:
+    """What a user is told of an error; None where only a traceback helps.
+
+    Beside :class:`UserError`, a file that the system refuses, and a full disk, are a user's to mend.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return str(error) if full or isinstance(error, UserError) else None

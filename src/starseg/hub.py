@@ -6,17 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from starseg import __version__
-from starseg.engine.checkpoint import load_model, read_json, write_atomic
+from starseg.engine.checkpoint import is_finished, load_model, read_json, write_atomic
 from starseg.errors import UserError
 from starseg.report.templating import template
 
 _FILES = ("model.safetensors", "model.json")
+_CARD, _CARD_HEAD = "README.md", b"---\nlibrary_name: starseg\n"
 
 
 def _earlier_steps(step_dir: Path, step: int) -> list[dict[str, Any]]:
     """Entries of the run's results.json up to this step, where the step lies in its run."""
     path = step_dir.resolve().parent / "results.json"
     return [e for e in read_json(path)["steps"] if e["step"] <= step] if path.is_file() else []
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there, or an earlier export: a step holds a model.json too, but no model card of ours."""
+    if not folder.is_dir() or is_finished(folder):
+        return not folder.exists()
+    card = folder / _CARD
+    return not any(folder.iterdir()) or (card.is_file() and card.read_bytes().startswith(_CARD_HEAD))
 
 
 def write_hub(step_dir: Path, folder: Path) -> Path:
@@ -34,7 +43,7 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
     """
     if folder.resolve() == step_dir.resolve():
         raise UserError(f"--hub: {folder} is the step itself; give another folder")
-    if folder.exists() and not (folder.is_dir() and ((folder / _FILES[1]).is_file() or not any(folder.iterdir()))):
+    if not _is_free(folder):
         raise UserError(f"--hub: {folder} holds something that `starseg export` did not make; give a free place")
     model, info = load_model(step_dir)
     metrics = read_json(step_dir / "metrics.json")
@@ -49,7 +58,8 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
         version=__version__,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    # The card first: a folder that has one may be written again after a break.
+    write_atomic(folder / _CARD, card.encode())
     for name in _FILES:
         write_atomic(folder / name, (step_dir / name).read_bytes())
-    write_atomic(folder / "README.md", card.encode())
-    return folder / "README.md"
+    return folder / _CARD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
 from starseg.engine.resume import begun
-from starseg.engine.rundir import adopt
+from starseg.engine.rundir import LOCK, adopt, lock
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.lesson import Lesson, Request, Source, open_source, read_lesson
@@ -86,7 +87,8 @@ def _refuse_other_run(request: Request) -> None:
     out = request.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a free place")
-    if out.is_dir() and any(out.iterdir()) and not (out / FOLDER / "learn.json").is_file():
+    there = {entry.name for entry in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if there and not (out / FOLDER / "learn.json").is_file():
         raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
 
 
@@ -98,7 +100,7 @@ def _refuse_backbone(request: Request) -> None:
 
 
 def _install(prepared: Path, run: Path) -> None:
-    """Put the prepared data into the run directory, unless they are there already."""
+    """Put the prepared data into the run directory, which is locked, unless they are there already."""
     target, about = run / FOLDER, checkpoint.read_json(prepared / "learn.json")
     there = checkpoint.read_json(target / "learn.json") if target.is_dir() else None
     if there and there != about:
@@ -108,7 +110,6 @@ def _install(prepared: Path, run: Path) -> None:
         for old in (target, *run.glob("step_*")):
             shutil.rmtree(old)
     if there != about:
-        run.mkdir(parents=True, exist_ok=True)
         prepared.rename(target)
 
 
@@ -201,20 +202,22 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
     out = request.out.resolve()
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
-        prepared = Path(temporary) / FOLDER
-        lesson = read_lesson(request, source, prepared, console)
-        config = make_config(request, source, lesson, prepared if dry_run else out / FOLDER)
-        print_preview(lesson, config, source, console)
-        if dry_run:
-            seconds = _trial_seconds(config, lesson, source, prepared)
-            _print_estimate(seconds, config, lesson, console)
-            return None
-        _install(prepared, out)
-    if source:
-        _take_over(source, lesson, config, console)
-    step = len(lesson.steps) - 1
-    run = Runner(config, console, range(step, step + 1)).run()
+    with ExitStack() as until_trained:
+        with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
+            prepared = Path(temporary) / FOLDER
+            lesson = read_lesson(request, source, prepared, console)
+            config = make_config(request, source, lesson, prepared if dry_run else out / FOLDER)
+            print_preview(lesson, config, source, console)
+            if dry_run:
+                seconds = _trial_seconds(config, lesson, source, prepared)
+                _print_estimate(seconds, config, lesson, console)
+                return None
+            held = until_trained.enter_context(lock(out))
+            _install(prepared, out)
+        if source:
+            _take_over(source, lesson, config, console)
+        step = len(lesson.steps) - 1
+        run = Runner(config, console, range(step, step + 1), lock=held).run()
     figures = before_after(run)
     checkpoint.write_json(run / FOLDER / "before_after.json", figures)
     console.print(before_after_table(figures))

@@ -23,7 +23,7 @@ from starseg.errors import UserError
 from starseg.predict import Options, Prediction, Predictor
 
 _GLOB = set("*?[")
-_MARK = {"Software": "starseg"}
+_MARK = "starseg"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
     """Name a mask (and an overlay) for each image: its stem, with a number where another image has it already.
 
     Raises:
-        UserError: a result would overwrite one of the images, or a mask that no prediction made.
+        UserError: a result would overwrite one of the images, or a file that no prediction made.
     """
     taken: set[str] = set()
     targets = []
@@ -82,15 +82,16 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
     written = [path for t in targets for path in (t.mask, t.overlay) if path]
     if lost := [path for path in written if path.resolve() in inputs]:
         raise UserError(f"--out: {lost[0]} is one of the images and would be overwritten; give another folder")
-    if alien := next((t.mask for t in targets if t.mask.exists() and not _is_predicted(t.mask)), None):
+    if alien := next((path for path in written if path.exists() and not _is_predicted(path)), None):
         raise UserError(f"--out: {alien} is there and was not made by `starseg predict`; give another folder")
     return targets
 
 
 def _is_predicted(path: Path) -> bool:
+    """Whether a mask (PNG) or an overlay (JPEG) bears our mark."""
     try:
         with Image.open(path) as image:
-            return _MARK.items() <= image.info.items()
+            return image.info.get("Software") == _MARK or image.info.get("comment") == _MARK.encode()
     except OSError:
         return False
 
@@ -105,8 +106,7 @@ def mask_png(mask: np.ndarray) -> bytes:
     """A palette PNG of [H, W] uint8 ids, in the colours of the VOC, that says which program made it."""
     image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(voc_palette().tobytes())
-    for key, value in _MARK.items():
-        about.add_text(key, value)
+    about.add_text("Software", _MARK)
     return _encoded(image, format="PNG", optimize=True, pnginfo=about)
 
 
@@ -159,7 +159,7 @@ def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str,
     write_atomic(target.mask, mask_png(done.mask))
     if target.overlay:
         drawn = draw_overlay(done.image.permute(1, 2, 0).numpy(), done.mask, names)
-        write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90))
+        write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90, comment=_MARK))
     height, width = done.mask.shape
     return {
         "image": str(target.image),

@@ -2,15 +2,19 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from starseg.data.dataset import Split
 from starseg.data.loading import Loading, Pass
 from starseg.data.step import EpochSampler, StepDataset
 from starseg.data.voc import open_voc
+from starseg.errors import UserError
 
 IDENTITY = np.arange(256, dtype=np.uint8)
 
@@ -56,4 +60,34 @@ def test_a_pass_can_be_repeated_and_draws_no_random_number(shapes: Path, workers
     assert len(batches) == 8 and torch.equal(_images(batches), _images(batches))
     list(itertools.islice(batches, 1))
     assert torch.equal(torch.get_rng_state(), state)
+    loading.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_cannot_be_read_is_the_message(shapes: Path, tmp_path: Path, workers: int) -> None:
+    good, lost = open_voc(shapes).train, tmp_path / "lost.jpg"
+    split = Split((*good.images[:3], lost), good.masks[:4], good.ids[:4])
+    loading = Loading(workers)
+    batches = loading.over(StepDataset(split, np.arange(4), IDENTITY, 48, None), EpochSampler(4, 2, [0]))
+    with pytest.raises(UserError) as stopped:
+        list(batches)
+    assert str(stopped.value).startswith(str(lost)) and "\n" not in str(stopped.value)
+    loading.close()
+
+
+def test_workers_leave_signals_to_the_run(shapes: Path) -> None:
+    """As when a batch system signals every process, or Ctrl-C a terminal's."""
+    loading, before = Loading(2), set(multiprocessing.active_children())
+    handlers = {number: signal.signal(number, lambda *_: os._exit(9)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        batches = iter(_pass(loading, shapes, 1))
+        got = [next(batches).images]
+        for worker in set(multiprocessing.active_children()) - before:
+            for number in handlers:
+                os.kill(worker.pid or 0, number)
+        got += [batch.images for batch in batches]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert torch.equal(torch.cat(got), _images(_pass(Loading(), shapes, 1)))
     loading.close()

@@ -4,6 +4,7 @@ What the cases damage are copies of a data set and of a finished step. `pytest -
 the table, under the last test.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -321,6 +322,10 @@ def test_step_directories(
         (["train", "{config}", "--steps", "1"], "step 1 needs step 0, which is not finished"),
         (["eval", "/nowhere/step_0"], "/nowhere/step_0: no step directory"),
         (["eval", "/nowhere/weights.pth"], "there is no checkpoint /nowhere/weights.pth"),
+        (
+            ["predict", "/nowhere/step_0", "a.jpg", "--out", "o", "--json", "/nowhere/e.json"],
+            "--json /nowhere/e.json: expected a file in a folder",
+        ),
         (["report", "/nowhere"], "/nowhere/results.json: cannot read"),
         (["data", "check", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets"),
         (["data", "index", "{config}", "data.root=/nowhere"], "/nowhere/ImageSets"),
@@ -338,6 +343,48 @@ def test_commands(
     config.write_text(yaml.safe_dump(tiny))
     filled = [a.format(config=config) for a in argv]
     _refused(" ".join(argv), filled, message, tmp_path, capsys, monkeypatch)
+
+
+def test_a_folder_that_cannot_be_made(
+    tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's own refusal names the path and the reason; --debug shows where it came from."""
+    config, out = tmp_path / "c.yaml", tmp_path / "c.yaml" / "run"
+    config.write_text(yaml.safe_dump(tiny))
+    argv = ["train", str(config), "--out", str(out)]
+    _refused("out below a file", argv, f"error: {out}: Not a directory\n", tmp_path, capsys, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["starseg", "--debug", *argv])
+    with pytest.raises(NotADirectoryError):
+        main()
+
+
+def test_a_file_system_without_locks(
+    tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unlockable)
+    config, run = tmp_path / "c.yaml", Path(tiny["out"])
+    run.mkdir()
+    config.write_text(yaml.safe_dump(tiny))
+    message = f"{run / '.lock'}: cannot be locked (No locks available)"
+    (run / ".lock").touch()
+    _refused("no locks", ["train", str(config)], message, tmp_path, capsys, monkeypatch)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    monkeypatch.setenv("STARSEG_CACHE", str(config / "cache"))
+    monkeypatch.setattr(sys, "argv", ["starseg", "data", "index", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 0 and "step 2: " in printed.out
+    assert "note: " in printed.err and f"{config / 'cache'}" in printed.err and "Not a directory" in printed.err
 
 
 def test_the_table() -> None:

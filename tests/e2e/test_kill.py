@@ -100,20 +100,25 @@ def test_twenty_kills(starter: Starter, longer: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(starter: Starter, longer: dict, tmp_path: Path, number: int) -> None:
-    longer["train"]["base"]["epochs"] = 40
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_saves_first(starter: Starter, longer: dict, tmp_path: Path, number: int, workers: int) -> None:
+    """Sent to the run alone, and to its loader workers too, as batch systems do; these start in a scan."""
+    longer["train"]["later"]["epochs"], longer["data"]["workers"] = 30, workers
     config = str(_config(longer, tmp_path / "run"))
-    pid = starter.start("train", config, "--steps", "0")
-    state, end = tmp_path / "run" / "step_0" / "resume.ckpt", time.monotonic() + 300
+    assert starter.run("train", config, "--steps", "0").returncode == 0
+    pid = starter.start("train", config, "--steps", "1")
+    state, end = tmp_path / "run" / "step_1" / "resume.ckpt", time.monotonic() + 300
     while not state.is_file() and time.monotonic() < end:
         time.sleep(0.02)
     time.sleep(0.3)
-    os.kill(pid, number)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= workers
+    for process in (*children, pid):
+        os.kill(int(process), number)
     done = starter.wait()
     assert done.returncode == 128 + number, done
     assert "the same command goes on from there" in done.stderr and "Traceback" not in done.stderr
-    again = starter.run("train", config, "--steps", "0")
+    again = starter.run("train", config, "--steps", "1")
     assert again.returncode == 0 and "going on," in again.stdout
     assert not state.is_file()
 

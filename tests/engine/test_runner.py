@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from starseg.config import parse_config
@@ -110,7 +111,9 @@ def test_step_0_can_come_from_another_run(tiny: dict, tmp_path: Path) -> None:
     _run(tiny, range(1))
     source = Path(tiny["out"]) / "step_0"
     adopted = {**tiny, "method": "finetune", "out": str(tmp_path / "ft"), "start_from": str(source)}
+    (tmp_path / "ft" / "step_0" / "logs").mkdir(parents=True)  # left by a run that was killed before its first save
     assert len(_run(adopted)["steps"]) == 3
+    assert not (tmp_path / "ft" / "step_0" / "logs").exists()
     other = {**adopted, "out": str(tmp_path / "ft2"), "data": {**tiny["data"], "crop": 32}}
     with pytest.raises(UserError, match=r"start_from: .* differs from this run in crop"):
         _run(other)
@@ -164,6 +167,21 @@ def test_a_directory_belongs_to_one_configuration(tiny: dict, tmp_path: Path) ->
     with pytest.raises(UserError, match="not empty and holds no run"):
         _run({**tiny, "out": str(foreign)})
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_yaml_of_one_s_own_is_not_overwritten(tiny: dict, tmp_path: Path) -> None:
+    own = tmp_path / "proj" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text("# my notes\n" + yaml.safe_dump(tiny))
+    before = own.read_text()
+    with pytest.raises(UserError, match=r"proj/config\.yaml: .*overwritten.*--out"):
+        _run({**tiny, "out": str(own.parent)}, range(1))
+    assert own.read_text() == before and list(own.parent.iterdir()) == [own]
+    # A run's copy without its hidden files is a run still.
+    run = Path(tiny["out"])
+    _run(tiny, range(1))
+    (run / ".lock").unlink()
+    _run(tiny, range(1))
 
 
 def test_a_diverging_loss_stops_with_its_terms(tiny: dict) -> None:

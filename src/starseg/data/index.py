@@ -6,9 +6,11 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from starseg.data.dataset import Dataset, Split
 from starseg.data.files import image_size, read_mask, refuse_other_size
@@ -88,15 +90,18 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
     """Scan the files, or take the counts from the cache, keyed by their list with sizes and modification times."""
     path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
-    if path.is_file():
-        try:
-            return np.load(path, allow_pickle=False)["pixels"]
-        except (OSError, ValueError, KeyError):
-            path.unlink()
+    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing, or damaged in one of many ways
+        return file["pixels"]
     pixels = scan_masks(split.masks, split.images)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, pixels=pixels)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez_compressed(file, pixels=pixels)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        text = f"note: the class index is not kept, {path} cannot be written ({error.strerror}); see $STARSEG_CACHE"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
     return pixels

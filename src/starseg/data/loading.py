@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from starseg.data.cache import ImageCache
 from starseg.data.step import Batch, EpochSampler, Request, StepDataset
+from starseg.errors import UserError
 
 
-class _Reader(Dataset[Batch]):
-    """Makes the samples it is asked for; workers hold nothing that belongs to a step."""
+class _Reader(Dataset[Batch | UserError]):
+    """Makes the samples it is asked for, or says why not; workers hold nothing that belongs to a step."""
 
     def __init__(self, cache: ImageCache | None) -> None:
         self.cache = cache
 
-    def __getitem__(self, request: Request) -> Batch:
-        return request.read(self.cache)
+    def __getitem__(self, request: Request) -> Batch | UserError:
+        try:
+            return request.read(self.cache)
+        except UserError as error:
+            return error
 
 
 class _Requests(Sampler[list[Request]]):
@@ -42,7 +47,7 @@ class Loading:
     def __init__(self, workers: int = 0, cache: ImageCache | None = None) -> None:
         self.workers, self.cache = workers, cache
         self._requests = _Requests()
-        self._loader: DataLoader[Batch] | None = None
+        self._loader: DataLoader[Batch | UserError] | None = None
         self._passes = 0
 
     def over(self, dataset: StepDataset, sampler: EpochSampler) -> Pass:
@@ -57,6 +62,7 @@ class Loading:
         """Load batches; whatever an unfinished pass before this one has ordered is thrown away.
 
         Raises:
+            UserError: a file that cannot be read.
             RuntimeError: asked for the rest of a pass after another one began.
         """
         self._passes += 1
@@ -64,16 +70,19 @@ class Loading:
         if self._loader is None:
             self._loader = self._make()
         for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
             yield batch
             if number != self._passes:
                 raise RuntimeError("another pass over the data began before this one had ended")
 
-    def _make(self) -> DataLoader[Batch]:
+    def _make(self) -> DataLoader[Batch | UserError]:
         return DataLoader(
             _Reader(self.cache),
             batch_sampler=self._requests,
             num_workers=self.workers,
-            collate_fn=collate,
+            collate_fn=_collate_or_say,
+            worker_init_fn=_leave_signals_to_the_run,
             # A forked worker shares its parent's cache.
             multiprocessing_context="fork" if self.workers and self.cache else None,
             persistent_workers=self.workers > 0,
@@ -97,6 +106,17 @@ class Pass:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.loading.run([self.dataset.request(key) for key in keys] for keys in self.sampler)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach the workers too, of which the run needs batches until it has saved."""
+    for number in (SIGINT, SIGTERM):
+        signal(number, SIG_IGN)
+
+
+def _collate_or_say(samples: list[Batch | UserError]) -> Batch | UserError:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    return errors[0] if errors else collate([sample for sample in samples if isinstance(sample, Batch)])
 
 
 def collate(samples: list[Batch]) -> Batch:

@@ -168,6 +168,11 @@ def open_data(
     )
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     loading, saliency = Loading(), method.saliency(dataset.key)
+    if saliency and (lost := [i for i in dataset.train.images if not (saliency / f"{i.stem}.png").is_file()]):
+        raise UserError(
+            f"{saliency / lost[0].stem}.png is missing, the saliency map of {lost[0]}; "
+            f"{len(lost)} of {len(dataset.train)} training images have none"
+        )
     data = Data(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)
     data.check(steps)
     if fabric:

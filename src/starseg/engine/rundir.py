@@ -32,8 +32,10 @@ _FREE_KEYS: Keys = frozenset(
         ("eval", "batch_size"),
     }
 )
-# What may lie in a run directory before its config.yaml does.
-_OURS = (".lock", ".config.yaml.tmp", "step_", "learn")
+LOCK = ".lock"
+# What may lie in a run directory before its config.yaml does, and what tells its config.yaml from anyone's.
+_OURS = (LOCK, ".config.yaml.tmp", "step_", "learn")
+_OF_A_RUN = (LOCK, "step_*", "results.json")
 
 
 def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
@@ -70,42 +72,59 @@ def _differences(a: Any, b: Any, free: Keys, path: tuple[str, ...] = ()) -> list
     return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
 
 
-def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> IO[str]:
-    """Lock a run directory and save the resolved configuration in it; the lock lasts until the file is closed.
+def lock(run_dir: Path) -> IO[str]:
+    """Make a run directory this process's own, until the file that is returned is closed.
 
     Raises:
-        UserError: the directory belongs to another configuration, or another process is running in it.
+        UserError: another process is running in it, or its file system knows no locks.
     """
-    _refuse_another_run(run_dir, config, free)
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("a+")
+    file = (run_dir / LOCK).open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
         raise UserError(
             f"{run_dir}: another process (pid {owner}) is running in it; wait for it, or give another one with --out"
         ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: cannot be locked ({error.strerror}); give a place on another file system with --out"
+        ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[str] | None = None) -> IO[str]:
+    """Lock a run directory, unless ``held`` is its lock already, and save the resolved configuration in it.
+
+    Raises:
+        UserError: the directory belongs to another configuration, or cannot be locked.
+    """
+    _refuse_another_run(run_dir, config, free)
+    held = held or lock(run_dir)
     # Once more: another run may have begun, and ended, since.
     _refuse_another_run(run_dir, config, free)
     checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
-    return lock
+    return held
 
 
 def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
-    path = run_dir / "config.yaml"
+    path, ours = run_dir / "config.yaml", dump_config(config)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     if path.is_file():
         try:
-            theirs = yaml.safe_load(path.read_text())
+            text = path.read_text()
+            theirs = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error
-        changed = _differences(theirs, yaml.safe_load(dump_config(config)), _FREE_KEYS | free)
+        if text != ours and not any(any(run_dir.glob(pattern)) for pattern in _OF_A_RUN):
+            raise UserError(f"{path}: belongs to no run and would be overwritten; give another directory with --out")
+        changed = _differences(theirs, yaml.safe_load(ours), _FREE_KEYS | free)
         if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
@@ -131,8 +150,10 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Take another run's finished step as ours."""
+    """Take another run's finished step as ours, in place of what a run left that was killed before its first save."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))
+    if target.exists():
+        shutil.rmtree(target)
     partial.replace(target)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning_fabric import seed_everything
@@ -53,13 +53,19 @@ class Runner:
         console: where progress and tables go.
         steps: which steps; all by default.
         free: keys that may moreover differ from those of the directory's finished steps.
+        lock: of the run directory, where the caller holds it already.
 
     Raises:
         UserError: bad data, a step that does not exist, a directory of another run.
     """
 
     def __init__(
-        self, config: RunConfig, console: Console, steps: range | None = None, free: Keys = frozenset()
+        self,
+        config: RunConfig,
+        console: Console,
+        steps: range | None = None,
+        free: Keys = frozenset(),
+        lock: IO[str] | None = None,
     ) -> None:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
@@ -78,7 +84,7 @@ class Runner:
         self.run_dir = self.config.run_dir
         if self.leader:
             self._check_start()
-        self.lock = claim(self.run_dir, self.config, free) if self.leader else None
+        self.lock = claim(self.run_dir, self.config, free, lock) if self.leader else None
         self.fabric.launch()
         self.add_up = adder(self.fabric)
 
@@ -281,6 +287,7 @@ class Runner:
             losses = training.iterate(batch)
             sum(value.item() for value in losses.values())
             marks.append(time.monotonic())
+        self.data.loading.close()
         return (marks[-1] - marks[0]) / (len(marks) - 1)
 
     def _fit(self, training: StepTraining, memory: Memory, guard: Guard) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from starseg.data.index import class_index
 from starseg.data.step import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model
 from starseg.engine.data import Data, dataset_and_task
+from starseg.engine.launch import make_fabric
 from starseg.errors import UserError
-from starseg.losses import resize
 from starseg.methods import METHODS, Method, method_options
+from starseg.models import Segmenter
+from starseg.models.segmenter import predict_upsampled
 from starseg.tasks import TaskSequence
 
 _BATCH = 8
@@ -49,6 +53,7 @@ class TestSet:
         last: the number of the last of them.
         pixels: [M, 256] class index of the test split.
         positions: the images that show a class learnt so far.
+        network: of a step directory, on the run's device.
     """
 
     __test__ = False
@@ -61,6 +66,7 @@ class TestSet:
     last: int
     pixels: np.ndarray
     positions: np.ndarray
+    network: Callable[[Path], Segmenter]
 
     def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Test crops [N, 3, H, W] uint8 and their truth [N, H, W] uint8 training ids."""
@@ -72,13 +78,12 @@ class TestSet:
     @torch.inference_mode()
     def predict(self, folder: Path, images: Tensor) -> Tensor:
         """[N, H, W] uint8 training ids of [N, 3, H, W] uint8 images by a step's model."""
-        model, _ = load_model(folder)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.network(folder)
         rule = self.method.rule(self.config.compat == "published")
         parts = []
         for batch in images.split(_BATCH):
             logits = model(model.normalize(batch)).logits
-            parts.append(rule(resize(logits, batch.shape[-2:])).byte().cpu())
+            parts.append(predict_upsampled(rule, logits, batch.shape[-2:]).byte().cpu())
         return torch.cat(parts)
 
 
@@ -103,4 +108,10 @@ def open_test_set(run: Path) -> TestSet:
     config, method, dataset, task = run_data(run)
     pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
     positions = Data(dataset, task, pixels[:0], pixels, config).positions(last, "test")
-    return TestSet(config, method, dataset, task, folders, last, pixels, positions)
+    device = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1})).device
+
+    @lru_cache(maxsize=4)
+    def network(folder: Path) -> Segmenter:
+        return load_model(folder)[0].to(device)
+
+    return TestSet(config, method, dataset, task, folders, last, pixels, positions, network)
