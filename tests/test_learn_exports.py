@@ -207,7 +207,7 @@ def test_classes_are_needed_without_coco(
 ) -> None:
     root = segmentation_mask
     args = ["--images", root / "JPEGImages", "--masks", root / "SegmentationClass", "--out", tmp_path / "run"]
-    assert _command(monkeypatch, "learn", "--new", *args) == 2
+    assert _command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
     assert "--classes: give a file or names" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -247,7 +247,7 @@ def test_coco_files_that_are_refused(
     file.write_text(json.dumps(tree))
     before = sorted(tmp_path.rglob("*"))
     args = ["--images", coco / "images" / "default", "--masks", file, "--out", tmp_path / "run"]
-    assert _command(monkeypatch, "learn", "--new", *args) == 2
+    assert _command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
     text = capsys.readouterr().err
     assert message in text and str(file) in text and "Traceback" not in text
     assert sorted(tmp_path.rglob("*")) == before
