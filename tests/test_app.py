@@ -68,8 +68,12 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
         app.view(app.open_side(random_run), large, 1, CLASSES)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished step in this run directory"):
+def test_a_folder_that_is_no_run_is_refused_with_the_runs_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no finished step in this run directory$"):
+        app.serve([tmp_path], 0, Console(quiet=True))
+    (tmp_path / "star").mkdir()
+    (tmp_path / "star" / "results.json").touch()
+    with pytest.raises(UserError, match=f"the runs in {tmp_path} are star"):
         app.serve([tmp_path], 0, Console(quiet=True))
 
 

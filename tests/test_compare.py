@@ -52,6 +52,15 @@ def test_a_base_step_is_trained_once_where_it_is_the_same(config: Path, tmp_path
         compare.make_plan(config, ["nobody"], [0], out, [])
 
 
+def test_what_a_star_stands_for_is_said_once(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = tmp_path / f"ssul_seed{seed}"
+        run.mkdir()
+        content = {"run": {"method": "ssul", "steps": 1, "notes": ["without saliency maps"]}, "steps": [{}]}
+        (run / "results.json").write_text(json.dumps(content))
+    assert compare.footnotes(tmp_path) == ["without saliency maps"]
+
+
 def test_compare_end_to_end(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

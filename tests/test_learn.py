@@ -317,6 +317,7 @@ def test_requests_that_are_refused(folder: Folder, tmp_path: Path, step_dir: Pat
         ({"classes": "cow"}, "nothing to learn"),
         ({"crop": 128}, "--crop 128"),
         ({"val_share": 1.0}, "--val-share"),
+        ({"lr": 0.0}, "--lr: expected a learning rate above 0"),
         ({"out": tmp_path}, "did not make"),
         ({"classes": "missing/classes.txt"}, "no such file"),
     ):

@@ -135,6 +135,8 @@ def test_load_says_what_it_has_and_what_is_wrong(step_dir: Path) -> None:
         load(step_dir, "tpu9")
     with pytest.raises(UserError, match=f"no step directory .*give one of its steps: {step_dir.name}"):
         load(step_dir.parent)
+    with pytest.raises(UserError, match=f"no such folder; the steps of {step_dir.parent}: {step_dir.name}"):
+        load(step_dir.parent / "step_9")
     info = json.loads((step_dir / "model.json").read_text())
     (step_dir / "model.json").write_text(json.dumps(info | {"method": "mine"}))
     with pytest.raises(UserError, match="method 'mine' of this step is not registered"):

@@ -151,6 +151,12 @@ def curves(out: Path) -> list[dict[str, Any]]:
     ]
 
 
+def footnotes(out: Path) -> list[str]:
+    """What the star beside a method's name stands for."""
+    runs = (run for each in finished_runs(out).values() for run in each)
+    return list(dict.fromkeys(note for run in runs for note in read_json(run / "results.json")["run"].get("notes", [])))
+
+
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """A table as GitHub reads it."""
     heads = list(rows[0])
@@ -192,8 +198,11 @@ def write_comparison(out: Path, console: Console) -> None:
         for row in rows:
             table.add_row(row["method"], *(row[column] for column in columns))
         console.print(table)
+    notes = footnotes(out)
+    for note in notes:
+        console.print(f"* {note}", highlight=False)
     files = {
-        "compare.md": markdown(rows),
+        "compare.md": markdown(rows) + "".join(f"\n\\* {note}\n" for note in notes),
         "compare.tex": latex(rows),
         "compare.csv": comma_separated(rows),
         "curves.csv": comma_separated(curves(out)),

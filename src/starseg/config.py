@@ -227,14 +227,17 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}:\n{explain(error, RunConfig)}") from error
+    if config.method not in METHODS:
+        raise UserError(
+            f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}; "
+            "one of your own must be imported, or named by its package (docs/new-method.md)"
+        )
     sections = {method.section for method in METHODS.values()}
     if unknown := sorted(set(config.model_extra or {}) - sections):
         known = [*RunConfig.model_fields, *sorted(sections)]
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"{source}:\n{unknown[0]}: unknown key; {hint}")
-    if config.method not in METHODS:
-        raise UserError(f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}")
     for method in METHODS.values():
         if method.section in (config.model_extra or {}):
             if not isinstance(given := (config.model_extra or {})[method.section] or {}, dict):

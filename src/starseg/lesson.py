@@ -176,6 +176,8 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
     """
     if not 0 < request.val_share < 1:
         raise UserError(f"--val-share: expected a share between 0 and 1 such as 0.15, got {request.val_share}")
+    if request.lr is not None and not request.lr > 0:
+        raise UserError(f"--lr: expected a learning rate above 0 such as 0.001, got {request.lr}")
     coco = read_coco(request.masks) if request.masks.is_file() else None
     classes = _classes(request, coco, console)
     names, new, table = assign_ids(classes, source)

@@ -71,8 +71,17 @@ def read_results(run: Path) -> Any:
     """
     path = run / "results.json"
     if not path.is_file():
-        raise UserError(f"{path}: cannot read it, there is no such file; give a run directory (it holds step_0, ...)")
+        raise UserError(
+            f"{path}: cannot read it, there is no such file; give a run directory (it holds step_0, ...)"
+            + runs_below(run)
+        )
     return read_json(path)
+
+
+def runs_below(folder: Path) -> str:
+    """The end of a message about a folder that is no run: which of its folders are."""
+    runs = sorted(path.parent.name for path in folder.glob("*/results.json"))
+    return f"; the runs in {folder} are {', '.join(runs)}" if runs else ""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -171,9 +180,10 @@ def load_info(folder: Path) -> StepInfo:
         UserError: no step directory, or one of a newer version.
     """
     if not (folder / "model.json").is_file():
-        steps = sorted(path.parent.name for path in folder.glob("step_*/model.json"))
-        hint = f"; it is a run, give one of its steps: {', '.join(steps)}" if steps else ""
-        raise UserError(f"{folder}: no step directory (it holds no model.json){hint}")
+        run = folder if folder.exists() else folder.parent
+        steps = ", ".join(sorted(path.parent.name for path in run.glob("step_*/model.json")))
+        hint = "it is a run, give one of its steps" if run == folder else f"there is no such folder; the steps of {run}"
+        raise UserError(f"{folder}: no step directory (it holds no model.json){f'; {hint}: {steps}' if steps else ''}")
     raw = read_json(folder / "model.json")
     version = raw.pop("format", None)
     if version != FORMAT:

@@ -96,7 +96,7 @@ class Data:
             if len(chosen) < self.config.train.batch_size:
                 raise UserError(
                     f"step {step}: {len(chosen)} training images, fewer than train.batch_size "
-                    f"({self.config.train.batch_size})"
+                    f"({self.config.train.batch_size}); give a smaller train.batch_size, or add images"
                 )
             if not len(self.positions(step, "test")):
                 raise UserError(f"step {step}: no test image shows a class seen so far")

@@ -111,7 +111,8 @@ def make_backbone(name: str, output_stride: int, pretrained: bool | Path) -> Bac
     except Exception as error:  # the hub client's own exceptions: no network, unknown tag, no such repository
         raise UserError(
             f"model.pretrained: cannot download the weights of {name!r} ({type(error).__name__}); give a file in place "
-            f"of true, set it to false, or take a backbone whose weights come as a package: {', '.join(_PACKAGED)}"
+            "of true (starseg learn: --pretrained FILE), set it to false (--pretrained no), or take a model.backbone "
+            f"(--backbone) whose weights come as a package: {', '.join(_PACKAGED)}"
         ) from error
     stride, channels = module.feature_info.reduction()[-1], module.feature_info.channels()[-1]
     if stride != output_stride:

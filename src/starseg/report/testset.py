@@ -15,7 +15,7 @@ from starseg.config import RunConfig, load_config
 from starseg.data.dataset import Dataset
 from starseg.data.index import class_index
 from starseg.data.step import StepDataset
-from starseg.engine.checkpoint import is_finished, load_model
+from starseg.engine.checkpoint import is_finished, load_model, runs_below
 from starseg.engine.data import Data, dataset_and_task
 from starseg.engine.launch import make_fabric
 from starseg.errors import UserError
@@ -39,7 +39,7 @@ def finished_steps(run: Path) -> list[Path]:
     """
     folders = sorted((p for p in run.glob("step_*") if is_finished(p)), key=step_number)
     if not folders:
-        raise UserError(f"{run}: no finished step in this run directory")
+        raise UserError(f"{run}: no finished step in this run directory{runs_below(run)}")
     return folders
 
 
