@@ -42,10 +42,11 @@ class Loading:
     Args:
         workers: how many; 0 loads in this process.
         cache: keeps what was decoded; shared with the workers, which are forked.
+        pinned: whether batches lie in page-locked memory, for a GPU.
     """
 
-    def __init__(self, workers: int = 0, cache: ImageCache | None = None) -> None:
-        self.workers, self.cache = workers, cache
+    def __init__(self, workers: int = 0, cache: ImageCache | None = None, pinned: bool = False) -> None:
+        self.workers, self.cache, self.pinned = workers, cache, pinned
         self._requests = _Requests()
         self._loader: DataLoader[Batch | UserError] | None = None
         self._passes = 0
@@ -86,7 +87,7 @@ class Loading:
             # A forked worker shares its parent's cache.
             multiprocessing_context="fork" if self.workers and self.cache else None,
             persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pinned,
             prefetch_factor=4 if self.workers else None,
             # The loader's own: how often it draws from it must not change what training draws.
             generator=torch.Generator(),

@@ -176,6 +176,6 @@ def open_data(
     data = Data(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)
     data.check(steps)
     if fabric:
-        loading.workers = workers_for(config, fabric)
+        loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
         loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console)
     return data

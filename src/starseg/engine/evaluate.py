@@ -77,8 +77,8 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     if list(task.class_names(last)) != info.names:
         raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
-    data = Data(dataset, task, pixels[:0], pixels, config, Loading(workers_for(config, fabric)))
-    loader = data.test_loader(last)
+    loading = Loading(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
+    loader = Data(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
     published = info.compat == "published"
     rule = METHODS[info.method](method_options(info.method, config)).rule(published)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
