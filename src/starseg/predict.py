@@ -248,7 +248,7 @@ class Predictor:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [N, C, h, w] at feature resolution of uint8 images [N, 3, H, W]."""
-        return self.model(self.model.normalize(images)).logits.float()
+        return self.model.predict(images).float()
 
     def _mask(self, passes: list[Tensor], height: int, width: int) -> np.ndarray:
         """Average logits [1, C, *, *] at the image's size, a band of rows at a time, and apply the rule."""

@@ -21,6 +21,19 @@ def test_growing_keeps_the_old_logits() -> None:
     torch.testing.assert_close(after[:, :3], before)
 
 
+def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = Segmenter("test_resnet", [3]).eval(), []
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        want = model(model.normalize(images)).logits
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        for side, parts in ((64 * 2, [4, 1]), (8, [1] * 5)):
+            monkeypatch.setattr("starseg.models.segmenter._PIXELS", side * side)
+            torch.testing.assert_close(model.predict(images), want)
+            assert seen == parts
+            seen.clear()
+
+
 def test_extra_features_are_classified_like_cells() -> None:
     model = Segmenter("test_resnet", [2, 1]).eval()
     with torch.inference_mode():

@@ -50,8 +50,7 @@ def confusion_matrix(
     classes = 1 + sum(model.head_sizes)
     total = torch.zeros(classes, classes, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
-        logits = model(model.normalize(batch.images)).logits
-        predicted = predict_upsampled(rule, logits, batch.labels.shape[-2:])
+        predicted = predict_upsampled(rule, model.predict(batch.images), batch.labels.shape[-2:])
         labels = batch.labels.to(predicted.device, non_blocking=True).long()
         total += multiclass_confusion_matrix(predicted, labels, classes, ignore_index=IGNORE, validate_args=False)
     return add_up(total).cpu().numpy()

@@ -27,6 +27,8 @@ _NORMS = (nn.modules.batchnorm._BatchNorm,)
 _FEWEST = 4
 # Maps of an image that are upsampled at a time: few enough for a CPU's cache.
 _AT_A_TIME = 8
+# Of the images that go through a network at a time: their maps stay in a CPU's cache (docs/performance.md).
+_PIXELS = 512 * 512
 _DROPOUTS = (nn.modules.dropout._DropoutNd, DropPath)
 
 
@@ -163,6 +165,12 @@ class Segmenter(nn.Module):
         """Logits [N, C, h, w] of a feature map [N, D, h, w]."""
         lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
         return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [N, C, h, w] of uint8 images [N, 3, H, W]; in eval mode, without gradients."""
+        on_cpu = self.mean.device.type == "cpu"
+        at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
+        return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
 
     def forward(self, images: Tensor, extra_features: Tensor | None = None, stages: bool = False) -> Output:
         """Run the network.

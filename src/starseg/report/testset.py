@@ -82,8 +82,7 @@ class TestSet:
         rule = self.method.rule(self.config.compat == "published")
         parts = []
         for batch in images.split(_BATCH):
-            logits = model(model.normalize(batch)).logits
-            parts.append(predict_upsampled(rule, logits, batch.shape[-2:]).byte().cpu())
+            parts.append(predict_upsampled(rule, model.predict(batch), batch.shape[-2:]).byte().cpu())
         return torch.cat(parts)
 
 
