@@ -78,6 +78,11 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def saliency_map(folder: Path, image: Path) -> Path:
+    """Where an image's saliency map lies: a grey PNG of its name."""
+    return folder / f"{image.stem}.png"
+
+
 def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
     """A copy of ids [H, W] uint8, looked up in a table of 256 bytes; by NumPy, they would become 64-bit indices."""
     found = bytearray(ids) if table is None else bytearray(ids).translate(table)
@@ -177,7 +182,7 @@ class StepDataset:
             self.exemplar_table if exemplar else self.table,
             self.crop,
             None if self.seed is None else sample_seed(*self.seed, epoch, index),
-            self.saliency / f"{path.stem}.png" if self.saliency else None,
+            saliency_map(self.saliency, path) if self.saliency else None,
         )
 
     def __getitem__(self, key: tuple[Epoch, int]) -> Batch:

@@ -18,7 +18,7 @@ from starseg.data.cache import make_cache
 from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
 from starseg.data.loading import Loading, Pass
-from starseg.data.step import EpochSampler, Kind, StepDataset, select_images
+from starseg.data.step import EpochSampler, Kind, StepDataset, saliency_map, select_images
 from starseg.errors import UserError
 from starseg.methods import Method
 from starseg.replay.memory import MemoryRule
@@ -168,9 +168,9 @@ def open_data(
     )
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     loading, saliency = Loading(), method.saliency(dataset.key)
-    if saliency and (lost := [i for i in dataset.train.images if not (saliency / f"{i.stem}.png").is_file()]):
+    if saliency and (lost := [i for i in dataset.train.images if not saliency_map(saliency, i).is_file()]):
         raise UserError(
-            f"{saliency / lost[0].stem}.png is missing, the saliency map of {lost[0]}; "
+            f"{saliency_map(saliency, lost[0])} is missing, the saliency map of {lost[0]}; "
             f"{len(lost)} of {len(dataset.train)} training images have none"
         )
     data = Data(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)

@@ -20,7 +20,7 @@ from starseg.data.loading import Loading
 from starseg.data.step import Batch
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.data import Data, workers_for
-from starseg.engine.launch import make_fabric
+from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import track
 from starseg.errors import UserError
@@ -65,9 +65,8 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     Raises:
         UserError: the data's classes are not the model's.
     """
-    single = config.train.model_copy(update={"devices": 1, "num_nodes": 1})
-    config = config.model_copy(update={"train": single})
-    fabric = make_fabric(single)
+    config = config.model_copy(update={"train": single_process(config.train)})
+    fabric = make_fabric(config.train)
     dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
     ids = iter(info.dataset_ids[1:])
     steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)

@@ -59,6 +59,11 @@ def refuse_other_number(config: TrainConfig) -> None:
             return
 
 
+def single_process(config: TrainConfig) -> TrainConfig:
+    """The same, for a single process: what looks at a run needs no others."""
+    return config.model_copy(update={"devices": 1, "num_nodes": 1})
+
+
 def make_fabric(config: TrainConfig) -> Fabric:
     """The configured devices and processes, not launched yet.
 

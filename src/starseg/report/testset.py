@@ -17,7 +17,7 @@ from starseg.data.index import class_index
 from starseg.data.step import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model, runs_below
 from starseg.engine.data import Data, dataset_and_task
-from starseg.engine.launch import make_fabric
+from starseg.engine.launch import make_fabric, single_process
 from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
 from starseg.models import Segmenter
@@ -107,7 +107,7 @@ def open_test_set(run: Path) -> TestSet:
     config, method, dataset, task = run_data(run)
     pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
     positions = Data(dataset, task, pixels[:0], pixels, config).positions(last, "test")
-    device = make_fabric(config.train.model_copy(update={"devices": 1, "num_nodes": 1})).device
+    device = make_fabric(single_process(config.train)).device
 
     @lru_cache(maxsize=4)
     def network(folder: Path) -> Segmenter:
