@@ -54,4 +54,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"[{text}]({relpath(shown, dirname(here) or '.')}{anchor or ''})"
         return text if (ROOT / file).exists() else link[0]
 
-    return re.sub(r"\[([^\]\n]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)", mended, markdown)
+    return re.sub(r"\[((?:[^\]\n]|\n(?!\n))*)\]\(([^)#\s:]+)(#[^)\s]*)?\)", mended, markdown)
