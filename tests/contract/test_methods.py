@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.backend_registration
 from rich.console import Console
 
 from starseg.config import parse_config
@@ -61,3 +62,21 @@ def test_two_processes(shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_every_method_on_two_processes(shapes: Path, tmp_path: Path) -> None:
     _on_two_processes(NAMES, shapes, tmp_path)
+
+
+def _on_another_device(names: list[str], data: Path, out: Path) -> None:
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this release of torch has no devices written in Python")
+    command = [sys.executable, str(Path(__file__).with_name("another_device.py")), str(data), str(out), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_another_device(shapes: Path, tmp_path: Path) -> None:
+    """A GPU's refusal to mix its tensors with the CPU's, where there is no GPU."""
+    _on_another_device(["star"], shapes, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_method_on_another_device(shapes: Path, tmp_path: Path) -> None:
+    _on_another_device(NAMES, shapes, tmp_path)

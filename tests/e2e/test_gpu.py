@@ -31,8 +31,8 @@ def _first_losses(run: Path) -> dict[str, float]:
 def test_losses_of_a_later_step_are_those_of_a_cpu(tiny: dict, tmp_path: Path) -> None:
     cpu = _run(tiny, tmp_path / "cpu", accelerator="cpu", precision="32")
     shared = {**tiny, "start_from": str(cpu / "step_0")}
-    gpu = _run(shared, tmp_path / "gpu", accelerator="cuda", precision="32")
-    half = _run(shared, tmp_path / "half", accelerator="cuda", precision="bf16-mixed")
+    gpu = _run(shared, tmp_path / "gpu", accelerator="gpu", precision="32")
+    half = _run(shared, tmp_path / "half", accelerator="gpu", precision="bf16-mixed")
     want = _first_losses(cpu)
     assert _first_losses(gpu) == pytest.approx(want, rel=1e-2, abs=1e-4)
     assert _first_losses(half) == pytest.approx(want, rel=1e-1, abs=1e-2)
@@ -40,6 +40,6 @@ def test_losses_of_a_later_step_are_those_of_a_cpu(tiny: dict, tmp_path: Path) -
 
 
 def test_deterministic_runs_are_equal(tiny: dict, tmp_path: Path) -> None:
-    runs = [_run(tiny, tmp_path / name, accelerator="cuda", deterministic=True) for name in ("a", "b")]
+    runs = [_run(tiny, tmp_path / name, accelerator="gpu", deterministic=True) for name in ("a", "b")]
     one, two = (load_model(run / "step_1")[0].state_dict() for run in runs)
     assert all(torch.equal(one[name], two[name]) for name in one)
