@@ -288,9 +288,10 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections (key: value), got {type(tree).__name__}")
-    for assignment in overrides:
+    assignments = list(overrides)
+    for assignment in assignments:
         _set_dotted(tree, assignment)
-    return parse_config(tree, str(path))
+    return parse_config(tree, f"{path} (with {', '.join(assignments)})" if assignments else str(path))
 
 
 def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:

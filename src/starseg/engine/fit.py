@@ -157,8 +157,8 @@ class StepTraining:
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
             self.unseen.append((raw, losses))
             bar.advance()
-            due = guard.due(last)
-            if due or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY:
+            # A look at a GPU's values, and an agreement of processes, make the GPU wait.
+            if looks := last or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY:
                 self._look(epoch)
             if last or self.iteration % _LOG_EVERY == 1:
                 terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
@@ -167,7 +167,7 @@ class StepTraining:
                 logger.log_metrics(values, step=self.iteration - 1)
                 if last or bar.live:
                     bar.show(f"epoch {epoch}/{self.epochs}", terms, self.batch_size)
-            if due:
+            if looks and guard.due(last):
                 save()
                 guard.saved_now()
 
