@@ -383,7 +383,7 @@ def reporting_errors(debug: bool) -> Iterator[None]:
     """What a user can mend is one message and exit code 2; with ``debug`` a traceback."""
     try:
         yield
-    except (UserError, OSError) as error:
+    except Exception as error:
         text = None if debug else message(error)
         if text is None:
             raise

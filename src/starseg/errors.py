@@ -1,6 +1,10 @@
 """What ends a command early."""
 
 import errno
+import re
+
+# torch says it in a type of its own on GPUs, and in a RuntimeError on CPUs.
+_NO_MEMORY = re.compile("^OutOfMemoryError|DefaultCPUAllocator: (can't|not enough)")
 
 
 class UserError(ValueError):
@@ -17,8 +21,15 @@ class Stopped(SystemExit):
 def message(error: Exception) -> str | None:
     """What a user is told of an error; None where only a traceback helps.
 
-    Beside :class:`UserError`, a file that the system refuses, and a full disk, are a user's to mend.
+    Beside :class:`UserError`, a file that the system refuses, a full disk and a lack of memory are a user's to mend.
     """
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
+        said = ". ".join(str(error).split(". ")[:2])
+        return (
+            f"out of memory{said and f' ({said})'}. Training takes less with train.accumulate=2 or more (the batch in "
+            "parts), a smaller train.batch_size or data.crop; evaluation with a smaller eval.batch_size; predict with "
+            "--batch-size 1. What a run has saved is kept"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -104,6 +104,10 @@ def test_published_image_lists_are_honoured(
     with pytest.raises(SystemExit):
         train(0, "--ep", "1", "--name", "Other")
     assert "nobody.jpg" in capsys.readouterr().err
+    np.save(lists / "overlap_5-3_train_00.npy", np.array([]))
+    with pytest.raises(SystemExit):
+        train(0, "--ep", "1", "--name", "Other")
+    assert "step 0" in capsys.readouterr().err
 
 
 class _Trap:

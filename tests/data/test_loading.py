@@ -81,7 +81,7 @@ def test_workers_leave_signals_to_the_run(shapes: Path) -> None:
     handlers = {number: signal.signal(number, lambda *_: os._exit(9)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         batches = iter(_pass(loading, shapes, 1))
-        got = [next(batches).images]
+        got = [next(batches).images, next(batches).images]  # one of each worker, so both have begun
         for worker in set(multiprocessing.active_children()) - before:
             for number in handlers:
                 os.kill(worker.pid or 0, number)

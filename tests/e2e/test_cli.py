@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from rich.console import Console
 
 from starseg import demo
-from starseg.cli import main
+from starseg.cli import main, reporting_errors
 from starseg.report.figures import write_figures
 
 
@@ -112,3 +113,18 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for path in ("star/pictures.png", "star/iou.png", "pictures.png", "iou.png"):
         assert (tmp_path / "demo" / path).stat().st_size > 10_000
     write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
+)
+def test_lack_of_memory_names_what_takes_less(error: Exception, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), reporting_errors(debug=False):
+        raise error
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "train.accumulate" in said and "Traceback" not in said
+    with pytest.raises(SystemExit), reporting_errors(debug=False):
+        torch.empty(2**60)
+    assert "train.accumulate" in capsys.readouterr().err
+    with pytest.raises(type(error)), reporting_errors(debug=True):
+        raise error

@@ -13,7 +13,7 @@ import yaml
 
 from starseg.config import dump_config, parse_config
 from starseg.engine import resume
-from starseg.engine.rundir import claim, resolve
+from starseg.engine.rundir import claim, lock, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 
@@ -95,3 +95,23 @@ def test_two_runs_started_together(tiny: dict, tmp_path: Path) -> None:
     assert winner.returncode == 128 + signal.SIGTERM and out.count("step 0: learning") == 1
     assert resume.decode(state.read_bytes()) is not None
     assert {p.name for p in run.iterdir()} == {".lock", "config.yaml", "step_0"}
+
+
+def _outlive(begun: Any) -> None:
+    begun.set()
+    time.sleep(60)
+
+
+def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path: Path) -> None:
+    held, begun = lock(tmp_path), _FORK.Event()
+    worker = _FORK.Process(target=_outlive, args=(begun,))
+    worker.start()
+    try:
+        assert begun.wait(30)
+        with pytest.raises(UserError, match="another process"):
+            lock(tmp_path)
+        held.close()
+        lock(tmp_path).close()
+    finally:
+        worker.kill()
+        worker.join()

@@ -33,6 +33,15 @@ def _half() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
+def test_an_iteration_that_overflows_leaves_no_trace() -> None:
+    """The loss scale skips it; memory as it comes, were it the momentum, would stay."""
+    training, raw = _training(MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**120)))
+    training.iterate(raw)
+    momenta = [state["momentum_buffer"] for state in training.optimizer.state.values()]
+    assert training.fabric.strategy.precision.scaler.get_scale() == 2.0**119
+    assert momenta and not any(momentum.any() for momentum in momenta)
+
+
 def test_what_fits_is_restored() -> None:
     before, again = _training(_half())[0], _training(_half())[0]
     before.ctx.generator.manual_seed(5)

@@ -97,13 +97,22 @@ def test_float32_is_no_tf32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "devices", "started_by", "workers"),
-    [("cuda", 1, "", 8), ("cuda", 4, "", 4), ("cuda", 32, "", 1), ("cuda", 4, "srun", 8), ("cpu", 4, "", 0)],
+    ("device", "devices", "started_by", "shared", "workers"),
+    [
+        ("cuda", 1, "", 2**40, 8),
+        ("cuda", 4, "", 2**40, 4),
+        ("cuda", 32, "", 2**40, 1),
+        ("cuda", 4, "srun", 2**40, 8),
+        ("cuda", 1, "", 2**30, 3),
+        ("cuda", 1, "", 2**26, 0),
+        ("cpu", 4, "", 2**40, 0),
+    ],
 )
-def test_loader_workers_share_the_cores(
-    device: str, devices: int, started_by: str, workers: int, monkeypatch: pytest.MonkeyPatch
+def test_loader_workers_share_cores_and_memory(
+    device: str, devices: int, started_by: str, shared: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("starseg.engine.data.cores", lambda: 16)
+    monkeypatch.setattr("starseg.engine.data.free_shared_memory", lambda: shared)
     if started_by:
         monkeypatch.setenv("SLURM_NTASKS", "4")
     config = parse_config({"task": {"name": "15-1"}, "train": {"devices": devices, "batch_size": 64}})

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from rich.console import Console
 
-from starseg.config import parse_config
+from starseg.config import TrainConfig, parse_config
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
@@ -188,3 +190,19 @@ def test_a_diverging_loss_stops_with_its_terms(tiny: dict) -> None:
     with pytest.raises(UserError, match=r"step 0, epoch 1, iteration \d+: a loss is no finite number: .*(nan|inf)"):
         _run({**tiny, "train": {**tiny["train"], "base": {"epochs": 2, "lr": 1e30}}})
     assert not (Path(tiny["out"]) / "step_0" / "metrics.json").exists()
+
+
+def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that begins in a new process ends as one that follows another."""
+
+    def half(config: TrainConfig) -> Fabric:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+        return Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+
+    monkeypatch.setattr("starseg.engine.runner.make_fabric", half)
+    once, twice = (parse_config({**tiny, "out": str(tmp_path / name)}) for name in ("once", "twice"))
+    train(once, range(2), Console(quiet=True))
+    for step in range(2):
+        train(twice, range(step, step + 1), Console(quiet=True))
+    files = [(config.run_dir / "step_1" / "model.safetensors").read_bytes() for config in (once, twice)]
+    assert files[0] == files[1]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from starseg.data.dataset import Split
 from starseg.data.files import image_size, read_image, read_mask
 from starseg.errors import UserError
+from starseg.machine import available_memory
 
 
 class ImageCache:
@@ -108,32 +107,3 @@ def make_cache(
     fits = setting == "ram" or size <= part / 2
     console.print(f"data.cache: {says}: {'kept' if fits else 'not kept'}", highlight=False)
     return ImageCache(shapes) if fits else None
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can still be taken: on the machine (Linux; elsewhere all it has), and within its control groups."""
-    try:
-        rows = (row.split() for row in (root / "proc/meminfo").read_text().splitlines())
-        free = next(1024 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
-        return max(0, min([free, *_left_by_groups(root)]))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _left_by_groups(root: Path) -> Iterator[int]:
-    """What every control group that this process is in has left of its limit; page cache counts as free."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
-        else:
-            continue
-        group = root / top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError, KeyError):  # not a group, or one without a limit ("max")
-                free = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(free[cached])
-                yield int((folder / limit).read_text()) - used

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from starseg.data.voc import VOC_NAMES
 from starseg.engine.data import Data, task_on
 from starseg.engine.progress import bar
 from starseg.errors import UserError
+from starseg.machine import cores
 from starseg.methods import METHODS, method_options
 
 _PUBLISHED = {"voc": {"training": 10_582, "test": 1_449}, "ade": {"training": 20_210, "test": 2_000}}
@@ -138,7 +138,7 @@ def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tu
 def _read(split: Split, name: str, classes: int, console: Console) -> Iterator[tuple[np.ndarray, list[BrokenFile]]]:
     """Inspect every pair of a split, on all cores."""
     with (
-        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ProcessPoolExecutor(cores()) as pool,
         bar(console, f"reading {name} files", len(split)) as shown,
     ):
         for counts, problems in pool.map(_inspect, split.images, split.masks, [classes] * len(split), chunksize=16):

@@ -11,7 +11,6 @@ learn.json             where it comes from, and which classes its masks show ("l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from starseg.data.labelme import draw_labelme
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
 from starseg.engine.progress import track
 from starseg.errors import UserError
+from starseg.machine import cores
 from starseg.tasks import BACKGROUND, IGNORE
 
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
@@ -184,7 +184,7 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
         save_mask(path, ids)
         return count_ids(ids)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos), "masks"))
     return np.stack(counts).astype(np.int64)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from starseg.data.dataset import Dataset, Split
 from starseg.data.files import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
+from starseg.machine import cores
 from starseg.tasks import IGNORE
 
 _VERSION = 2
@@ -56,7 +57,7 @@ def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> n
         UserError: a file is unreadable or truncated, or a mask is not as large as its image.
     """
     beside: Sequence[Path | None] = images or [None] * len(masks)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(cores()) as pool:
         return np.stack(list(pool.map(_count, masks, beside, chunksize=max(1, min(256, len(masks) // 8)))))
 
 

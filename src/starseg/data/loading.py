@@ -13,6 +13,9 @@ from starseg.data.cache import ImageCache
 from starseg.data.step import Batch, EpochSampler, Request, StepDataset
 from starseg.errors import UserError
 
+# Batches that a worker is ahead by, in shared memory.
+PREFETCH = 4
+
 
 class _Reader(Dataset[Batch | UserError]):
     """Makes the samples it is asked for, or says why not; workers hold nothing that belongs to a step."""
@@ -88,7 +91,7 @@ class Loading:
             multiprocessing_context="fork" if self.workers and self.cache else None,
             persistent_workers=self.workers > 0,
             pin_memory=self.pinned,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=PREFETCH if self.workers else None,
             # The loader's own: how often it draws from it must not change what training draws.
             generator=torch.Generator(),
         )

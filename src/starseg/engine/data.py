@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,23 +16,30 @@ from starseg.config import RunConfig
 from starseg.data.cache import make_cache
 from starseg.data.dataset import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
-from starseg.data.loading import Loading, Pass
+from starseg.data.loading import PREFETCH, Loading, Pass
 from starseg.data.step import EpochSampler, Kind, StepDataset, saliency_map, select_images
 from starseg.errors import UserError
+from starseg.machine import cores, free_shared_memory
 from starseg.methods import Method
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence, make_task
 
+# An image, its mask and its saliency map.
+_BYTES_PER_PIXEL = 5
+
 
 def workers_for(config: RunConfig, fabric: Fabric) -> int:
-    """Loader workers of this process: where that is left open, no more than its share of the cores."""
+    """Loader workers of this process: where that is left open, no more than its share of cores and shared memory."""
     if config.data.workers != "auto":
         return config.data.workers
     if fabric.device.type != "cuda":
         return 0
     # srun gives each process cores of its own; those of other launchers share all of them.
     sharing = 1 if SLURMEnvironment.detect() else config.train.devices
-    return min(8, max(1, len(os.sched_getaffinity(0)) // sharing))
+    batch = max(config.train.batch_size // (config.train.devices * config.train.num_nodes), config.eval.batch_size)
+    ordered = PREFETCH * batch * _BYTES_PER_PIXEL * config.data.crop**2
+    room = free_shared_memory() // config.train.devices // ordered
+    return min(8, max(1, cores() // sharing), room)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Data:
         ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
         places = {name: place for place, name in enumerate(ids)}
         try:
-            return np.sort([places[name] for name in np.load(path, allow_pickle=False).tolist()])
+            listed = [places[name] for name in np.load(path, allow_pickle=False).tolist()]
+            return np.sort(np.array(listed, dtype=np.int64))
         except KeyError as error:
             raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
         except (OSError, ValueError) as error:

@@ -44,7 +44,11 @@ def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: fl
         if parameters := [p for p in group.module.parameters() if p.requires_grad]:
             decay = weight_decay if group.decay else 0.0
             groups.append({"params": parameters, "lr": lr * group.lr, "name": group.name, "weight_decay": decay})
-    return SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
+    optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
+    # Fused SGD would begin with whatever the memory held, and keep it where the loss scale skips the first iteration.
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
@@ -158,7 +162,9 @@ class StepTraining:
             self.unseen.append((raw, losses))
             bar.advance()
             # A look at a GPU's values, and an agreement of processes, make the GPU wait.
-            if looks := last or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY:
+            looks = last or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY
+            due = (looks or self.fabric.world_size == 1) and guard.due(last)
+            if looks or due:
                 self._look(epoch)
             if last or self.iteration % _LOG_EVERY == 1:
                 terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
@@ -167,7 +173,7 @@ class StepTraining:
                 logger.log_metrics(values, step=self.iteration - 1)
                 if last or bar.live:
                     bar.show(f"epoch {epoch}/{self.epochs}", terms, self.batch_size)
-            if looks and guard.due(last):
+            if due:
                 save()
                 guard.saved_now()
 
@@ -176,10 +182,10 @@ class StepTraining:
         clock, micro = self.clock, self.micro
         with clock.time("data"):
             batch = to_device(raw, self.ctx.model)
+        self.wrapped.zero_grad()
         with clock.time("loss"):
             losses = self.method.losses(batch, micro or self.new, self.old)
             total = torch.stack(list(losses.values())).sum()
-        self.wrapped.zero_grad()
         with clock.time("backward"):
             if micro:
                 micro.backward(total)

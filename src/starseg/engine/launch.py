@@ -24,6 +24,10 @@ from starseg.errors import UserError
 from starseg.models import Segmenter
 
 logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
+# Advice, on every GPU that has TF32, to take it for matrix products.
+logging.getLogger("lightning_fabric.utilities.rank_zero").addFilter(
+    lambda record: "set_float32_matmul_precision" not in record.getMessage()
+)
 # Its successor, forward_sync_buffers, is not in the older releases of torch that we support.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
@@ -123,7 +127,9 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, fabric: Fabric) -> Tensor:
         ctx.world = fabric.world_size
-        return fabric.all_reduce(values.detach().clone(), reduce_op="sum")  # type: ignore[return-value]
+        total = values.detach().clone()
+        torch.distributed.all_reduce(total)  # Fabric's own begins with a barrier, which makes a GPU's queue run dry.
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 import yaml
 
@@ -36,6 +37,16 @@ LOCK = ".lock"
 # What may lie in a run directory before its config.yaml does, and what tells its config.yaml from anyone's.
 _OURS = (LOCK, ".config.yaml.tmp", "step_", "learn")
 _OF_A_RUN = (LOCK, "step_*", "results.json")
+_held: WeakSet[IO[str]] = WeakSet()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+
+
+# A lock lasts as long as any process has its file open, and loader workers outlive a killed run by seconds.
+os.register_at_fork(after_in_child=_let_go)
 
 
 def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
@@ -95,6 +106,7 @@ def lock(run_dir: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
+    _held.add(file)
     return file
 
 
@@ -116,6 +128,8 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
     path, ours = run_dir / "config.yaml", dump_config(config)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
+    # Looked at before config.yaml, which another process may be writing.
+    strange = run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir())
     if path.is_file():
         try:
             text = path.read_text()
@@ -130,7 +144,7 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."
             )
-    elif run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir()):
+    elif strange:
         raise UserError(f"{run_dir} is not empty and holds no run of starseg; give another directory with --out")
 
 

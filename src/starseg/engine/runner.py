@@ -73,6 +73,7 @@ class Runner:
         self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
         refuse_other_number(self.config.train)
         self.fabric = make_fabric(self.config.train)
+        self.loss_scale = self.fabric.strategy.precision.state_dict()
         if self.config.train.compile:
             refuse_without_compiler(self.fabric.device)
         self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
@@ -264,6 +265,7 @@ class Runner:
         clock = Clock(self.fabric.device)
         with torch.no_grad(), clock.time("statistics"):
             self.method.begin_step(ctx)
+        self.fabric.strategy.precision.load_state_dict(self.loss_scale)
         return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock)
 
     def _log_times(self, training: StepTraining) -> None:

@@ -24,6 +24,7 @@ class Ilt(Lwf):
     source = "Michieli and Zanuttigh, ICCVW 2019"
     Options = IltOptions
     options: IltOptions
+    stages = True
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
         terms = super().terms(batch, output, previous)

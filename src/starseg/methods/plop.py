@@ -38,6 +38,7 @@ class Plop(BackgroundInit):
     source = "Douillard et al., CVPR 2021"
     Options = PlopOptions
     options: PlopOptions
+    stages = True
     thresholds: Tensor
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:

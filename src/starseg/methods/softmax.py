@@ -21,9 +21,13 @@ class Softmax(Method):
     """One softmax over background and classes, everything trained in every step, one learning rate.
 
     Subclasses say what their loss is in :meth:`terms`; as it stands it is fine-tuning with a softmax.
+
+    Attributes:
+        stages: whether :meth:`terms` is given the backbone's maps, which take memory.
     """
 
     layout = SOFTMAX
+    stages = False
     Options = Strict
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
@@ -37,8 +41,8 @@ class Softmax(Method):
         return [Group("all", ctx.model)]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
-        previous = old(batch.images, stages=True) if old else None
-        return self.terms(batch, new(batch.images, stages=True), previous)
+        previous = old(batch.images, stages=self.stages) if old else None
+        return self.terms(batch, new(batch.images, stages=self.stages), previous)
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
         """Named losses from the outputs of the new and, after step 0, the previous network."""
