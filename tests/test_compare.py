@@ -12,6 +12,7 @@ from rich.console import Console
 
 from starseg import compare
 from starseg.cli import main
+from starseg.config import dump_config
 from starseg.errors import UserError
 
 
@@ -97,3 +98,24 @@ def test_compare_end_to_end(
     assert "mIoU of all classes after each step, by run" in page and page.count('<h2 class="run"') == 5
     with pytest.raises(UserError, match="no finished run"):
         compare.write_comparison(tmp_path / "nothing", Console(quiet=True))
+
+
+def test_a_run_that_fails_leaves_the_others_their_table(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["starseg", "compare", str(config), "--out", str(tmp_path / "out"), "--methods", "star,finetune"]
+    monkeypatch.setattr(sys, "argv", [*argv, "star.mbce=1e38", "star.pos_weight=1e38"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "failed: star_seed0: step 0" in said and "precision" not in said
+    assert (tmp_path / "out" / "compare.md").read_text().count("finetune") == 1
+
+
+def test_other_conditions_are_another_comparison(config: Path, tmp_path: Path) -> None:
+    run = compare.make_plan(config, ["finetune"], [0], tmp_path, []).runs[0]
+    run.run_dir.mkdir()
+    (run.run_dir / "config.yaml").write_text(dump_config(run))
+    compare.make_plan(config, ["joint"], [0], tmp_path, ["data.workers=2"])
+    with pytest.raises(UserError, match=r"other conditions \(star_seed0\):\n  data.crop: 64 there, 32 now"):
+        compare.make_plan(config, ["joint"], [0], tmp_path, ["data.crop=32"])

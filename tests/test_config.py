@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
         ({**TASK, "train": {"batch_size": "many"}}, "train.batch_size: .*integer.*'many'"),
         ({**TASK, "train": {"batch_size": 1}}, "train.batch_size: batch norm needs at least 2"),
         ({**TASK, "method": "starr"}, "method: unknown method 'starr'; known: adapter, .*finetune, .*star"),
-        ({**TASK, "method": "gentle", "gentle": {"kd": 2}}, "method: unknown method 'gentle'.* must be imported"),
+        (
+            {**TASK, "method": "gentle", "gentle": {"kd": 2}},
+            "method: unknown method 'gentle'.* named by STARSEG_METHODS",
+        ),
         ({**TASK, "star": {"ocmf": 1}}, "star.ocmf: unknown key"),
         ({**TASK, "data": {"crop": 100}}, "data.crop: 100 is no multiple of model.output_stride"),
         ({**TASK, "seed": -1}, "seed: "),

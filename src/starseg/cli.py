@@ -172,19 +172,20 @@ def evaluate(
     """IoU per class and means of a trained step, on the test split of its data set."""
     from starseg.config import change_config, load_config
     from starseg.engine.checkpoint import load_model, write_json
-    from starseg.engine.evaluate import evaluate_model
+    from starseg.engine.evaluate import evaluate_model, scoring_overrides
     from starseg.report.tables import figures_table
 
+    changed = scoring_overrides(overrides or [])
     if weights.suffix == ".pth":
         from torch.cuda import is_available
 
         from starseg.compat.weights import open_checkpoint
 
         model, info, published = open_checkpoint(weights)
-        config = change_config(published.to_run(gpu=is_available()), overrides or [])
+        config = change_config(published.to_run(gpu=is_available()), changed)
     else:
         model, info = load_model(weights)
-        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
+        config = load_config(weights.resolve().parent / "config.yaml", changed)
     figures = evaluate_model(model, info, config, console)
     console.print(figures_table(str(weights), figures))
     if json_file:
@@ -267,10 +268,11 @@ def report(
 ) -> None:
     """Tables, pictures and one self-contained HTML page of one or several runs."""
     from starseg.engine.checkpoint import read_results
+    from starseg.report.facts import shown_names
     from starseg.report.page import write_report
     from starseg.report.tables import comparison_table, iou_table
 
-    results = {run.name: read_results(run) for run in runs}
+    results = dict(zip(shown_names(runs), map(read_results, runs), strict=True))
     for result in results.values():
         console.print(iou_table(result))
     if len(runs) > 1:
@@ -297,9 +299,11 @@ def compare(
     names, numbers = [m.strip() for m in methods.split(",")], [int(s) for s in seeds.split(",")]
     plan = make_plan(config, names, numbers, out, overrides or [])
     with resumable():
-        run_plan(plan, console)
+        failed = run_plan(plan, console)
     if is_leader():
         write_comparison(out, console)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("demo"))

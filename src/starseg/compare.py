@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from starseg.config import RunConfig, load_config, override
 from starseg.engine.checkpoint import read_json, write_atomic
-from starseg.engine.rundir import resolve
+from starseg.engine.rundir import differences, resolve
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
@@ -76,7 +77,29 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
                 plan.runs.append(lender)
                 plan.only_base.add(lender.run_dir)
             plan.runs.append(configured(method, seed, override("start_from", str(lender.run_dir / "step_0"))))
+    _refuse_other_conditions(out, plan.runs[0])
     return plan
+
+
+def _conditions(config: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a comparison have in common."""
+    alike = {section: config.get(section) for section in ("data", "task", "model", "compat", "eval")}
+    return alike | {
+        "train": {key: config.get("train", {}).get(key) for key in ("batch_size", "accumulate", "precision")}
+    }
+
+
+def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
+    ours = _conditions(config.model_dump(mode="json", by_alias=True))
+    for path in sorted(out.glob("*_seed*/config.yaml")):
+        theirs = _conditions(load_config(path).model_dump(mode="json", by_alias=True))
+        if changed := differences(theirs, ours):
+            raise UserError(
+                f"{out} holds a comparison under other conditions ({path.parent.name}):\n  "
+                + "\n  ".join(changed)
+                + "\n"
+                "Give another folder with --out"
+            )
 
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:
@@ -87,11 +110,28 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
     return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
 
 
-def run_plan(plan: Plan, console: Console) -> None:
-    """Train what is not finished yet; a broken run goes on."""
+def run_plan(plan: Plan, console: Console) -> list[str]:
+    """Train what is not finished yet; a broken run goes on, and one that fails keeps the others from nothing.
+
+    Returns:
+        The names of runs that failed.
+
+    Raises:
+        UserError: all of them did.
+    """
+    failed: list[str] = []
     for config in plan.runs:
         console.rule(config.run_dir.name)
-        train(config, range(1) if config.run_dir in plan.only_base else None, console)
+        try:
+            train(config, range(1) if config.run_dir in plan.only_base else None, console)
+        except UserError as error:
+            failed.append(config.run_dir.name)
+            if len(failed) == len(plan.runs):
+                raise
+            console.print(
+                f"[red]failed:[/] {config.run_dir.name}: {escape(str(error))}", highlight=False, soft_wrap=True
+            )
+    return failed
 
 
 def figures(run: Path) -> dict[str, Any]:

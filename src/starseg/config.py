@@ -230,7 +230,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     if config.method not in METHODS:
         raise UserError(
             f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}; "
-            "one of your own must be imported, or named by its package (docs/new-method.md)"
+            "one of your own is named by STARSEG_METHODS=its_file.py, or by its package (docs/new-method.md)"
         )
     sections = {method.section for method in METHODS.values()}
     if unknown := sorted(set(config.model_extra or {}) - sections):
@@ -273,12 +273,13 @@ def override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML configuration and apply ``a.b=value`` overrides.
 
     Raises:
         UserError: the file is missing or not YAML, or :func:`parse_config` refuses it.
     """
+    path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:

@@ -121,7 +121,8 @@ def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
     """
     if info.method not in METHODS:
         raise UserError(
-            f"method {info.method!r} of this step is not registered; import the module that registers it first"
+            f"method {info.method!r} of this step is not registered; name its file in STARSEG_METHODS, or "
+            "import it first"
         )
     method = METHODS[info.method]
     return method(method.Options()).rule(info.compat == "published")

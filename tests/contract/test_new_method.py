@@ -1,6 +1,8 @@
 """The page on writing a method holds what it says: its code runs, and the suite finds faults."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from starseg.contract.checks import gradients_reach_what_learns, shares_of_a_bat
 from starseg.data.step import Batch
 from starseg.errors import UserError
 from starseg.losses import upsample
-from starseg.methods import METHODS, Method, StepContext, register_method
+from starseg.methods import METHODS, Method, StepContext, load_files, register_method
 from starseg.methods.base import Network
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
@@ -31,8 +33,22 @@ def _known_methods() -> Iterator[None]:
 def test_the_page_s_code_runs_and_keeps_the_contract() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert len(code.splitlines()) <= 45
-    exec(compile(code, str(PAGE), "exec"), {"__name__": "my_package.gentle"})
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
     assert METHODS["gentle"].section == "gentle"
+
+
+def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own_method.py"
+    monkeypatch.setenv("STARSEG_METHODS", str(path))
+    with pytest.raises(UserError, match=r"own_method\.py is no Python file"):
+        load_files()
+    path.write_text("import nothing_of_that_name")
+    with pytest.raises(UserError, match=r"own_method\.py cannot be loaded: ModuleNotFoundError"):
+        load_files()
+    path.write_text("from starseg import Method, register_method\nregister_method('own')(type('Own', (Method,), {}))")
+    command = [sys.executable, "-m", "starseg", "methods", "own"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "own" in done.stdout
 
 
 def test_the_suite_finds_a_group_left_out() -> None:

@@ -192,3 +192,7 @@ def test_selection_of_the_real_subset(voc_subset: Path) -> None:
     assert [len(select_images(test, task, t, "test")) for t in range(4)] == [313, 390, 392, 445]
     crop = StepDataset(dataset.train, np.arange(4), task.relabelling(3, "test"), 192, (0, 0))[0, 2]
     assert crop.images.shape == (3, 192, 192) and set(crop.labels.unique().tolist()) <= {0, 1, 2, 3, 4, 5, 6, 255}
+
+
+def test_no_images_are_no_batches() -> None:
+    assert list(EpochSampler(0, 4, [0])) == [] and len(EpochSampler(0, 4, [0])) == 0

@@ -32,6 +32,8 @@ def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
     assert scored.returncode == 0 and "mean all" in scored.stdout and (tmp_path / "e.json").is_file()
     whole = _starseg("eval", str(run / "step_1"), "eval.image=full")
     assert whole.returncode == 0, whole.stderr
+    other = _starseg("eval", str(run / "step_1"), "model.backbone=resnet18")
+    assert other.returncode == 2 and "only data.*, eval.* and train.accelerator" in other.stderr
     drawn = _starseg("report", str(run), "--out", str(tmp_path / "report"))
     assert drawn.returncode == 0
     for name in ("iou.png", "pictures.png"):

@@ -20,7 +20,7 @@ from starseg.config import parse_config
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.report.cases import class_iou, mask_uri, photo_uri
-from starseg.report.facts import confusion_groups, forgetting, gather, loss_curves
+from starseg.report.facts import confusion_groups, forgetting, gather, loss_curves, shown_names
 from starseg.report.page import render_page, write_report
 from starseg.report.svg import Line, line_chart
 
@@ -156,3 +156,17 @@ def test_several_runs_and_names_are_escaped(run: Path, tmp_path: Path) -> None:
     assert len([a for a in page.all("h2") if a.get("class") == "run"]) == 2
     with pytest.raises(UserError, match=r"results\.json: cannot read it"):
         write_report([tmp_path], tmp_path / "no.html", QUIET)
+
+
+def test_equal_names_are_told_apart_and_missing_steps_said(run: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        shutil.copytree(run, tmp_path / place / "star")
+    results = tmp_path / "b" / "star" / "results.json"
+    content = json.loads(results.read_text())
+    results.write_text(json.dumps(content | {"steps": content["steps"][:2]}))
+    runs = [tmp_path / "a" / "star", tmp_path / "b" / "star"]
+    assert shown_names(runs) == ["a/star", "b/star (2 of 3 steps)"]
+    assert '<th scope="row">b/star (2 of 3 steps)</th>' in render_page(runs)
+    results.unlink()
+    with pytest.raises(UserError, match="no step of its own is finished yet"):
+        shown_names(runs)

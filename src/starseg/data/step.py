@@ -228,6 +228,8 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
         return self.batches_per_epoch * len(self.epochs) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[Epoch, int]]]:
+        if not self.batches_per_epoch:
+            return
         seen, rest = divmod(self.start, self.batches_per_epoch)
         for epoch in self.epochs[seen:]:
             order = np.arange(self.size)

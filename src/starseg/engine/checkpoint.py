@@ -70,6 +70,8 @@ def read_results(run: Path) -> Any:
         UserError: no run directory, or a damaged file.
     """
     path = run / "results.json"
+    if not path.is_file() and any(run.glob("step_*")):
+        raise UserError(f"{run}: no step of its own is finished yet; the command that began it goes on")
     if not path.is_file():
         raise UserError(
             f"{path}: cannot read it, there is no such file; give a run directory (it holds step_0, ...)"
@@ -179,6 +181,8 @@ def load_info(folder: Path) -> StepInfo:
     Raises:
         UserError: no step directory, or one of a newer version.
     """
+    if (folder / "resume.ckpt").is_file() and not is_finished(folder):
+        raise UserError(f"{folder}: the step is not finished; the command that began it goes on")
     if not (folder / "model.json").is_file():
         run = folder if folder.exists() else folder.parent
         steps = ", ".join(sorted(path.parent.name for path in run.glob("step_*/model.json")))

@@ -30,6 +30,21 @@ from starseg.models.segmenter import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
 
 
+def scoring_overrides(given: Iterable[str]) -> list[str]:
+    """Overrides for the evaluation of a trained step.
+
+    Raises:
+        UserError: one that could not change what is scored.
+    """
+    overrides = list(given)
+    if other := [text for text in overrides if not text.startswith(("data.", "eval.", "train.accelerator="))]:
+        raise UserError(
+            f"override {other[0]!r}: a trained step is scored as it is; only data.*, eval.* and train.accelerator "
+            "can be changed"
+        )
+    return overrides
+
+
 @torch.inference_mode()
 def confusion_matrix(
     model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], add_up: AddUp = alone

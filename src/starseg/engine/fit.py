@@ -199,13 +199,13 @@ class StepTraining:
 
     def _look(self, epoch: int) -> None:
         """Refuse to go on, and to save, with a loss that is no number."""
-        first = self.iteration - len(self.unseen)
+        first, precision = self.iteration - len(self.unseen), self.fabric.strategy.precision.precision
         for offset, (raw, losses) in enumerate(self.unseen):
             terms = {name: value.item() for name, value in losses.items()}
             if not all(map(math.isfinite, terms.values())):
                 raise UserError(
                     f"step {self.ctx.step}, epoch {epoch}, iteration {first + offset}: a loss is no finite number: "
-                    f"{terms}; images {raw.indices.tolist()}. The state before is kept. Lower the learning rate, or "
-                    "use train.precision=32"
+                    f"{terms}; images {raw.indices.tolist()}. The state before is kept. Lower the learning rate"
+                    + (", or use train.precision=32" if not precision.startswith("32") else "")
                 )
         self.unseen.clear()

@@ -75,11 +75,12 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
     return config.model_copy(update={"train": resolved, "memory": memory, method.section: options})
 
 
-def _differences(a: Any, b: Any, free: Keys, path: tuple[str, ...] = ()) -> list[str]:
+def differences(a: Any, b: Any, free: Keys = _FREE_KEYS, path: tuple[str, ...] = ()) -> list[str]:
+    """A line for each key in which two configurations differ, but for those that may."""
     if path in free:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted({*a, *b}) for d in _differences(a.get(k), b.get(k), free, (*path, k))]
+        return [d for k in sorted({*a, *b}) for d in differences(a.get(k), b.get(k), free, (*path, k))]
     return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
 
 
@@ -138,7 +139,8 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
             raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error
         if text != ours and not any(any(run_dir.glob(pattern)) for pattern in _OF_A_RUN):
             raise UserError(f"{path}: belongs to no run and would be overwritten; give another directory with --out")
-        changed = _differences(theirs, yaml.safe_load(ours), _FREE_KEYS | free)
+        unused = {(method.section,) for method in METHODS.values()} - {(METHODS[config.method].section,)}
+        changed = differences(theirs, yaml.safe_load(ours), _FREE_KEYS | free | unused)
         if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"

@@ -188,8 +188,26 @@ def _confusion(run: Path) -> Confusion | None:
     return confusion_groups(np.array(read_json(last / "metrics.json")["confusion"]), info.names, info.base)
 
 
-def gather(run: Path) -> Facts:
-    """Read a run directory.
+def shown_names(runs: Sequence[Path]) -> list[str]:
+    """Of run directories: their folders, with as many parents as tell them apart, and whether steps are missing.
+
+    Raises:
+        UserError: no run among them.
+    """
+    places = [run.resolve() for run in runs]
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(set(places)):
+        depth += 1
+    names = ["/".join(place.parts[-depth:]) for place in places]
+    for i, run in enumerate(runs):
+        content = read_results(run)
+        if (done := len(content["steps"])) < (total := content["run"]["steps"]):
+            names[i] += f" ({done} of {total} steps)"
+    return names
+
+
+def gather(run: Path, name: str | None = None) -> Facts:
+    """Read a run directory, to be shown under its own name or another one.
 
     Raises:
         UserError: no run, or one without a finished step.
@@ -199,7 +217,7 @@ def gather(run: Path) -> Facts:
     if not steps:
         raise UserError(f"{run}: no finished step in this run directory")
     return Facts(
-        name=run.resolve().name,
+        name=name or run.resolve().name,
         run=results["run"],
         steps=steps,
         forgetting=forgetting(steps),

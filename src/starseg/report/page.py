@@ -16,7 +16,7 @@ from starseg import __version__
 from starseg.engine.checkpoint import write_atomic
 from starseg.errors import UserError
 from starseg.report.cases import Pictures, pictures
-from starseg.report.facts import Facts, gather
+from starseg.report.facts import Facts, gather, shown_names
 from starseg.report.figures import write_figures
 from starseg.report.svg import COLOURS, Line, line_chart
 from starseg.report.templating import template
@@ -81,8 +81,8 @@ def _comparison(runs: Sequence[Facts], group: str) -> Chart | None:
     return _chart(lines, f"mIoU of {group} classes after each step, by run", "step", "mIoU, %", 100)
 
 
-def _run_page(run: Path) -> RunPage:
-    facts, drawn, missing = gather(run), None, ""
+def _run_page(run: Path, name: str) -> RunPage:
+    facts, drawn, missing = gather(run, name), None, ""
     try:
         drawn = pictures(run, [f.name for f in facts.forgetting])
     except UserError as error:
@@ -100,7 +100,7 @@ def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ())
     Raises:
         UserError: a folder that is no run. A data set that is gone only leaves the pictures out.
     """
-    pages = [_run_page(run) for run in runs]
+    pages = [_run_page(run, name) for run, name in zip(runs, shown_names(runs), strict=True)]
     facts = [page.facts for page in pages]
     environment = {
         "starseg": __version__,

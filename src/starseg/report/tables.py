@@ -47,8 +47,8 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
     table = Table(title="mIoU in percent after the last step; kept: of the old mIoU after step 0")
     exemplars = any(results["steps"][-1].get("exemplar_bytes") for results in runs.values())
-    for column in ("method", *GROUPS, "kept", "bank", *(["exemplars"] if exemplars else []), "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("run", *GROUPS, "kept", "bank", *(["exemplars"] if exemplars else []), "seconds"):
+        table.add_column(column, justify="left" if column == "run" else "right")
     for name, results in runs.items():
         last, left = results["steps"][-1], old_kept(results["steps"])
         kept = "-" if left is None else f"{left:.0f} %"
