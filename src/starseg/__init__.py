@@ -1,9 +1,16 @@
 """starseg: class-incremental semantic segmentation by prototype replay (STAR, NeurIPS 2023)."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starseg.config import load_config
+    from starseg.engine.runner import train
+    from starseg.methods import Method, register_method
+    from starseg.predict import load
 
 __version__ = "0.1.0"
+__all__ = ["Method", "load", "load_config", "register_method", "train"]
 
 # Loaded on first use, so that the command line answers before torch is imported.
 _API = {
@@ -19,3 +26,7 @@ def __getattr__(name: str) -> Any:
     if name in _API:
         return getattr(import_module(_API[name]), name)
     raise AttributeError(f"module 'starseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,8 +46,8 @@ class DataConfig(Strict):
     """Folder of published image lists, <dataset>/<setting>_<task>_<train|test>_<step>.npy; one that is there replaces
     the choice of images by their masks."""
     workers: int | Literal["auto"] = Field("auto")
-    """Loader processes; "auto": with a GPU up to 8 for each process, which share the cores; none on a CPU, whose cores
-    the network needs. They never change a result."""
+    """Loader processes; "auto": with a GPU up to 8 for each process, as cores and /dev/shm allow; none on a CPU, whose
+    cores the network needs. They never change a result."""
     cache: Literal["off", "auto", "ram"] = "off"
     """Keep decoded training images and masks in memory: "auto" if they take at most half of what is available; "ram"
     refuses to start where they do not fit. It never changes a result."""

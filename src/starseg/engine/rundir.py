@@ -72,7 +72,9 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
     options = method_options(config.method, config).model_dump()
     if "pos_weight" in options and options["pos_weight"] is None:
         options["pos_weight"] = schedule.pos_weight
-    return config.model_copy(update={"train": resolved, "memory": memory, method.section: options})
+    # Absolute, so that the run is scored and shown from any folder.
+    data = config.data.model_copy(update={"root": config.data.folder.absolute()})
+    return config.model_copy(update={"data": data, "train": resolved, "memory": memory, method.section: options})
 
 
 def differences(a: Any, b: Any, free: Keys = _FREE_KEYS, path: tuple[str, ...] = ()) -> list[str]:
