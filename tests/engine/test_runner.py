@@ -14,8 +14,10 @@ from starseg.config import TrainConfig, parse_config
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
+from starseg.engine.rundir import resolve
 from starseg.engine.runner import train
 from starseg.errors import UserError
+from starseg.methods import METHODS
 from starseg.report.facts import time_split
 
 QUIET = Console(quiet=True)
@@ -206,3 +208,11 @@ def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatc
         train(twice, range(step, step + 1), Console(quiet=True))
     files = [(config.run_dir / "step_1" / "model.safetensors").read_bytes() for config in (once, twice)]
     assert files[0] == files[1]
+
+
+def test_a_run_keeps_where_its_data_lie(tiny: dict) -> None:
+    """So that it is scored and shown from any folder."""
+    config = parse_config({**tiny, "data": {"root": "photos"}})
+    assert (
+        resolve(config, METHODS["star"](METHODS["star"].Options()).defaults("voc")).data.root == Path.cwd() / "photos"
+    )
