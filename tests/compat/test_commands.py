@@ -111,6 +111,8 @@ def test_a_finished_step_keeps_its_values(train: Train, tmp_path: Path, capsys: 
     _refused(lambda: train(0, "--ep", "1", "--lr", "0.5", "--mbce", "3"), capsys, *both)
     assert _files(_folder(tmp_path, 0)) == first
     assert (tmp_path / "saved/models/overlap_5-3_STAR/config.yaml").read_bytes() == run
+    advice = "Give another directory with --name or --save_dir, or"
+    _refused(lambda: train(0, *short, "--bs", "5"), capsys, "train.batch_size: 4 there, 5 now", advice)
     train(1, "--ep", "1", "--mbce", "2")
     again = ("--ep", "1", "--mbce", "2", "--mem_size", "20")
     _refused(lambda: train(1, *again), capsys, "memory.size: 0 there, 20 now")
@@ -171,6 +173,16 @@ def test_published_image_lists_are_honoured(
     assert "step 0" in capsys.readouterr().err
 
 
+def test_advice_names_keys_of_the_published_configuration(
+    train: Train, published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tree = json.loads(published.read_text())
+    tree["data_loader"]["args"]["task"] = {"name": "15-5"}
+    published.write_text(json.dumps(tree))
+    advice = "train all the same with data_loader.args.task.allow_absent: true in the configuration"
+    _refused(lambda: train(0), capsys, advice)
+
+
 class _Trap:
     def __reduce__(self) -> tuple:
         return exec, ("raise SystemError('code in a checkpoint ran')",)
@@ -227,6 +239,21 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
         f"{common} {task} --task_step 1 --lr 0.00025 --freeze_bn --mem_size 50",
         f"{common} {task} --task_step 2 --lr 0.00025 --freeze_bn --mem_size 50",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "usage: scripts/train.sh DATASET SETTING TASK"),
+        (["voc", "overlap", "77-1"], "unknown task '77-1' for data set 'voc'; known: 1-1, 10-1, "),
+        (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade"),
+    ],
+)
+def test_a_launch_script_says_what_it_wants(argv: list[str], message: str) -> None:
+    command = [str(ROOT / "scripts" / "train.sh"), *argv]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])
