@@ -5,10 +5,25 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if (($# != 3)); then
+  echo "usage: scripts/train.sh DATASET SETTING TASK, such as scripts/train.sh voc overlap 15-1" >&2
+  exit 2
+fi
 dataset=$1 setting=$2 task=$3
 python=${PYTHON:-python}
 if [[ $dataset == ade ]]; then gpu=0,1 bs=12 init_lr=0.0025 lr=0.00025; else gpu=0 bs=24 init_lr=0.001 lr=0.0001; fi
-steps=$("$python" -c "from starseg.tasks import published_tasks; print(len(published_tasks('$dataset')['$task']))")
+steps=$("$python" -c '
+import sys
+from starseg.tasks import published_tasks
+dataset, task = sys.argv[1:]
+tables = published_tasks(dataset)
+if not tables:
+    sys.exit(f"scripts/train.sh: unknown data set {dataset!r}; known: voc, ade")
+if task not in tables:
+    known = ", ".join(sorted(tables))
+    sys.exit(f"scripts/train.sh: unknown task {task!r} for data set {dataset!r}; known: {known}")
+print(len(tables[task]))
+' "$dataset" "$task") || exit 2
 
 common=(-c "${CONFIG:-configs/config_$dataset.json}" -d "${GPU:-$gpu}" --multiprocessing_distributed
   --save_dir "${SAVEDIR:-saved_$dataset}" --name "${NAME:-STAR}"

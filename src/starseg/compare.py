@@ -16,7 +16,7 @@ from rich.table import Table
 
 from starseg.config import RunConfig, load_config, override
 from starseg.engine.checkpoint import read_json, write_atomic
-from starseg.engine.rundir import differences, resolve
+from starseg.engine.rundir import FREE_KEYS, differences, resolve
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
@@ -93,7 +93,7 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
     ours = _conditions(config.model_dump(mode="json", by_alias=True))
     for path in sorted(out.glob("*_seed*/config.yaml")):
         theirs = _conditions(load_config(path).model_dump(mode="json", by_alias=True))
-        if changed := differences(theirs, ours):
+        if changed := differences(theirs, ours, FREE_KEYS):
             raise UserError(
                 f"{out} holds a comparison under other conditions ({path.parent.name}):\n  "
                 + "\n  ".join(changed)

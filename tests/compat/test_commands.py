@@ -18,6 +18,8 @@ import starseg
 from starseg.cli import main
 from starseg.compat import commands
 from starseg.engine.checkpoint import read_json
+from starseg.engine.resume import write_state
+from starseg.errors import Stopped
 
 ROOT = Path(__file__).parents[2]
 Train = Callable[..., None]
@@ -88,6 +90,67 @@ def test_a_step_goes_on_from_published_files_as_from_our_own(train: Train, tmp_p
     assert read_json(theirs / "metrics.json")["imported"] == "checkpoint-epoch2.pth"
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def _refused(run: Callable[[], None], capsys: pytest.CaptureFixture, *messages: str) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and all(m in error for m in messages), error
+
+
+def test_a_finished_step_keeps_its_values(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    short = ("--ep", "1", "--lr", "0.001")
+    train(0, *short)
+    first, run = _files(_folder(tmp_path, 0)), (tmp_path / "saved/models/overlap_5-3_STAR/config.yaml").read_bytes()
+    _refused(lambda: train(0, "--ep", "2", "--lr", "0.001"), capsys, "train.base.epochs: 1 there, 2 now", "--name")
+    both = ("train.base.lr: 0.001 there, 0.5 now", "star.mbce: 1.0 there, 3.0 now")
+    _refused(lambda: train(0, "--ep", "1", "--lr", "0.5", "--mbce", "3"), capsys, *both)
+    assert _files(_folder(tmp_path, 0)) == first
+    assert (tmp_path / "saved/models/overlap_5-3_STAR/config.yaml").read_bytes() == run
+    advice = "Give another directory with --name or --save_dir, or"
+    _refused(lambda: train(0, *short, "--bs", "5"), capsys, "train.batch_size: 4 there, 5 now", advice)
+    train(1, "--ep", "1", "--mbce", "2")
+    again = ("--ep", "1", "--mbce", "2", "--mem_size", "20")
+    _refused(lambda: train(1, *again), capsys, "memory.size: 0 there, 20 now")
+    train(0, *short)
+    assert "finished already" in capsys.readouterr().out and _files(_folder(tmp_path, 0)) == first
+
+
+def test_a_step_of_starseg_train_keeps_its_values(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It has no config.json: the run's configuration says what it was trained with."""
+    train(0, "--ep", "1")
+    folder = _folder(tmp_path, 0)
+    for name in ("config.json", "checkpoint-epoch1.pth", "prototypes-epoch1.pth"):
+        (folder / name).unlink()
+    _refused(lambda: train(0, "--ep", "2"), capsys, "train.base.epochs: 1 there, 2 now")
+    train(0, "--ep", "1")
+    assert (folder / "checkpoint-epoch1.pth").is_file() and (folder / "config.json").is_file()
+
+
+def test_a_broken_step_goes_on_with_its_own_values_alone(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(0, "--ep", "1")
+
+    def interrupted(folder: Path, state: dict) -> None:
+        write_state(folder, state)
+        raise Stopped(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        with pytest.raises(SystemExit):
+            train(1)
+    train(0, "--ep", "1")
+    _refused(lambda: train(1, "--mbce", "9"), capsys, "star.mbce: 1.0 there, 9.0 now")
+    _refused(lambda: train(1, "--lr", "0.1"), capsys, "train.later.lr: 0.0001 there, 0.1 now")
+    train(1)
+    assert "going on" in capsys.readouterr().out
+
+
 def test_published_image_lists_are_honoured(
     train: Train, twenty_classes: Path, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -108,6 +171,16 @@ def test_published_image_lists_are_honoured(
     with pytest.raises(SystemExit):
         train(0, "--ep", "1", "--name", "Other")
     assert "step 0" in capsys.readouterr().err
+
+
+def test_advice_names_keys_of_the_published_configuration(
+    train: Train, published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tree = json.loads(published.read_text())
+    tree["data_loader"]["args"]["task"] = {"name": "15-5"}
+    published.write_text(json.dumps(tree))
+    advice = "train all the same with data_loader.args.task.allow_absent: true in the configuration"
+    _refused(lambda: train(0), capsys, advice)
 
 
 class _Trap:
@@ -166,6 +239,21 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
         f"{common} {task} --task_step 1 --lr 0.00025 --freeze_bn --mem_size 50",
         f"{common} {task} --task_step 2 --lr 0.00025 --freeze_bn --mem_size 50",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "usage: scripts/train.sh DATASET SETTING TASK"),
+        (["voc", "overlap", "77-1"], "unknown task '77-1' for data set 'voc'; known: 1-1, 10-1, "),
+        (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade"),
+    ],
+)
+def test_a_launch_script_says_what_it_wants(argv: list[str], message: str) -> None:
+    command = [str(ROOT / "scripts" / "train.sh"), *argv]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])

@@ -103,6 +103,7 @@ def test_the_batch_size_is_that_of_each_process() -> None:
         ("voc", ["-c", "{voc}", "--dist_url", "file:///x"], "dist_url: expected tcp://HOST:PORT"),
         ("voc", ["-c", "{voc}", "-r", "/nowhere.pth"], "-r/--resume: there is no checkpoint"),
         ("voc", ["-c", "{voc}", "--task_name", "99-1", "-d", "cpu"], "unknown task '99-1'"),
+        ("voc", ["-c", "{voc}", "--task_step", "6"], "(--task_step): expected less than 6, as task 15-1 has 6 steps"),
         ("voc", ["-c", "{voc}", "--bs", "1", "-d", "cpu"], "batch norm needs at least 2 images"),
     ],
 )

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from starseg.config import TrainConfig, parse_config
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
+from starseg.engine.resume import write_state
 from starseg.engine.rundir import resolve
 from starseg.engine.runner import train
 from starseg.errors import UserError
@@ -103,6 +105,45 @@ def test_finished_steps_are_skipped_and_a_broken_one_is_run_again(tiny: dict, mo
     assert (run / "step_0" / "model.safetensors").stat().st_mtime_ns == done
 
 
+def test_a_broken_step_goes_on_with_the_images_it_began_with(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny["data"]["root"], root)
+    tiny["data"]["root"] = str(root)
+    images = root / "ImageSets/Segmentation/train_aug.txt"
+    whole = images.read_text()
+
+    def interrupted(folder: Path, state: dict) -> None:
+        write_state(folder, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tiny, range(1))
+    images.write_text("\n".join(whole.splitlines()[:30]))
+    with pytest.raises(UserError, match=r"step_0/resume\.ckpt: step 0 was begun with other training images"):
+        _run(tiny, range(1))
+    images.write_text(whole)
+    folder = Path(tiny["out"]) / "step_0"
+    console = Console(record=True)
+    train(parse_config(tiny), range(1), console)
+    assert "step 0: going on" in console.export_text() and (folder / "metrics.json").is_file()
+
+
+def test_a_state_that_names_no_images_is_gone_on_from(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, state: dict) -> None:
+        write_state(folder, {k: v for k, v in state.items() if k != "images"})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tiny, range(1))
+    assert len(_run(tiny, range(1))["steps"]) == 1
+
+
 def test_a_permuted_order_is_reported_in_names(tiny: dict) -> None:
     steps = [["heart", "disc", "triangle"], ["hexagon"], ["square"]]
     results = _run({**tiny, "task": {"name": "permuted", "steps": steps, "setting": "disjoint"}, "data": tiny["data"]})
@@ -146,8 +187,6 @@ def test_mistakes_are_found_before_training(tiny: dict, tmp_path: Path) -> None:
 
 def _without(tiny: dict, tmp_path: Path) -> dict:
     """The data set with the heart's images left out of the training list."""
-    import shutil
-
     import numpy as np
     from PIL import Image
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ _KEYS: dict[tuple[str, ...], tuple[str, type]] = {
     ("--mbce",): ("hyperparameter.mbce", float),
     ("--data_root",): ("data_loader.args.root", str),
     ("--compat",): ("compat", str),
+}
+# What messages advise whoever runs ``starseg train``, and what these commands have in its place.
+_ADVICE = {
+    "with --out": "with --name or --save_dir",
+    "task.allow_absent=true": "data_loader.args.task.allow_absent: true in the configuration",
 }
 _EVAL_FLAGS = ("--dist_url", "--save_dir", "--name", "--data_root")
 
@@ -178,10 +184,22 @@ def evaluate(dataset: str, argv: list[str] | None = None) -> None:
     _main(dataset, False, argv, run)
 
 
+@contextmanager
+def _advising() -> Iterator[None]:
+    """Let errors name what these commands have."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for native, ours in _ADVICE.items():
+            text = text.replace(native, ours)
+        raise UserError(text) from error
+
+
 def _main(
     dataset: str, training: bool, argv: list[str] | None, run: Callable[[argparse.Namespace, Console], None]
 ) -> None:
     args = _parser(dataset, training).parse_args(argv)
-    with reporting_errors(args.debug), resumable():
+    with reporting_errors(args.debug), resumable(), _advising():
         quiet = os.environ.get("LOCAL_RANK", "0") != "0"
         run(args, Console(quiet=quiet))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starseg.config import Label, RunConfig, explain, parse_config
 from starseg.errors import UserError
+from starseg.tasks import published_tasks
 
 # What classes not learnt yet become in test labels.
 TEST_FILL = {"voc": 0, "ade": 255}
@@ -243,6 +244,12 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
     ):
         if given != wanted:
             raise UserError(f"{source}:\n{key}: expected {wanted}, as published for this data set, got {given}")
+    steps = published_tasks(config.dataset).get(config.task.name)
+    if steps and config.task.step >= len(steps):
+        raise UserError(
+            f"{source}:\ndata_loader.args.task.step (--task_step): expected less than {len(steps)}, as task "
+            f"{config.task.name} has {len(steps)} steps, got {config.task.step}"
+        )
     if config.lr_scheduler.type == "PolyLR" and config.lr_scheduler.args.warmup_iters:
         raise UserError(f"{source}:\nlr_scheduler.args.warmup_iters: PolyLR has none; take WarmupPolyLR")
     return config

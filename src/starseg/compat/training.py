@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from starseg.compat.settings import PublishedConfig, parse_published, published_tree
+from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
 from starseg.compat.weights import (
     checkpoint_name,
     load_checkpoint,
@@ -20,13 +23,16 @@ from starseg.config import RunConfig
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.launch import is_leader
+from starseg.engine.rundir import Keys, differences, started
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.replay.bank import PrototypeBank
 from starseg.report.tables import figures_table
 
-# Each command gives its own step's values.
-_OF_ONE_STEP = frozenset({("train", "base"), ("train", "later"), ("train", "warmup"), ("memory", "size"), ("star",)})
+# Each command gives its own step's values, which other steps need not share: its config.json records them.
+_OF_STEP_0: Keys = frozenset({("train", "base")})
+_OF_LATER_STEPS: Keys = frozenset({("train", "later"), ("memory", "size")})
+_OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("star",)}
 
 
 def _latest(folder: Path) -> int | None:
@@ -64,24 +70,65 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
     checkpoint.save_imported(folder, model, info, bank.state_dict(), figures, weights.name)
 
 
+def _of_one_step(run: RunConfig) -> dict[str, Any]:
+    tree, own = run.model_dump(mode="json"), dict[str, Any]()
+    for key in _OF_ONE_STEP:
+        set_key(own, ".".join(key), reduce(operator.getitem, key, tree))
+    return own
+
+
+def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
+    """Which keys may differ from the run's config.yaml, for a step in ``folder``.
+
+    Raises:
+        UserError: the step was begun with other values than ``run`` has, as its config.json says.
+    """
+    record = folder / "config.json"
+    if not started(folder):
+        return _OF_ONE_STEP
+    if not record.is_file():
+        # Begun by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
+        return _OF_STEP_0 if step else _OF_LATER_STEPS
+    tree, source = published_tree(record, None)
+    recorded = parse_published(tree, str(source)).to_run()
+    if changed := differences(_of_one_step(recorded), _of_one_step(run)):
+        raise UserError(
+            f"{folder} holds a step with another configuration:\n  " + "\n  ".join(changed) + "\n"
+            "Give another --name or --save_dir, or remove this step and those after it to train them again."
+        )
+    return _OF_ONE_STEP
+
+
+def _record(folder: Path, config: PublishedConfig) -> None:
+    """Note what a step is begun with; what is noted of a started one stays."""
+    record = folder / "config.json"
+    if not (started(folder) and record.is_file()):
+        folder.mkdir(exist_ok=True)
+        published = config.model_dump(mode="json", exclude_unset=True)
+        checkpoint.write_atomic(record, json.dumps(published, indent=4).encode())
+
+
 def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> None:
     """Train the configured step alone and write the published files beside our own.
 
     Raises:
-        UserError: the step before is missing, or whatever stops a run.
+        UserError: the step before is missing, this one was begun with other values, or whatever stops a run.
     """
     step, folder = config.task.step, config.run_dir
+    target = folder / f"step_{step}"
+    free = _free_keys(target, step, run) if is_leader() else _OF_ONE_STEP
     if step and is_leader() and not checkpoint.is_finished(folder / f"step_{step - 1}"):
         import_step(folder / f"step_{step - 1}", config, run, console)
-    runner = Runner(run, console, range(step, step + 1), _OF_ONE_STEP)
-    runner.run()
+    runner = Runner(run, console, range(step, step + 1), free)
     if runner.leader:
-        target = runner.step_dir(step)
+        # Once more: another command may have begun the step before this one had the run's lock.
+        _free_keys(target, step, run)
+        _record(target, config)
+    runner.run()
+    if runner.leader and "imported" not in checkpoint.read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
         bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))
         save_published(target, config.trainer.epochs, weights, bank)
-        published = config.model_dump(mode="json", exclude_unset=True)
-        checkpoint.write_atomic(target / "config.json", json.dumps(published, indent=4).encode())
         console.print(f"wrote {target / checkpoint_name(config.trainer.epochs)} and its prototypes", soft_wrap=True)
 
 

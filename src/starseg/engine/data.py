@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,11 @@ class Data:
         listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
         return select_images(pixels, self.task, step, kind) if listed is None else listed
+
+    def digest(self, step: int) -> str:
+        """Short digest of the names of a step's training images, in their order."""
+        names = [self.dataset.train.ids[place] for place in self.positions(step, "train")]
+        return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
         folder, task = self.config.data.lists, self.task

@@ -20,7 +20,7 @@ from starseg.methods.base import Phase, Schedule
 
 # Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
 Keys = frozenset[tuple[str, ...]]
-_FREE_KEYS: Keys = frozenset(
+FREE_KEYS: Keys = frozenset(
     {
         ("out",),
         ("data", "workers"),
@@ -77,13 +77,18 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
     return config.model_copy(update={"data": data, "train": resolved, "memory": memory, method.section: options})
 
 
-def differences(a: Any, b: Any, free: Keys = _FREE_KEYS, path: tuple[str, ...] = ()) -> list[str]:
-    """A line for each key in which two configurations differ, but for those that may."""
+def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] = ()) -> list[str]:
+    """A line for each key but the ``free`` ones whose value in ``a``, which is there, is not that in ``b``."""
     if path in free:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for k in sorted({*a, *b}) for d in differences(a.get(k), b.get(k), free, (*path, k))]
     return [] if a == b else [f"{'.'.join(path)}: {a!r} there, {b!r} now"]
+
+
+def started(step_dir: Path) -> bool:
+    """Whether a step directory holds what a run learnt: a finished step, or the state of a broken one."""
+    return checkpoint.is_finished(step_dir) or begun(step_dir)
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -142,8 +147,8 @@ def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
         if text != ours and not any(any(run_dir.glob(pattern)) for pattern in _OF_A_RUN):
             raise UserError(f"{path}: belongs to no run and would be overwritten; give another directory with --out")
         unused = {(method.section,) for method in METHODS.values()} - {(METHODS[config.method].section,)}
-        changed = differences(theirs, yaml.safe_load(ours), _FREE_KEYS | free | unused)
-        if changed and any(checkpoint.is_finished(step) or begun(step) for step in run_dir.glob("step_*")):
+        changed = differences(theirs, yaml.safe_load(ours), FREE_KEYS | free | unused)
+        if changed and any(map(started, run_dir.glob("step_*"))):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Give another directory with --out, or remove this one to start over."

@@ -36,7 +36,7 @@ from starseg.engine.launch import (
 )
 from starseg.engine.metrics import summarize
 from starseg.engine.progress import bar, track
-from starseg.engine.resume import Guard, clear, read_state, write_state
+from starseg.engine.resume import CURRENT, Guard, clear, read_state, write_state
 from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
@@ -220,6 +220,7 @@ class Runner:
         start, config, method = time.monotonic(), self.config, self.method
         phase = config.train.later if step else config.train.base
         assert phase.epochs and phase.lr, "resolved in __init__"
+        state = self._broken_state(step)
         ctx, memory = self._context(step)
         images = len(self.data.positions(step, "train"))
         new = self.task.list_names(self.task.new(step))
@@ -229,7 +230,7 @@ class Runner:
             soft_wrap=True,
         )
         training = self._begin(ctx, phase.epochs, phase.lr)
-        spent = self._fit(training, memory, guard)
+        spent = self._fit(training, memory, guard, state)
         ctx.model.eval()
         with torch.no_grad(), training.clock.time("statistics"):
             average_buffers(ctx.model, self.fabric)
@@ -292,11 +293,27 @@ class Runner:
         self.data.loading.close()
         return (marks[-1] - marks[0]) / (len(marks) - 1)
 
-    def _fit(self, training: StepTraining, memory: Memory, guard: Guard) -> float:
-        """Train, from where a broken run left off; the seconds spent before."""
-        step, start = training.ctx.step, time.monotonic()
-        folder = self.step_dir(step)
+    def _broken_state(self, step: int) -> dict[str, Any] | None:
+        """Where a broken run left a step off, None if it was not begun.
+
+        Raises:
+            UserError: it was begun with other images.
+        """
+        folder, images = self.step_dir(step), self.data.digest(step)
         state = read_state(folder, self.console)
+        # The first states named no images. Exemplars are left out: another device may choose others.
+        if state and state.get("images", images) != images:
+            raise UserError(
+                f"{folder / CURRENT}: step {step} was begun with other training images than {self.data.dataset.root} "
+                "gives now; restore the list of images, give another directory with --out, or remove "
+                f"{folder} to train the step anew"
+            )
+        return state
+
+    def _fit(self, training: StepTraining, memory: Memory, guard: Guard, state: dict[str, Any] | None) -> float:
+        """Train, from ``state`` on, where a broken run left off; the seconds spent before."""
+        step, start = training.ctx.step, time.monotonic()
+        folder, images = self.step_dir(step), self.data.digest(step)
         spent = state["seconds"] if state else 0.0
         if state:
             anew = training.load_state_dict(state)
@@ -308,7 +325,7 @@ class Runner:
             shutil.rmtree(folder / "logs", ignore_errors=True)
 
         def save() -> None:
-            values = training.state_dict() | {"seconds": spent + time.monotonic() - start}
+            values = training.state_dict() | {"seconds": spent + time.monotonic() - start, "images": images}
             if self.leader:
                 write_state(folder, values)
 
