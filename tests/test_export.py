@@ -14,6 +14,7 @@ from rich.console import Console
 
 import starseg
 from starseg.cli import main
+from starseg.data.files import read_image
 from starseg.engine.metrics import summarize
 from starseg.errors import UserError
 from starseg.hub import write_hub
@@ -120,6 +121,38 @@ def test_the_example_runs_on_noise_checked_files(
     with pytest.raises(SystemExit, match=f"{drawn} is there already"):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert drawn.read_bytes() == b"mine" and not (photos / "2_mask.png").exists()
+
+
+def test_the_example_sees_what_starseg_sees(onnxruntime: Any, tmp_path: Path) -> None:
+    read = runpy.run_path(str(EXAMPLE))["read"]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), "RGBA")
+    paletted = noise.convert("RGB").quantize(16)
+    paletted.info["transparency"] = 3
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    for image in (noise, noise.convert("LA"), noise.convert("RGB"), paletted, deep, noise.convert("1")):
+        image.save(tmp_path / "x.png")
+        expected = read_image(tmp_path / "x.png").permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(np.asarray(read(str(tmp_path / "x.png"))), expected)
+
+
+def test_the_example_goes_on_after_what_it_cannot_read(
+    onnxruntime: Any,
+    step_dir: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from starseg.export import export_onnx
+
+    export_onnx(step_dir, step_dir / "m.onnx", QUIET)
+    (photos / "text.png").write_text("no image")
+    bad = [str(photos / "nowhere.png"), str(photos), str(photos / "text.png")]
+    monkeypatch.setattr(sys, "argv", ["onnx_predict.py", str(step_dir / "m.onnx"), *bad, str(photos / "0.png")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and (photos / "0_mask.png").is_file() and len(lines) == 3
+    assert all(f"{file}: cannot read this image (" in line for file, line in zip(bad, lines, strict=True))
 
 
 def test_export_names_the_missing_package(step_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
