@@ -18,6 +18,7 @@ from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.methods import METHODS
 from starseg.replay.bank import PrototypeBank
+from starseg.tasks import BACKGROUND, IGNORE
 
 _HIGHEST_ID = 254
 
@@ -189,7 +190,7 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
     shown = pixels[:, new] > 0
     if absent := [names[c] for c in new if not pixels[:, c].any()]:
         raise UserError(
-            f"--masks {request.masks}: no mask shows {', '.join(absent)}; add images of it, or take it out of --classes"
+            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, absent[0])}"
         )
     val = split_images(shown, request.val_share, np.random.default_rng(sample_seed(request.seed, "validation")))
     lesson = Lesson(
@@ -207,6 +208,16 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
         )
     _write_prepared(folder, lesson, request)
     return lesson
+
+
+def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
+    """What to do about a class that no mask shows, given the [N, 256] pixels of every dataset id."""
+    if classes.colours is None and np.flatnonzero(pixels.any(0)).tolist() == [BACKGROUND, IGNORE]:
+        return (
+            "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
+            f"with the lines 'background #000000' and '{absent} #ffffff'"
+        )
+    return "add images of it, or take it out of --classes"
 
 
 def _classes(request: Request, coco: Coco | None, console: Console) -> ClassList:

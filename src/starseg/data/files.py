@@ -67,6 +67,16 @@ def read_image(path: Path) -> Tensor:
         return image_tensor(image)
 
 
+def transparent_pixels(path: Path) -> np.ndarray:
+    """Where an image file is transparent, in part or wholly: [H, W] bool, upright.
+
+    Raises:
+        UserError: missing, unreadable or truncated.
+    """
+    with _opened(path, "image") as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < 255
+
+
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     """Height and width of an image, upright.
 
@@ -86,8 +96,12 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
     """The mask's ids, [H, W] uint8 (palette or grey PNG).
+
+    Args:
+        path: the file.
+        otherwise: what else can be done about a mask in colour, for the message.
 
     Raises:
         UserError: missing, unreadable, or not one 8-bit channel.
@@ -96,6 +110,7 @@ def read_mask(path: Path) -> np.ndarray:
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a mask must be an 8-bit palette or grey image, not {image.mode!r}; save the class ids as one"
+                f"{otherwise}"
             )
         return np.array(image)
 

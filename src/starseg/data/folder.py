@@ -23,7 +23,7 @@ from rich.console import Console
 
 from starseg.data.classlist import ClassList, Colour
 from starseg.data.dataset import Dataset, Split, distinct, read_lines
-from starseg.data.files import SUFFIXES, image_size, read_image, read_mask, refuse_other_size
+from starseg.data.files import SUFFIXES, image_size, read_image, read_mask, refuse_other_size, transparent_pixels
 from starseg.data.index import count_ids, unknown_ids
 from starseg.data.labelme import draw_labelme
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
@@ -32,6 +32,7 @@ from starseg.errors import UserError
 from starseg.machine import cores
 from starseg.tasks import BACKGROUND, IGNORE
 
+_BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
 
 
@@ -120,13 +121,13 @@ def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.nd
     if classes.colours is not None:
         ids = _from_colours(mask, classes.colours, classes.source)
     else:
-        ids = read_mask(mask)
+        ids = read_mask(mask, f"; masks in colour (RGB, RGBA) are read by {_BY_COLOUR}")
         unknown = unknown_ids(count_ids(ids), len(classes.names))
         if unknown.any():
             raise UserError(
                 f"{mask}: indices {np.flatnonzero(unknown).tolist()} are no lines of {classes.source} (0 to "
-                f"{len(classes.names) - 1}, 255 for ignored pixels); name these classes, or give every class a colour "
-                "there if the mask is to be read by colour"
+                f"{len(classes.names) - 1}, 255 for ignored pixels); name these classes, or give {_BY_COLOUR} if "
+                "the mask is to be read by colour"
             )
     refuse_other_size(size, ids.shape, mask)
     return ids
@@ -146,10 +147,11 @@ def _from_colours(mask: Path, colours: Sequence[Colour], source: str) -> np.ndar
     pixels = _packed(read_image(mask).numpy())
     places = order[np.searchsorted(keys, pixels, sorter=order).clip(max=len(keys) - 1)]
     if (wrong := keys[places] != pixels).any():
-        first = pixels[wrong][0]
+        first, clear = pixels[wrong][0], (wrong & transparent_pixels(mask)).sum()
+        also = f", {clear} of them transparent, over white; save the mask without transparency" if clear else ""
         raise UserError(
             f"{mask}: colour {first >> 16} {first >> 8 & 255} {first & 255} is no class of {source} ({wrong.sum()} "
-            "pixels of other colours); add it there, or save the mask without smoothed edges"
+            f"pixels of other colours{also}); add it there, or save the mask without smoothed edges"
         )
     return np.array(list(ids.values()), np.uint8)[places]
 
