@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.data.classlist import read_classes
-from starseg.data.folder import read_indices
+from starseg.data.folder import pair_files, read_indices
 from starseg.errors import UserError
 from starseg.lesson import Request, read_lesson
 
@@ -75,3 +75,10 @@ def test_colours_that_are_none(tmp_path: Path, line: str) -> None:
 def test_empty_names(given: str, place: str) -> None:
     with pytest.raises(UserError, match=f"name {place} is empty"):
         read_classes(given)
+
+
+def test_files_that_are_not_read_are_named(request_for: Request, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("x.heic", ".hidden.gif", "classes.txt", "instances.json"):
+        (request_for.images / name).touch()
+    pair_files(request_for.images, request_for.masks, read_classes("cat"))
+    assert capsys.readouterr().err == "note: 1 file is no image starseg reads: x.heic\n"

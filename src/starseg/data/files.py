@@ -9,12 +9,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from rich.console import Console
 from torch import Tensor
 from torchvision import io
 
 from starseg.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_NAMED = 5
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called as an image that is read."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def note_unread(files: Sequence[Path]) -> None:
+    """Say on stderr which files among images are not read; of hidden ones nothing is said."""
+    names = [path.name for path in files if not path.name.startswith(".")]
+    if not names:
+        return
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
+    text = f"note: {what} starseg reads: {', '.join(names[:_NAMED])}{rest}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -23,7 +23,16 @@ from rich.console import Console
 
 from starseg.data.classlist import ClassList, Colour
 from starseg.data.dataset import Dataset, Split, distinct, read_lines
-from starseg.data.files import SUFFIXES, image_size, read_image, read_mask, refuse_other_size, transparent_pixels
+from starseg.data.files import (
+    SUFFIXES,
+    image_size,
+    is_image,
+    note_unread,
+    read_image,
+    read_mask,
+    refuse_other_size,
+    transparent_pixels,
+)
 from starseg.data.index import count_ids, unknown_ids
 from starseg.data.labelme import draw_labelme
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
@@ -32,6 +41,8 @@ from starseg.errors import UserError
 from starseg.machine import cores
 from starseg.tasks import BACKGROUND, IGNORE
 
+# Class lists and annotations, which may lie among the images.
+_BESIDE = (".txt", ".json")
 _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
 
@@ -53,9 +64,9 @@ class Photo:
     draw: Callable[[tuple[int, int]], np.ndarray]
 
 
-def _find(folder: Path, suffixes: Sequence[str], outside: Path | None = None) -> list[Path]:
+def _files(folder: Path, outside: Path | None = None) -> list[Path]:
     """Files below a folder in order of their paths, nothing hidden, nothing in the folder ``outside``."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and outside not in p.parents)
+    files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
@@ -87,11 +98,14 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such {wanted}")
     beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
-    files = _find(images, SUFFIXES, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    given = _files(images, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    files = [path for path in given if is_image(path)]
+    note_unread([path for path in given if not is_image(path) and path.suffix.lower() not in _BESIDE])
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
     refuse_twins(files, images)
-    found = {_name(p, masks): p for suffix in (".json", ".png") for p in _find(masks, [suffix])}
+    drawn = _files(masks)
+    found = {_name(p, masks): p for suffix in (".json", ".png") for p in drawn if p.suffix.lower() == suffix}
     photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
     missing = [photo.name for photo in photos if not photo.mask]
     if missing and not (classes.label_map and len(missing) < len(photos)):
