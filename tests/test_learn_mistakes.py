@@ -1,6 +1,7 @@
 """`starseg learn`: what people get wrong about masks, class lists and places, and what they are told."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from rich.console import Console
 from starseg.data.classlist import read_classes
 from starseg.data.folder import pair_files, read_indices
 from starseg.errors import UserError
+from starseg.learn import learn
 from starseg.lesson import Request, read_lesson
 
 QUIET = Console(quiet=True)
@@ -30,6 +32,10 @@ def request_for(tmp_path: Path) -> Request:
     return Request(None, tmp_path / "photos", tmp_path / "masks", "cat", tmp_path / "run")
 
 
+def _with(request: Request, **changes: object) -> Request:
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
 def _list(tmp_path: Path, text: str, encoding: str = "utf-8") -> str:
     (tmp_path / "classes.txt").write_text(text, encoding=encoding)
     return str(tmp_path / "classes.txt")
@@ -40,7 +46,7 @@ def test_black_and_white_masks_are_told_of_colours(request_for: Request, tmp_pat
         read_lesson(request_for, None, tmp_path / "prepared", QUIET)
     lines = re.findall("'([^']* #[^']*)'", str(caught.value))
     assert lines == ["background #000000", "cat #ffffff"]
-    by_colour = Request(**{**request_for.__dict__, "classes": _list(tmp_path, "\n".join(lines))})
+    by_colour = _with(request_for, classes=_list(tmp_path, "\n".join(lines)))
     assert read_lesson(by_colour, None, tmp_path / "prepared", QUIET).pixels[:, 1].all()
 
 
@@ -82,3 +88,22 @@ def test_files_that_are_not_read_are_named(request_for: Request, tmp_path: Path,
         (request_for.images / name).touch()
     pair_files(request_for.images, request_for.masks, read_classes("cat"))
     assert capsys.readouterr().err == "note: 1 file is no image starseg reads: x.heic\n"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_places_that_cannot_be_written(request_for: Request, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "run", Path("/proc/x")):
+        with pytest.raises(UserError, match=f"--out {out}: nothing can be written into {out.parent} "):
+            learn(_with(request_for, out=out), QUIET, dry_run)
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(request_for: Request, tmp_path: Path) -> None:
+    request = _with(request_for, backbone="test_resnet", pretrained=False, crop=32, epochs=1)
+    request = _with(request, classes=_list(tmp_path, "background\ncat #ffffff\n"))
+    learn(request, QUIET)
+    learn(request, QUIET, dry_run=True)
+    for other, message in (({"seed": 1}, "holds a step learnt from other"), ({"lr": 0.5}, "another configuration")):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match=message):
+                learn(_with(request, **other), QUIET, dry_run)
