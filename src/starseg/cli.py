@@ -267,9 +267,10 @@ def report(
 ) -> None:
     """Tables, pictures and one self-contained HTML page of one or several runs."""
     from starseg.engine.checkpoint import read_results
-    from starseg.report.page import write_report
+    from starseg.report.page import refuse_target, write_report
     from starseg.report.tables import comparison_table, iou_table
 
+    refuse_target(out)
     results = {run.name: read_results(run) for run in runs}
     for result in results.values():
         console.print(iou_table(result))

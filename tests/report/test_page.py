@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from starseg.cli import main
 from starseg.config import parse_config
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.report.cases import class_iou, mask_uri, photo_uri
 from starseg.report.facts import confusion_groups, forgetting, gather, loss_curves
-from starseg.report.page import render_page, write_report
+from starseg.report.page import refuse_target, render_page, write_report
 from starseg.report.svg import Line, line_chart
 
 QUIET = Console(quiet=True)
@@ -156,3 +158,27 @@ def test_several_runs_and_names_are_escaped(run: Path, tmp_path: Path) -> None:
     assert len([a for a in page.all("h2") if a.get("class") == "run"]) == 2
     with pytest.raises(UserError, match=r"results\.json: cannot read it"):
         write_report([tmp_path], tmp_path / "no.html", QUIET)
+
+
+def test_a_report_goes_among_nobodys_files(tmp_path: Path) -> None:
+    photos, run, report = (tmp_path / name for name in ("photos", "run.1", "report"))
+    for folder, name in ((photos, "a.jpg"), (run, "results.json"), (report, "report.html")):
+        folder.mkdir()
+        (folder / name).touch()
+    (tmp_path / "text").touch()
+    for free in (run, report, tmp_path / "new", tmp_path / "new.html", tmp_path / "new" / "page.HTM"):
+        refuse_target(free)
+    with pytest.raises(UserError, match="photos: holds something, but no earlier report"):
+        refuse_target(photos)
+    for name in ("page.pdf", "text"):
+        with pytest.raises(UserError, match=rf"{name}: expected a page that ends in \.html"):
+            refuse_target(tmp_path / name)
+
+
+def test_the_command_looks_at_the_place_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["starseg", "report", str(tmp_path), "--out", str(tmp_path / "page.pdf")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "ends in .html" in capsys.readouterr().err and not list(tmp_path.iterdir())
