@@ -15,9 +15,11 @@ from rich.console import Console
 import starseg
 from starseg.cli import main
 from starseg.data.files import read_image
+from starseg.engine.evaluate import open_weights
 from starseg.engine.metrics import summarize
 from starseg.errors import UserError
 from starseg.hub import write_hub
+from starseg.lesson import open_source
 
 QUIET = Console(quiet=True)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
@@ -168,6 +170,28 @@ def test_export_needs_a_target(step_dir: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and "--hub FOLDER" in capsys.readouterr().err
+
+
+def test_options_of_onnx_need_its_file(
+    step_dir: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for option in (["--int8"], ["--images", str(photos)]):
+        monkeypatch.setattr(sys, "argv", ["starseg", "export", str(step_dir), "--hub", str(tmp_path / "hub"), *option])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2 and "give --out model.onnx too" in capsys.readouterr().err
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_hub_folder_says_what_it_lacks(step_dir: Path, tmp_path: Path) -> None:
+    metrics = summarize(np.diag([5, 4, 3, 0]) + 1, ["background", "cat", "dog", "cow"], 2)
+    (step_dir / "metrics.json").write_text(json.dumps({"step": 1, "new_classes": ["cow"], **metrics}))
+    hub = write_hub(step_dir, tmp_path / "hub").parent
+    for method in ("star", "finetune"):
+        with pytest.raises(UserError, match=r"hub: an export .* holds no prototype bank .*step directory .*step_1"):
+            open_source(hub, method)
+    with pytest.raises(UserError, match=rf"hub: cannot be evaluated, {tmp_path}/config\.yaml is missing"):
+        open_weights(hub, [])
 
 
 def test_hub_folder_predicts_and_describes_itself(step_dir: Path, photos: Path, tmp_path: Path) -> None:

@@ -170,22 +170,11 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """IoU per class and means of a trained step, on the test split of its data set."""
-    from starseg.config import change_config, load_config
-    from starseg.engine.checkpoint import load_model, write_json
-    from starseg.engine.evaluate import evaluate_model
+    from starseg.engine.checkpoint import write_json
+    from starseg.engine.evaluate import evaluate_model, open_weights
     from starseg.report.tables import figures_table
 
-    if weights.suffix == ".pth":
-        from torch.cuda import is_available
-
-        from starseg.compat.weights import open_checkpoint
-
-        model, info, published = open_checkpoint(weights)
-        config = change_config(published.to_run(gpu=is_available()), overrides or [])
-    else:
-        model, info = load_model(weights)
-        config = load_config(weights.resolve().parent / "config.yaml", overrides or [])
-    figures = evaluate_model(model, info, config, console)
+    figures = evaluate_model(*open_weights(weights, overrides or []), console)
     console.print(figures_table(str(weights), figures))
     if json_file:
         write_json(json_file, figures)
@@ -236,6 +225,8 @@ def export(
     """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
     if out is None and hub is None:
         raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
+    if not out and (int8 or images):
+        raise UserError("--int8, --images: are for the ONNX file; give --out model.onnx too, or leave them out")
     if out:
         from starseg.export import export_onnx
 

@@ -16,6 +16,7 @@ from starseg.data.folder import Photo, convert_masks, pair_files, split_images, 
 from starseg.data.step import sample_seed
 from starseg.engine import checkpoint
 from starseg.errors import UserError
+from starseg.hub import is_export
 from starseg.methods import METHODS
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
@@ -119,6 +120,11 @@ def open_source(folder: Path, method: str) -> Source:
         UserError: no finished step, or one that ``method`` cannot go on from.
     """
     info = checkpoint.load_info(folder)
+    if is_export(folder):
+        raise UserError(
+            f"{folder}: an export for a model hub, which holds no prototype bank and so cannot be learnt on from; give "
+            f"the step directory that it was made from (step_{info.step} of its run)"
+        )
     if not checkpoint.is_finished(folder):
         raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
     layout = METHODS[method].layout
