@@ -161,12 +161,12 @@ def test_several_runs_and_names_are_escaped(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_goes_among_nobodys_files(tmp_path: Path) -> None:
-    photos, run, report = (tmp_path / name for name in ("photos", "run.1", "report"))
-    for folder, name in ((photos, "a.jpg"), (run, "results.json"), (report, "report.html")):
+    photos, run, report, broken = (tmp_path / name for name in ("photos", "run.1", "report", "broken"))
+    for folder, name in ((photos, "a.jpg"), (run, "results.json"), (report, "report.html"), (broken, "iou.png")):
         folder.mkdir()
         (folder / name).touch()
     (tmp_path / "text").touch()
-    for free in (run, report, tmp_path / "new", tmp_path / "new.html", tmp_path / "new" / "page.HTM"):
+    for free in (run, report, broken, tmp_path / "new", tmp_path / "new.html", tmp_path / "new" / "page.HTM"):
         refuse_target(free)
     with pytest.raises(UserError, match="photos: holds something, but no earlier report"):
         refuse_target(photos)

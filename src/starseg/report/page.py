@@ -22,8 +22,9 @@ from starseg.report.svg import COLOURS, Line, line_chart
 from starseg.report.templating import template
 
 PAGE = "report.html"
-# What a folder holds that a report may be written into: an earlier page, or a run.
-_OURS = (PAGE, "results.json")
+# What a folder holds that a report may be written into: an earlier page, or a run; or, where making the page was broken
+# off, pictures alone.
+_OURS, _PICTURES = {PAGE, "results.json"}, {"iou.png", "pictures.png"}
 _PAGES = (".html", ".htm")
 GROUPS = ("old", "new", "all")
 
@@ -147,7 +148,8 @@ def refuse_target(out: Path) -> None:
         raise UserError(
             f"--out {out}: expected a page that ends in .html, or a folder, whose name has no dot if it is new"
         )
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in _OURS):
+    there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if there - _PICTURES and not there & _OURS:
         raise UserError(f"--out {out}: holds something, but no earlier report; give a free place")
 
 
