@@ -2,6 +2,8 @@
 
 python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png,
                                                              where there are none yet
+
+A file that cannot be read is reported, and the exit code is 1.
 """
 
 import json
@@ -16,7 +18,17 @@ COLOURS = np.random.default_rng(1).integers(40, 256, (256, 3), np.uint8)
 COLOURS[0] = 0
 
 
-def main(model: str, *files: str) -> None:
+def read(file: str) -> Image.Image:
+    """The image upright in RGB; as in training, transparent parts become white, and 16 bits their high byte."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def main(model: str, *files: str) -> int:
+    failed = 0
     targets = {Path(file): Path(file).with_name(f"{Path(file).stem}_mask.png") for file in files}
     if there := [str(target) for target in targets.values() if target.exists()]:
         sys.exit(f"{there[0]} is there already and would be overwritten; move it away")
@@ -25,7 +37,12 @@ def main(model: str, *files: str) -> None:
     names = dict(zip(json.loads(about["dataset_ids"]), json.loads(about["classes"]), strict=True))
     crop, stride = int(about["crop"]), int(about["output_stride"])
     for file, target in targets.items():
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        try:
+            image = read(file)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            failed = 1
+            print(f"{file}: cannot read this image ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
+            continue
         factor = crop / min(image.size) / stride
         size = [max(1, round(side * factor)) * stride for side in image.size]
         pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
@@ -36,9 +53,11 @@ def main(model: str, *files: str) -> None:
         ids, counts = np.unique(mask, return_counts=True)
         shares = ", ".join(f"{names[i]} {100 * n / mask.size:.0f} %" for i, n in zip(ids, counts, strict=True))
         print(f"{target}: {shares}")
+    return failed
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    if main(*sys.argv[1:]):
+        sys.exit(1)

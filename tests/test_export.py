@@ -14,9 +14,12 @@ from rich.console import Console
 
 import starseg
 from starseg.cli import main
+from starseg.data.files import read_image
+from starseg.engine.evaluate import open_weights
 from starseg.engine.metrics import summarize
 from starseg.errors import UserError
 from starseg.hub import write_hub
+from starseg.lesson import open_source
 
 QUIET = Console(quiet=True)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
@@ -122,6 +125,38 @@ def test_the_example_runs_on_noise_checked_files(
     assert drawn.read_bytes() == b"mine" and not (photos / "2_mask.png").exists()
 
 
+def test_the_example_sees_what_starseg_sees(onnxruntime: Any, tmp_path: Path) -> None:
+    read = runpy.run_path(str(EXAMPLE))["read"]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), "RGBA")
+    paletted = noise.convert("RGB").quantize(16)
+    paletted.info["transparency"] = 3
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    for image in (noise, noise.convert("LA"), noise.convert("RGB"), paletted, deep, noise.convert("1")):
+        image.save(tmp_path / "x.png")
+        expected = read_image(tmp_path / "x.png").permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(np.asarray(read(str(tmp_path / "x.png"))), expected)
+
+
+def test_the_example_goes_on_after_what_it_cannot_read(
+    onnxruntime: Any,
+    step_dir: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from starseg.export import export_onnx
+
+    export_onnx(step_dir, step_dir / "m.onnx", QUIET)
+    (photos / "text.png").write_text("no image")
+    bad = [str(photos / "nowhere.png"), str(photos), str(photos / "text.png")]
+    monkeypatch.setattr(sys, "argv", ["onnx_predict.py", str(step_dir / "m.onnx"), *bad, str(photos / "0.png")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and (photos / "0_mask.png").is_file() and len(lines) == 3
+    assert all(f"{file}: cannot read this image (" in line for file, line in zip(bad, lines, strict=True))
+
+
 def test_export_names_the_missing_package(step_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from starseg.export import export_onnx
 
@@ -135,6 +170,28 @@ def test_export_needs_a_target(step_dir: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and "--hub FOLDER" in capsys.readouterr().err
+
+
+def test_options_of_onnx_need_its_file(
+    step_dir: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for option in (["--int8"], ["--images", str(photos)]):
+        monkeypatch.setattr(sys, "argv", ["starseg", "export", str(step_dir), "--hub", str(tmp_path / "hub"), *option])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2 and "give --out model.onnx too" in capsys.readouterr().err
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_hub_folder_says_what_it_lacks(step_dir: Path, tmp_path: Path) -> None:
+    metrics = summarize(np.diag([5, 4, 3, 0]) + 1, ["background", "cat", "dog", "cow"], 2)
+    (step_dir / "metrics.json").write_text(json.dumps({"step": 1, "new_classes": ["cow"], **metrics}))
+    hub = write_hub(step_dir, tmp_path / "hub").parent
+    for method in ("star", "finetune"):
+        with pytest.raises(UserError, match=r"hub: an export .* holds no prototype bank .*step directory .*step_1"):
+            open_source(hub, method)
+    with pytest.raises(UserError, match=rf"hub: cannot be evaluated, {tmp_path}/config\.yaml is missing"):
+        open_weights(hub, [])
 
 
 def test_hub_folder_predicts_and_describes_itself(step_dir: Path, photos: Path, tmp_path: Path) -> None:

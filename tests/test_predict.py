@@ -1,6 +1,7 @@
 """Prediction: sizes, options, files, the command."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -151,6 +152,29 @@ def test_find_images(photos: Path) -> None:
     for text, message in (("no.jpg", "no such file"), ("*.nope", "no file matches"), ("empty", "no image in this")):
         with pytest.raises(UserError, match=message):
             find_images([str(photos / text)])
+
+
+def test_files_that_are_not_read_are_named(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    (photos / ".DS_Store").touch()
+    (photos / "sub" / "pal.gif").touch()
+    find_images([str(photos)])
+    assert capsys.readouterr().err == "note: 1 file is no image starseg reads: notes.txt\n"
+    deep = find_images([f"{photos}/**/*"])
+    assert [p.name for p in deep] == ["a.png", "b.jpg", "broken.jpg", "a.jpg"]
+    assert capsys.readouterr().err == "note: 2 files are no images starseg reads: notes.txt, pal.gif\n"
+    named = [photos / "a.png", photos / "sub" / "pal.gif"]
+    assert find_images(list(map(str, named))) == named, "a file that is named itself is tried"
+    with pytest.raises(UserError, match="no file matches this pattern that is an image"):
+        find_images([f"{photos}/*.txt"])
+
+
+def test_a_folder_of_folders_is_told_of_the_pattern(photos: Path) -> None:
+    for file in photos.glob("*.*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no image in this folder") as caught:
+        find_images([str(photos)])
+    (pattern,) = re.findall("'(.*)'", str(caught.value))
+    assert pattern == f"{photos}/**/*" and [p.name for p in find_images([pattern])] == ["a.jpg"]
 
 
 def test_same_stems_get_names_of_their_own(tmp_path: Path) -> None:

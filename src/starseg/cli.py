@@ -170,23 +170,11 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """IoU per class and means of a trained step, on the test split of its data set."""
-    from starseg.config import change_config, load_config
-    from starseg.engine.checkpoint import load_model, write_json
-    from starseg.engine.evaluate import evaluate_model, scoring_overrides
+    from starseg.engine.checkpoint import write_json
+    from starseg.engine.evaluate import evaluate_model, open_weights
     from starseg.report.tables import figures_table
 
-    changed = scoring_overrides(overrides or [])
-    if weights.suffix == ".pth":
-        from torch.cuda import is_available
-
-        from starseg.compat.weights import open_checkpoint
-
-        model, info, published = open_checkpoint(weights)
-        config = change_config(published.to_run(gpu=is_available()), changed)
-    else:
-        model, info = load_model(weights)
-        config = load_config(weights.resolve().parent / "config.yaml", changed)
-    figures = evaluate_model(model, info, config, console)
+    figures = evaluate_model(*open_weights(weights, overrides or []), console)
     console.print(figures_table(str(weights), figures))
     if json_file:
         write_json(json_file, figures)
@@ -237,6 +225,8 @@ def export(
     """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
     if out is None and hub is None:
         raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
+    if not out and (int8 or images):
+        raise UserError("--int8, --images: are for the ONNX file; give --out model.onnx too, or leave them out")
     if out:
         from starseg.export import export_onnx
 
@@ -269,9 +259,10 @@ def report(
     """Tables, pictures and one self-contained HTML page of one or several runs."""
     from starseg.engine.checkpoint import read_results
     from starseg.report.facts import shown_names
-    from starseg.report.page import write_report
+    from starseg.report.page import refuse_target, write_report
     from starseg.report.tables import comparison_table, iou_table
 
+    refuse_target(out)
     results = dict(zip(shown_names(runs), map(read_results, runs), strict=True))
     for result in results.values():
         console.print(iou_table(result))

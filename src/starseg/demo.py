@@ -14,6 +14,7 @@ from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
 from starseg.engine.checkpoint import read_json
 from starseg.engine.runner import train
+from starseg.errors import UserError
 from starseg.report.page import write_report
 from starseg.report.tables import comparison_table
 
@@ -40,6 +41,10 @@ def run_demo(out: Path, console: Console) -> dict[str, Path]:
     Raises:
         UserError: ``out`` holds something else.
     """
+    # What is killed while it writes the data leaves something hidden.
+    there = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.is_dir() else set()
+    if there and "data" not in there:
+        raise UserError(f"--out {out}: holds something that `starseg demo` did not make; give a free place")
     start = time.monotonic()
     settings = demo_settings()
     data = write_shapes(out / "data", **settings.pop("shapes"))

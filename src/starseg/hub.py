@@ -20,12 +20,17 @@ def _earlier_steps(step_dir: Path, step: int) -> list[dict[str, Any]]:
     return [e for e in read_json(path)["steps"] if e["step"] <= step] if path.is_file() else []
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether nothing is there, or an earlier export: a step holds a model.json too, but no model card of ours."""
-    if not folder.is_dir() or is_finished(folder):
-        return not folder.exists()
+def is_export(folder: Path) -> bool:
+    """Whether :func:`write_hub` made a folder: a step holds a model.json too, but no model card of ours."""
     card = folder / _CARD
-    return not any(folder.iterdir()) or (card.is_file() and card.read_bytes().startswith(_CARD_HEAD))
+    return not is_finished(folder) and card.is_file() and card.read_bytes().startswith(_CARD_HEAD)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there, or an earlier export."""
+    if is_export(folder) or not folder.exists():
+        return True
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def write_hub(step_dir: Path, folder: Path) -> Path:

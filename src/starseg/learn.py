@@ -18,10 +18,11 @@ from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
 from starseg.engine.resume import begun
-from starseg.engine.rundir import LOCK, adopt, lock
+from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run, resolve
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.lesson import Lesson, Request, Source, open_source, read_lesson
+from starseg.methods import METHODS, method_options
 from starseg.models.backbones import make_backbone
 from starseg.report.learning import before_after_table, print_preview
 from starseg.report.testset import open_test_set
@@ -82,14 +83,23 @@ def make_config(request: Request, source: Source | None, lesson: Lesson, root: P
     return parse_config(tree | ({"star": options} if options else {}), "learn")
 
 
-def _refuse_other_run(request: Request) -> None:
-    """Refuse an --out that another command, or another source, has filled."""
+def _refuse_out(request: Request) -> None:
+    """Refuse an --out that another command has filled, or where nothing can be written."""
     out = request.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a free place")
     there = {entry.name for entry in out.iterdir()} - {LOCK} if out.is_dir() else set()
     if there and not (out / FOLDER / "learn.json").is_file():
         raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        # Only trying tells: /proc says that root may write into it.
+        with tempfile.TemporaryDirectory(prefix=".learn-", dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: nothing can be written into {place} ({error.strerror}); give another place"
+        ) from error
 
 
 def _refuse_backbone(request: Request) -> None:
@@ -99,18 +109,40 @@ def _refuse_backbone(request: Request) -> None:
     make_backbone(request.backbone or model.backbone, model.output_stride, weights)
 
 
+def _holds_lesson(run: Path, prepared: Path) -> bool:
+    """Whether the prepared data are in the run directory already.
+
+    Raises:
+        UserError: others are, and a step of them has begun.
+    """
+    target = run / FOLDER
+    if not target.is_dir():
+        return False
+    there = checkpoint.read_json(target / "learn.json")
+    if there == checkpoint.read_json(prepared / "learn.json"):
+        return True
+    step = run / f"step_{there['step']}"
+    if checkpoint.is_finished(step) or begun(step):
+        raise UserError(f"--out {run}: holds a step learnt from other files, classes or options; give a free place")
+    return False
+
+
+def _refuse_other_lesson(config: RunConfig, prepared: Path) -> None:
+    """Refuse a run directory in which a step of another lesson, or of this one with other options, has begun."""
+    _holds_lesson(config.run_dir, prepared)
+    method = METHODS[config.method](method_options(config.method, config))
+    refuse_another_run(config.run_dir, resolve(config, method.defaults(config.data.dataset, config.task.name)))
+
+
 def _install(prepared: Path, run: Path) -> None:
     """Put the prepared data into the run directory, which is locked, unless they are there already."""
-    target, about = run / FOLDER, checkpoint.read_json(prepared / "learn.json")
-    there = checkpoint.read_json(target / "learn.json") if target.is_dir() else None
-    if there and there != about:
-        step = run / f"step_{there['step']}"
-        if checkpoint.is_finished(step) or begun(step):
-            raise UserError(f"--out {run}: holds a step learnt from other files, classes or options; give a free place")
+    if _holds_lesson(run, prepared):
+        return
+    target = run / FOLDER
+    if target.is_dir():
         for old in (target, *run.glob("step_*")):
             shutil.rmtree(old)
-    if there != about:
-        prepared.rename(target)
+    prepared.rename(target)
 
 
 def _take_over(source: Source, lesson: Lesson, config: RunConfig, console: Console) -> None:
@@ -196,7 +228,7 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
         UserError: anything in the input that must be mended first.
     """
     source = open_source(request.source, request.method) if request.source else None
-    _refuse_other_run(request)
+    _refuse_out(request)
     if not source:
         _refuse_backbone(request)
     out = request.out.resolve()
@@ -207,6 +239,7 @@ def learn(request: Request, console: Console, dry_run: bool = False) -> Path | N
             prepared = Path(temporary) / FOLDER
             lesson = read_lesson(request, source, prepared, console)
             config = make_config(request, source, lesson, prepared if dry_run else out / FOLDER)
+            _refuse_other_lesson(config, prepared)
             print_preview(lesson, config, source, console)
             if dry_run:
                 seconds = _trial_seconds(config, lesson, source, prepared)

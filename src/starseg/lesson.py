@@ -16,8 +16,10 @@ from starseg.data.folder import Photo, convert_masks, pair_files, split_images, 
 from starseg.data.step import sample_seed
 from starseg.engine import checkpoint
 from starseg.errors import UserError
+from starseg.hub import is_export
 from starseg.methods import METHODS
 from starseg.replay.bank import PrototypeBank
+from starseg.tasks import BACKGROUND, IGNORE
 
 _HIGHEST_ID = 254
 
@@ -118,6 +120,11 @@ def open_source(folder: Path, method: str) -> Source:
         UserError: no finished step, or one that ``method`` cannot go on from.
     """
     info = checkpoint.load_info(folder)
+    if is_export(folder):
+        raise UserError(
+            f"{folder}: an export for a model hub, which holds no prototype bank and so cannot be learnt on from; give "
+            f"the step directory that it was made from (step_{info.step} of its run)"
+        )
     if not checkpoint.is_finished(folder):
         raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
     layout = METHODS[method].layout
@@ -189,7 +196,7 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
     shown = pixels[:, new] > 0
     if absent := [names[c] for c in new if not pixels[:, c].any()]:
         raise UserError(
-            f"--masks {request.masks}: no mask shows {', '.join(absent)}; add images of it, or take it out of --classes"
+            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, absent[0])}"
         )
     val = split_images(shown, request.val_share, np.random.default_rng(sample_seed(request.seed, "validation")))
     lesson = Lesson(
@@ -207,6 +214,16 @@ def read_lesson(request: Request, source: Source | None, folder: Path, console: 
         )
     _write_prepared(folder, lesson, request)
     return lesson
+
+
+def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
+    """What to do about a class that no mask shows, given the [N, 256] pixels of every dataset id."""
+    if classes.colours is None and np.flatnonzero(pixels.any(0)).tolist() == [BACKGROUND, IGNORE]:
+        return (
+            "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
+            f"with the lines 'background #000000' and '{absent} #ffffff'"
+        )
+    return "add images of it, or take it out of --classes"
 
 
 def _classes(request: Request, coco: Coco | None, console: Console) -> ClassList:

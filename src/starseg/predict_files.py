@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
-from starseg.data.files import SUFFIXES
+from starseg.data.files import SUFFIXES, is_image, note_unread
 from starseg.data.palette import paint, voc_palette
 from starseg.engine.checkpoint import write_atomic, write_json
 from starseg.engine.progress import bar
@@ -38,28 +38,37 @@ class Target:
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """The image files that paths, folders and glob patterns name, each once, in the order given.
 
-    A folder stands for the images directly inside it; ``photos/**/*.jpg`` (quoted) reaches deeper.
+    A folder stands for the images directly inside it; ``photos/**/*.jpg`` (quoted) reaches deeper. Other files that a
+    folder or pattern holds are named on stderr; a file named itself is tried, whatever its name.
 
     Raises:
         UserError: nothing is there, or a folder or pattern without an image.
     """
     found: dict[Path, Path] = {}
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not files:
-                raise UserError(f"{path}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-        elif path.exists():
-            files = [path]
-        elif _GLOB & set(text):
-            files = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
-            if not files:
-                raise UserError(f"{text}: no file matches this pattern")
-        else:
-            raise UserError(f"{path}: no such file or folder")
-        found |= {p.resolve(): p for p in files if p.resolve() not in found}
+        for path in _files_of(text):
+            found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def _files_of(text: str) -> list[Path]:
+    path, known = Path(text), ", ".join(SUFFIXES)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        if not any(map(is_image, files)):
+            deep = any(p.is_file() and is_image(p) for p in path.rglob("*"))
+            hint = f"; folders in it hold some, which the pattern '{path}/**/*' (quoted) reaches" if deep else ""
+            raise UserError(f"{path}: no image in this folder (looked for {known}){hint}")
+    elif path.exists():
+        return [path]
+    elif _GLOB & set(text):
+        files = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+        if not any(map(is_image, files)):
+            raise UserError(f"{text}: no file matches this pattern that is an image ({known})")
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    note_unread([path for path in files if not is_image(path)])
+    return [path for path in files if is_image(path)]
 
 
 def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Target]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from starseg import demo
 from starseg.cli import main, reporting_errors
+from starseg.errors import UserError
 from starseg.report.figures import write_figures
 
 
@@ -115,6 +116,13 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for path in ("star/pictures.png", "star/iou.png", "pictures.png", "iou.png"):
         assert (tmp_path / "demo" / path).stat().st_size > 10_000
     write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))
+
+
+def test_the_demo_goes_among_nobodys_files(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(UserError, match="holds something that `starseg demo` did not make"):
+        demo.run_demo(tmp_path, Console(quiet=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from starseg.cli import main
 from starseg.config import parse_config
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.report.cases import class_iou, mask_uri, photo_uri
 from starseg.report.facts import confusion_groups, forgetting, gather, loss_curves, shown_names
-from starseg.report.page import render_page, write_report
+from starseg.report.page import refuse_target, render_page, write_report
 from starseg.report.svg import Line, line_chart
 
 QUIET = Console(quiet=True)
@@ -170,3 +172,27 @@ def test_equal_names_are_told_apart_and_missing_steps_said(run: Path, tmp_path: 
     results.unlink()
     with pytest.raises(UserError, match="no step of its own is finished yet"):
         shown_names(runs)
+
+
+def test_a_report_goes_among_nobodys_files(tmp_path: Path) -> None:
+    photos, run, report, broken = (tmp_path / name for name in ("photos", "run.1", "report", "broken"))
+    for folder, name in ((photos, "a.jpg"), (run, "results.json"), (report, "report.html"), (broken, "iou.png")):
+        folder.mkdir()
+        (folder / name).touch()
+    (tmp_path / "text").touch()
+    for free in (run, report, broken, tmp_path / "new", tmp_path / "new.html", tmp_path / "new" / "page.HTM"):
+        refuse_target(free)
+    with pytest.raises(UserError, match="photos: holds something, but no earlier report"):
+        refuse_target(photos)
+    for name in ("page.pdf", "text"):
+        with pytest.raises(UserError, match=rf"{name}: expected a page that ends in \.html"):
+            refuse_target(tmp_path / name)
+
+
+def test_the_command_looks_at_the_place_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["starseg", "report", str(tmp_path), "--out", str(tmp_path / "page.pdf")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "ends in .html" in capsys.readouterr().err and not list(tmp_path.iterdir())

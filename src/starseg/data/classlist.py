@@ -12,6 +12,7 @@ from starseg.errors import UserError
 
 Colour = tuple[int, int, int]
 _LINE = re.compile(r"(?P<name>.+?)(?:\s+#(?P<hex>[0-9a-fA-F]{6})|(?P<rgb>(?:[\s,]+\d+){3}))?")
+_HASH = re.compile(r"(^|\s)#")
 _LABEL_MAP_LINE = re.compile(r"(?P<name>[^:#][^:]*):(?P<rgb>\d+,\d+,\d+):[^:]*:[^:]*")
 _BLACK = (0, 0, 0)
 
@@ -40,7 +41,8 @@ def read_classes(given: str) -> ClassList:
     labelmap.txt has lines ``name:R,G,B:parts:actions`` in any order.
 
     Raises:
-        UserError: no such file, no background, no class, a name or colour twice, or some classes without colours.
+        UserError: no such file, no background, no class, an empty name, a name or colour twice, a colour that is none,
+            or some classes without colours.
     """
     path, label_map = Path(given), False
     if path.is_file():
@@ -55,14 +57,20 @@ def read_classes(given: str) -> ClassList:
     elif "/" in given or path.suffix == ".txt":
         raise UserError(f"--classes {given}: no such file; give a file, or names with commas between them")
     else:
-        entries = [_parse(name.strip(), path) for name in given.split(",") if name.strip()]
-        if not entries or not is_background(entries[0][0]):
+        names = [name.strip() for name in given.split(",")]
+        if "" in names:
+            raise UserError(
+                f"--classes {given}: name {names.index('') + 1} of {len(names)} is empty; a name's place is its value "
+                "in the masks, so name every class, or leave the comma out"
+            )
+        entries = [_parse(name, path) for name in names]
+        if not is_background(entries[0][0]):
             entries.insert(0, ("background", None))
     if len(entries) < 2:
         raise UserError(f"--classes {given}: expected at least one class beside the background")
-    names, colours = zip(*entries, strict=True)
-    distinct([name.casefold() for name in names], path)
-    return ClassList(names, _colour_map(names, colours, path), given, label_map)
+    classes, colours = zip(*entries, strict=True)
+    distinct([name.casefold() for name in classes], path)
+    return ClassList(classes, _colour_map(classes, colours, path), given, label_map)
 
 
 def is_background(name: str) -> bool:
@@ -72,7 +80,7 @@ def is_background(name: str) -> bool:
 def _parse(line: str, path: Path) -> tuple[str, Colour | None]:
     """Name and colour of a line."""
     match = _LINE.fullmatch(line)
-    if not match:
+    if not match or _HASH.search(match["name"]):
         raise UserError(f"{path}: expected 'name', 'name R G B' or 'name #rrggbb', got {line!r}")
     if match["hex"]:
         return match["name"], tuple(bytes.fromhex(match["hex"]))  # type: ignore[return-value]

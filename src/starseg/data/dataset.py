@@ -86,7 +86,8 @@ def read_lines(path: Path, layout: str) -> list[str]:
         UserError: unreadable; ``layout`` says what data.root must look like.
     """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Windows' editors begin a file with a byte order mark.
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error

@@ -9,12 +9,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from rich.console import Console
 from torch import Tensor
 from torchvision import io
 
 from starseg.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_NAMED = 5
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called as an image that is read."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def note_unread(files: Sequence[Path]) -> None:
+    """Say on stderr which files among images are not read; of hidden ones nothing is said."""
+    names = [path.name for path in files if not path.name.startswith(".")]
+    if not names:
+        return
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
+    text = f"note: {what} starseg reads: {', '.join(names[:_NAMED])}{rest}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -67,6 +85,16 @@ def read_image(path: Path) -> Tensor:
         return image_tensor(image)
 
 
+def transparent_pixels(path: Path) -> np.ndarray:
+    """Where an image file is transparent, in part or wholly: [H, W] bool, upright.
+
+    Raises:
+        UserError: missing, unreadable or truncated.
+    """
+    with _opened(path, "image") as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < 255
+
+
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     """Height and width of an image, upright.
 
@@ -86,8 +114,12 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
     """The mask's ids, [H, W] uint8 (palette or grey PNG).
+
+    Args:
+        path: the file.
+        otherwise: what else can be done about a mask in colour, for the message.
 
     Raises:
         UserError: missing, unreadable, or not one 8-bit channel.
@@ -96,6 +128,7 @@ def read_mask(path: Path) -> np.ndarray:
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a mask must be an 8-bit palette or grey image, not {image.mode!r}; save the class ids as one"
+                f"{otherwise}"
             )
         return np.array(image)
 

@@ -23,7 +23,16 @@ from rich.console import Console
 
 from starseg.data.classlist import ClassList, Colour
 from starseg.data.dataset import Dataset, Split, distinct, read_lines
-from starseg.data.files import SUFFIXES, image_size, read_image, read_mask, refuse_other_size
+from starseg.data.files import (
+    SUFFIXES,
+    image_size,
+    is_image,
+    note_unread,
+    read_image,
+    read_mask,
+    refuse_other_size,
+    transparent_pixels,
+)
 from starseg.data.index import count_ids, unknown_ids
 from starseg.data.labelme import draw_labelme
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
@@ -32,6 +41,9 @@ from starseg.errors import UserError
 from starseg.machine import cores
 from starseg.tasks import BACKGROUND, IGNORE
 
+# Class lists and annotations, which may lie among the images.
+_BESIDE = (".txt", ".json")
+_BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
 
 
@@ -52,9 +64,9 @@ class Photo:
     draw: Callable[[tuple[int, int]], np.ndarray]
 
 
-def _find(folder: Path, suffixes: Sequence[str], outside: Path | None = None) -> list[Path]:
+def _files(folder: Path, outside: Path | None = None) -> list[Path]:
     """Files below a folder in order of their paths, nothing hidden, nothing in the folder ``outside``."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and outside not in p.parents)
+    files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
@@ -86,11 +98,14 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such {wanted}")
     beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
-    files = _find(images, SUFFIXES, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    given = _files(images, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    files = [path for path in given if is_image(path)]
+    note_unread([path for path in given if not is_image(path) and path.suffix.lower() not in _BESIDE])
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
     refuse_twins(files, images)
-    found = {_name(p, masks): p for suffix in (".json", ".png") for p in _find(masks, [suffix])}
+    drawn = _files(masks)
+    found = {_name(p, masks): p for suffix in (".json", ".png") for p in drawn if p.suffix.lower() == suffix}
     photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
     missing = [photo.name for photo in photos if not photo.mask]
     if missing and not (classes.label_map and len(missing) < len(photos)):
@@ -120,13 +135,13 @@ def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.nd
     if classes.colours is not None:
         ids = _from_colours(mask, classes.colours, classes.source)
     else:
-        ids = read_mask(mask)
+        ids = read_mask(mask, f"; masks in colour (RGB, RGBA) are read by {_BY_COLOUR}")
         unknown = unknown_ids(count_ids(ids), len(classes.names))
         if unknown.any():
             raise UserError(
                 f"{mask}: indices {np.flatnonzero(unknown).tolist()} are no lines of {classes.source} (0 to "
-                f"{len(classes.names) - 1}, 255 for ignored pixels); name these classes, or give every class a colour "
-                "there if the mask is to be read by colour"
+                f"{len(classes.names) - 1}, 255 for ignored pixels); name these classes, or give {_BY_COLOUR} if "
+                "the mask is to be read by colour"
             )
     refuse_other_size(size, ids.shape, mask)
     return ids
@@ -146,10 +161,11 @@ def _from_colours(mask: Path, colours: Sequence[Colour], source: str) -> np.ndar
     pixels = _packed(read_image(mask).numpy())
     places = order[np.searchsorted(keys, pixels, sorter=order).clip(max=len(keys) - 1)]
     if (wrong := keys[places] != pixels).any():
-        first = pixels[wrong][0]
+        first, clear = pixels[wrong][0], (wrong & transparent_pixels(mask)).sum()
+        also = f", {clear} of them transparent, over white; save the mask without transparency" if clear else ""
         raise UserError(
             f"{mask}: colour {first >> 16} {first >> 8 & 255} {first & 255} is no class of {source} ({wrong.sum()} "
-            "pixels of other colours); add it there, or save the mask without smoothed edges"
+            f"pixels of other colours{also}); add it there, or save the mask without smoothed edges"
         )
     return np.array(list(ids.values()), np.uint8)[places]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig
+from starseg.config import RunConfig, change_config, load_config
 from starseg.data.dataset import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loading import Loading
 from starseg.data.step import Batch
-from starseg.engine.checkpoint import StepInfo
+from starseg.engine.checkpoint import StepInfo, load_model
 from starseg.engine.data import Data, workers_for
 from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.metrics import summarize
@@ -29,20 +30,38 @@ from starseg.models import Segmenter
 from starseg.models.segmenter import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
 
+_SCORING = ("data.", "eval.", "train.accelerator=")
 
-def scoring_overrides(given: Iterable[str]) -> list[str]:
-    """Overrides for the evaluation of a trained step.
+
+def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo, RunConfig]:
+    """A trained network and the configuration that says what it is evaluated on.
+
+    Args:
+        weights: a run's step directory, or a published checkpoint (.pth) with its config.json beside it.
+        overrides: of the configuration, "key=value".
 
     Raises:
-        UserError: one that could not change what is scored.
+        UserError: no such step or checkpoint, damaged files, a step without its run, or an override that could not
+            change what is scored.
     """
-    overrides = list(given)
-    if other := [text for text in overrides if not text.startswith(("data.", "eval.", "train.accelerator="))]:
+    if other := [text for text in overrides if not text.startswith(_SCORING)]:
         raise UserError(
             f"override {other[0]!r}: a trained step is scored as it is; only data.*, eval.* and train.accelerator "
             "can be changed"
         )
-    return overrides
+    if weights.suffix == ".pth":
+        from starseg.compat.weights import open_checkpoint
+
+        model, info, published = open_checkpoint(weights)
+        return model, info, change_config(published.to_run(gpu=torch.cuda.is_available()), overrides)
+    model, info = load_model(weights)
+    path = weights.resolve().parent / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{weights}: cannot be evaluated, {path} is missing, which names the data set; give the step directory in "
+            "its run"
+        )
+    return model, info, load_config(path, overrides)
 
 
 @torch.inference_mode()

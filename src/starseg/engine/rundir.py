@@ -124,15 +124,20 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[s
     Raises:
         UserError: the directory belongs to another configuration, or cannot be locked.
     """
-    _refuse_another_run(run_dir, config, free)
+    refuse_another_run(run_dir, config, free)
     held = held or lock(run_dir)
     # Once more: another run may have begun, and ended, since.
-    _refuse_another_run(run_dir, config, free)
+    refuse_another_run(run_dir, config, free)
     checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return held
 
 
-def _refuse_another_run(run_dir: Path, config: RunConfig, free: Keys) -> None:
+def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> None:
+    """Look whether a run with this configuration may go on, or begin, in a directory; ``free`` keys may differ.
+
+    Raises:
+        UserError: the directory holds a run with another configuration, or something else.
+    """
     path, ours = run_dir / "config.yaml", dump_config(config)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")

@@ -21,6 +21,11 @@ from starseg.report.figures import write_figures
 from starseg.report.svg import COLOURS, Line, line_chart
 from starseg.report.templating import template
 
+PAGE = "report.html"
+# What a folder holds that a report may be written into: an earlier page, or a run; or, where making the page was broken
+# off, pictures alone.
+_OURS, _PICTURES = {PAGE, "results.json"}, {"iou.png", "pictures.png"}
+_PAGES = (".html", ".htm")
 GROUPS = ("old", "new", "all")
 
 
@@ -131,14 +136,31 @@ def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequ
     console.print(f"report: {path} ({len(html) / 1000:,.0f} KB)", highlight=False, soft_wrap=True)
 
 
+def refuse_target(out: Path) -> None:
+    """Look at the place for a report before it is made.
+
+    Raises:
+        UserError: a file that is no page, or a folder of somebody's that holds no earlier report.
+    """
+    if out.suffix.lower() in _PAGES and not out.is_dir():
+        return
+    if not out.is_dir() and (out.suffix or out.exists()):
+        raise UserError(
+            f"--out {out}: expected a page that ends in .html, or a folder, whose name has no dot if it is new"
+        )
+    there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if there - _PICTURES and not there & _OURS:
+        raise UserError(f"--out {out}: holds something, but no earlier report; give a free place")
+
+
 def write_report(runs: Sequence[Path], out: Path, console: Console) -> None:
-    """Write the page to ``out`` if that ends in .html, else pictures and ``report.html`` into the folder ``out``.
+    """Write the page to ``out`` if that ends in .html, else pictures and :data:`PAGE` into the folder ``out``.
 
     Raises:
         UserError: a folder that is no run.
     """
-    if out.suffix.lower() in (".html", ".htm"):
+    if out.suffix.lower() in _PAGES:
         write_page(runs, out, console)
         return
     write_figures(runs, out, console)
-    write_page(runs, out / "report.html", console)
+    write_page(runs, out / PAGE, console)
