@@ -111,7 +111,7 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
 
 
 def run_plan(plan: Plan, console: Console) -> list[str]:
-    """Train what is not finished yet; a broken run goes on, and one that fails keeps the others from nothing.
+    """Train what is not finished yet; a broken run goes on, and one that fails does not stop the others.
 
     Returns:
         The names of runs that failed.

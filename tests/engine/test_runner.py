@@ -237,7 +237,7 @@ def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatc
     """A step that begins in a new process ends as one that follows another."""
 
     def half(config: TrainConfig) -> Fabric:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
         return Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
 
     monkeypatch.setattr("starseg.engine.runner.make_fabric", half)
