@@ -3,8 +3,8 @@
 import sys
 import time
 
-from starseg.bench import Case, alternate
-from starseg.bench_step import StepPath
+from starseg.bench.run import Case, alternate
+from starseg.bench.step import StepPath
 
 
 def main(batch: int) -> None:

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg import Method, load_config, register_method, train
-from starseg.data.step import Batch
-from starseg.engine.checkpoint import read_json
+from starseg.data.samples import Batch
 from starseg.methods import METHODS, StepContext
 from starseg.models import Output
 from starseg.report.tables import comparison_table
+from starseg.utils.files import read_json
 
 CONFIG = Path(__file__).with_name("voc_subset.yaml")
 SMALL = ["data.crop=128", "train.base.epochs=3", "train.later.epochs=3"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from starseg.bench import alternate
+from starseg.bench.run import alternate
 from starseg.models import Segmenter
 
 # Network, side of the images, how many at once.

@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from starseg.data.dataset import Dataset, Split
+from starseg.data.datasets.base import Dataset, Split
+from starseg.data.datasets.voc import VOC_NAMES
 from starseg.data.index import class_index
-from starseg.data.step import select_images
-from starseg.data.voc import VOC_NAMES
+from starseg.data.selection import select_images
 from starseg.tasks import make_task
 
 

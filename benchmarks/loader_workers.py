@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from starseg.bench import alternate
-from starseg.data.loading import Loading
-from starseg.data.step import EpochSampler, StepDataset
-from starseg.data.voc import open_voc
+from starseg.bench.run import alternate
+from starseg.data.datasets.voc import open_voc
+from starseg.data.loader import PersistentLoader
+from starseg.data.samples import EpochSampler, StepDataset
 
 PASSES = 4
 
@@ -21,7 +21,7 @@ def main(root: Path) -> None:
 
         def passes(loadings: int, workers: int = workers) -> None:
             for _ in range(loadings):
-                loading = Loading(workers)
+                loading = PersistentLoader(workers)
                 for _ in range(PASSES // loadings):
                     list(loading.over(data, EpochSampler(2, 2, [0], (0, 0))))
                 loading.close()

@@ -9,7 +9,7 @@ import typer
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
-from starseg.cli import app
+from starseg.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from starseg.data.classlist import read_classes
-from starseg.data.files import read_mask
+from starseg.data.annotations.classlist import read_classes
+from starseg.data.images import read_mask
 from starseg.engine.metrics import summarize
 from starseg.report.tables import percent
 from starseg.tasks import IGNORE

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import typer
 
-from starseg.cli import app
-from starseg.cli_help import EXAMPLES, complete_methods
+from starseg.cli.help import EXAMPLES, complete_methods
+from starseg.cli.main import app
 from starseg.config import load_config
 from starseg.methods import METHODS
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from starseg.config import load_config
     from starseg.engine.runner import train
+    from starseg.inference.predictor import load
     from starseg.methods import Method, register_method
-    from starseg.predict import load
 
 __version__ = "0.1.0"
 __all__ = ["Method", "load", "load_config", "register_method", "train"]
@@ -16,7 +16,7 @@ __all__ = ["Method", "load", "load_config", "register_method", "train"]
 _API = {
     "train": "starseg.engine.runner",
     "load_config": "starseg.config",
-    "load": "starseg.predict",
+    "load": "starseg.inference.predictor",
     "Method": "starseg.methods",
     "register_method": "starseg.methods",
 }

@@ -1,3 +1,3 @@
-from starseg.cli import main
+from starseg.cli.main import main
 
 main()

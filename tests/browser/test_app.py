@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from starseg.predict import load
-from starseg.predict_files import predict_files
+from starseg.inference.files import predict_files
+from starseg.inference.predictor import load
 
 pytestmark = pytest.mark.browser
 pytest.importorskip("gradio", reason="needs gradio; pip install 'starseg[app]'")

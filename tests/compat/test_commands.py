@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import starseg
-from starseg.cli import main
+from starseg.cli.main import main
 from starseg.compat import commands
-from starseg.engine.checkpoint import read_json
-from starseg.engine.resume import write_state
+from starseg.engine.state import write_state
 from starseg.errors import Stopped
+from starseg.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
 Train = Callable[..., None]

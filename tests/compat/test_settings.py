@@ -83,8 +83,8 @@ def test_the_batch_size_is_that_of_each_process() -> None:
     config = _config("ade", "-c", str(ROOT / "configs/config_ade.json"), "--bs", "12", "--multiprocessing_distributed")
     assert config.to_run(devices=2).train.batch_size == 24
     assert config.to_run(devices=1).train.batch_size == 12
-    alone = _config("ade", "-c", str(ROOT / "configs/config_ade.json"), "--bs", "12")
-    assert alone.to_run(devices=2).train.batch_size == 12
+    single = _config("ade", "-c", str(ROOT / "configs/config_ade.json"), "--bs", "12")
+    assert single.to_run(devices=2).train.batch_size == 12
 
 
 @pytest.mark.parametrize(

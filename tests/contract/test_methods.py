@@ -9,25 +9,26 @@ import torch.utils.backend_registration
 from rich.console import Console
 
 from starseg.config import parse_config
-from starseg.contract import CHECKS, Rehearsal, check_resume, check_run, tiny_settings
+from starseg.contract import CHECKS, MethodHarness, check_resume, check_run, tiny_settings
 from starseg.contract.checks import gradients_reach_what_learns
-from starseg.engine.checkpoint import load_model, read_json
+from starseg.engine.checkpoint import load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.methods import METHODS
+from starseg.utils.files import read_json
 
 NAMES = sorted(METHODS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str) -> None:
-    gradients_reach_what_learns(Rehearsal(name))
+    gradients_reach_what_learns(MethodHarness(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(name: str, check: object) -> None:
-    check(Rehearsal(name))
+    check(MethodHarness(name))
 
 
 @pytest.mark.slow

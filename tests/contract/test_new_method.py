@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from starseg.config import parse_config
-from starseg.contract import Rehearsal, check_resume, tiny_settings
+from starseg.contract import MethodHarness, check_resume, tiny_settings
 from starseg.contract.checks import gradients_reach_what_learns, shares_of_a_batch_give_the_loss_of_the_whole
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.errors import UserError
-from starseg.losses import upsample
+from starseg.losses.star import upsample
 from starseg.methods import METHODS, Method, StepContext, load_files, register_method
-from starseg.methods.base import Network
+from starseg.methods.protocol import Network
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
 
@@ -58,7 +58,7 @@ def test_the_suite_finds_a_group_left_out() -> None:
             return super().param_groups(ctx)[1:]
 
     with pytest.raises(AssertionError, match=r"not both: \['backbone"):
-        gradients_reach_what_learns(Rehearsal("faulty-groups"))
+        gradients_reach_what_learns(MethodHarness("faulty-groups"))
 
 
 def test_the_suite_finds_a_mean_of_one_process() -> None:
@@ -69,7 +69,7 @@ def test_the_suite_finds_a_mean_of_one_process() -> None:
             return {"bce": torch.nn.functional.softplus(logits).mean()}
 
     with pytest.raises(AssertionError, match="share"):
-        shares_of_a_batch_give_the_loss_of_the_whole(Rehearsal("faulty-mean"))
+        shares_of_a_batch_give_the_loss_of_the_whole(MethodHarness("faulty-mean"))
 
 
 def test_the_suite_finds_what_is_lost_when_a_step_breaks_off(shapes: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_method_may_say_that_it_needs_one_process(shapes: Path, tmp_path: Path
         def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
             return {"mean": upsample(new(batch.images).logits, batch.labels).square().mean()}
 
-    shares_of_a_batch_give_the_loss_of_the_whole(Rehearsal("alone"))
+    shares_of_a_batch_give_the_loss_of_the_whole(MethodHarness("alone"))
     settings = tiny_settings("alone", shapes, tmp_path)
     parse_config(settings)
     settings["train"]["devices"] = 2

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from starseg.data import cache as cache_module
 from starseg.data.cache import ImageCache, decoded_shapes, make_cache
-from starseg.data.dataset import Split
-from starseg.data.files import read_image, read_mask
-from starseg.data.loading import Loading
-from starseg.data.step import EpochSampler, StepDataset
-from starseg.data.voc import open_voc
+from starseg.data.datasets.base import Split
+from starseg.data.datasets.voc import open_voc
+from starseg.data.images import read_image, read_mask
+from starseg.data.loader import PersistentLoader
+from starseg.data.samples import EpochSampler, StepDataset
 from starseg.errors import UserError
 
 COUNT, CROP = 8, 48
@@ -31,7 +31,7 @@ def split(shapes: Path, tmp_path: Path) -> Split:
 
 def _batches(split: Split, cache: ImageCache | None, workers: int, epochs: range) -> list[torch.Tensor]:
     data = StepDataset(split, np.arange(COUNT), np.arange(256, dtype=np.uint8), CROP, (0, 0))
-    loader = Loading(workers, cache).over(data, EpochSampler(COUNT, 4, epochs, (0, 0)))
+    loader = PersistentLoader(workers, cache).over(data, EpochSampler(COUNT, 4, epochs, (0, 0)))
     return [part for batch in loader for part in (batch.images, batch.labels)]
 
 

@@ -46,7 +46,7 @@ def _arm(moment: str, count: int) -> None:
 
 
 def _run(request: dict[str, Any]) -> int:
-    from starseg.cli import main as starseg
+    from starseg.cli.main import main as starseg
 
     signal.alarm(300)
     for number, suffix in ((1, "out"), (2, "err")):
@@ -65,7 +65,7 @@ def _run(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    for module in ("starseg.cli", "starseg.engine.runner", "starseg.report.page"):
+    for module in ("starseg.cli.main", "starseg.engine.runner", "starseg.report.page"):
         importlib.import_module(module)
     for line in sys.stdin:
         pid = os.fork()

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from starseg.cli import main
+from starseg.cli.main import main
 from starseg.config import parse_config
 from starseg.engine.runner import train
 

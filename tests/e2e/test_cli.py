@@ -11,9 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from starseg import demo
-from starseg.cli import main, reporting_errors
+from starseg.cli.main import main
 from starseg.errors import UserError
 from starseg.report.figures import write_figures
+from starseg.utils.terminal import reporting_errors
 
 
 def _starseg(*args: str) -> subprocess.CompletedProcess:

@@ -7,11 +7,11 @@ from PIL import Image
 
 from starseg.compat.settings import parse_published, read_published
 from starseg.config import parse_config
-from starseg.data.dataset import NO_FILES, Split
-from starseg.engine.checkpoint import read_json
+from starseg.data.datasets.base import NO_FILES, Split
 from starseg.engine.exemplars import Memory, kept, locate
 from starseg.errors import UserError
 from starseg.replay.memory import Exemplar
+from starseg.utils.files import read_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ESCAPES = ["../x", "/etc/x", "a/../../x", "a\\x", "..\\x", "x\0"]

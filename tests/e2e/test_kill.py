@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from e2e.kill_at import MOMENTS, Starter
 from starseg.config import load_config
-from starseg.engine.checkpoint import read_json
 from starseg.engine.rundir import claim, resolve
 from starseg.engine.runner import train
 from starseg.methods import METHODS, method_options
+from starseg.utils.files import read_json
 
 # The largest counts: small enough to be reached, and for a run to live through many kills.
 COUNTS = {"scan before": 3, "iteration": 12, "scan after": 3, "write": 6, "rename": 5, "publish": 2, "test": 1}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from starseg.config import parse_config
-from starseg.engine.checkpoint import read_json
 from starseg.engine.runner import train
+from starseg.utils.files import read_json
 
 pytestmark = pytest.mark.processes
 _QUIET = Console(quiet=True)

@@ -7,7 +7,7 @@ import torch
 from lightning_fabric.plugins import Precision
 
 from starseg.config import TrainConfig, parse_config
-from starseg.contract import Rehearsal
+from starseg.contract import MethodHarness
 from starseg.engine.accumulate import MicroBatches
 from starseg.engine.launch import make_fabric
 from starseg.errors import UserError
@@ -28,7 +28,7 @@ class _Scaled(Precision):
 )
 def test_parts_give_the_losses_and_gradients_of_the_batch(name: str, scale: float) -> None:
     """Batch norm in eval mode: where it is trained, its statistics are those of a part. fp16 scales the gradients."""
-    rehearsal = Rehearsal(name)
+    rehearsal = MethodHarness(name)
     rehearsal.walk(1)
     method, ctx, optimizer = rehearsal.enter(1)
     with torch.no_grad():  # away from the old model: PLOP's distance to it has no gradient at 0
@@ -60,7 +60,7 @@ def test_parts_give_the_losses_and_gradients_of_the_batch(name: str, scale: floa
 
 def test_trained_batch_norm_and_dropout() -> None:
     """The pass for the outputs leaves no trace: statistics move once a part, dropout draws the same again."""
-    rehearsal = Rehearsal("star")
+    rehearsal = MethodHarness("star")
     _, ctx, optimizer = rehearsal.enter(0)
     fabric = make_fabric(TrainConfig(accelerator="cpu", precision="32"))
     network, _ = fabric.setup(ctx.model.train(), optimizer)

@@ -9,17 +9,17 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 
 from starseg.config import TrainConfig
-from starseg.contract import Rehearsal
-from starseg.data.step import Batch
-from starseg.engine.clock import Clock
+from starseg.contract import MethodHarness
+from starseg.data.samples import Batch
 from starseg.engine.fit import StepTraining
+from starseg.utils.clock import Clock
 
 _CPU = torch.device("cpu")
 
 
 def _training(*plugins: MixedPrecision, batch_size: int = 4) -> tuple[StepTraining, Batch]:
     """The first step of a rehearsal, and a batch for it."""
-    rehearsal = Rehearsal("finetune")
+    rehearsal = MethodHarness("finetune")
     method, ctx, _ = rehearsal.enter(0)
     fabric = Fabric(accelerator="cpu", plugins=list(plugins))
     config = TrainConfig(warmup=0, batch_size=batch_size)

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import BatchNorm2d, SyncBatchNorm
 
 from starseg.config import TrainConfig, parse_config
-from starseg.engine.data import workers_for
-from starseg.engine.launch import make_fabric, refuse_other_number, refuse_without_compiler, synchronise_norm
+from starseg.engine.launch import check_world_size, make_fabric, refuse_without_compiler, synchronise_norm
+from starseg.engine.run_data import workers_for
 from starseg.errors import UserError
 from starseg.models import Segmenter
-from starseg.models.heads import HeadLayout
+from starseg.models.classifiers import HeadLayout
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def test_batch_norm_is_synchronised_on_several_gpus(device: str, world: int, syn
 def test_frozen_batch_norm_stays_joined_to_its_convolution() -> None:
     """As in later steps, of which some train the batch norms of their new head alone."""
     model = Segmenter("test_resnet", [2, 1], layout=HeadLayout(conv=True))
-    joined = [norm.joined for norm in _norms(model.backbone)]
+    fused = [norm.fused for norm in _norms(model.backbone)]
     model.freeze_all_but(model.heads[-1:])
     synchronise_norm(model.train(), SimpleNamespace(device=torch.device("cuda"), world_size=2))
-    assert any(joined) and [norm.joined for norm in _norms(model.backbone)] == joined
+    assert any(fused) and [norm.fused for norm in _norms(model.backbone)] == fused
     norms = {name: isinstance(m, SyncBatchNorm) for name, m in model.named_modules() if m in _norms(model)}
     assert norms == {name: name.startswith("heads.1") for name in norms} and any(norms.values())
     assert {name for name, m in model.train().named_modules() if m in _norms(model) and m.training} == {
@@ -82,12 +82,12 @@ def test_frozen_batch_norm_stays_joined_to_its_convolution() -> None:
 def test_a_launcher_starts_what_is_configured(
     launcher: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_other_number(TrainConfig(devices=2))
+    check_world_size(TrainConfig(devices=2))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    refuse_other_number(TrainConfig(devices=2, num_nodes=2))
+    check_world_size(TrainConfig(devices=2, num_nodes=2))
     with pytest.raises(UserError, match=rf"{launcher} started 4 processes, but train.devices \(1\) times .* is 1"):
-        refuse_other_number(TrainConfig())
+        check_world_size(TrainConfig())
 
 
 @pytest.mark.usefixtures("_algorithms")
@@ -111,8 +111,8 @@ def test_float32_is_no_tf32() -> None:
 def test_loader_workers_share_cores_and_memory(
     device: str, devices: int, started_by: str, shared: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starseg.engine.data.cores", lambda: 16)
-    monkeypatch.setattr("starseg.engine.data.free_shared_memory", lambda: shared)
+    monkeypatch.setattr("starseg.engine.run_data.cores", lambda: 16)
+    monkeypatch.setattr("starseg.engine.run_data.free_shared_memory", lambda: shared)
     if started_by:
         monkeypatch.setenv("SLURM_NTASKS", "4")
     config = parse_config({"task": {"name": "15-1"}, "train": {"devices": devices, "batch_size": 64}})

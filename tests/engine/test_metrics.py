@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from starseg.contract import Rehearsal
-from starseg.data.step import Batch
+from starseg.contract import MethodHarness
+from starseg.data.samples import Batch
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.metrics import summarize
 from starseg.methods import METHODS
-from starseg.models.segmenter import predict_upsampled
+from starseg.models.prediction import predict_upsampled
 from starseg.tasks import IGNORE
 
 
@@ -46,7 +46,7 @@ def test_a_step_without_new_classes_has_no_new_figures() -> None:
 
 def test_confusion_is_torchmetrics() -> None:
     """Which takes 15 GB for 16 crops and 21 classes where algorithms are to be deterministic."""
-    model, method = Rehearsal("star").enter(0)[1].model, METHODS["star"]
+    model, method = MethodHarness("star").enter(0)[1].model, METHODS["star"]
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     labels = torch.randint(0, 4, (4, 64, 64), dtype=torch.uint8)
     labels[0, :9] = IGNORE

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from starseg.config import parse_config
 from starseg.contract import tiny_settings
-from starseg.data.step import EpochSampler
-from starseg.engine.data import open_data
+from starseg.data.samples import EpochSampler
+from starseg.engine.run_data import open_data
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options

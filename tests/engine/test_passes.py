@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from starseg.contract import Rehearsal
+from starseg.contract import MethodHarness
 
 
 def test_two_passes_over_the_data_for_statistics() -> None:
     """One before a later step, one after every step; the published code makes four."""
-    rehearsal, read = Rehearsal("star"), []
+    rehearsal, read = MethodHarness("star"), []
     for step in (0, 1):
 
         def scan(name: str, step: int = step) -> object:

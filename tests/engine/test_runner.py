@@ -15,9 +15,9 @@ from starseg.config import TrainConfig, parse_config
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
-from starseg.engine.resume import write_state
 from starseg.engine.rundir import resolve
 from starseg.engine.runner import train
+from starseg.engine.state import write_state
 from starseg.errors import UserError
 from starseg.methods import METHODS
 from starseg.report.facts import time_split

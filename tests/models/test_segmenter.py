@@ -6,8 +6,8 @@ import torch
 
 from starseg.errors import UserError
 from starseg.models import Segmenter
-from starseg.models.backbones import load_backbone_weights
-from starseg.models.segmenter import LargestLogit
+from starseg.models.encoders import load_backbone_weights
+from starseg.models.prediction import LargestLogit
 
 
 def test_growing_keeps_the_old_logits() -> None:

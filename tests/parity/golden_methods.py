@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.methods import METHODS, Method, StepContext
 from starseg.models import Output
 from starseg.tasks import TaskSequence

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.methods import METHODS, StepContext
 from starseg.methods.star import Star
 from starseg.models import Output

@@ -8,7 +8,7 @@ from parity.golden import check_close, document, tensors
 from parity.test_model import generated
 from starseg.compat.settings import parse_published, read_published, set_key
 from starseg.compat.weights import load_checkpoint, save_published
-from starseg.losses import resize
+from starseg.ops.bilinear import resize
 from starseg.replay.bank import PrototypeBank
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parity.golden import document, tensors
-from starseg.pseudo import fill_in
+from starseg.losses.pseudo_labels import fill_in
 from starseg.replay.memory import Exemplar, round_robin
 
 

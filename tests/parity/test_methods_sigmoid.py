@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from parity.golden import check_close
 from parity.golden_methods import answering, batch_of, golden, make_method, step_context
-from starseg.data.step import Batch
-from starseg.distill import sigmoid_kd, sign_split
-from starseg.losses import bce_per_class, ocfm, resize, sad, top_two, uncertainty
+from starseg.data.samples import Batch
+from starseg.losses.distillation import sigmoid_kd, sign_split
+from starseg.losses.star import bce_per_class, ocfm, sad, top_two, uncertainty
 from starseg.models import Output
-from starseg.models.heads import copy_head
+from starseg.models.classifiers import copy_head
+from starseg.ops.bilinear import resize
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import make_adapter_plan
 from starseg.tasks import TaskSequence

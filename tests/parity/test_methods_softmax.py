@@ -6,7 +6,7 @@ from torch import nn
 
 from parity.golden import check_close
 from parity.golden_methods import answering, batch_of, golden, make_method, step_context
-from starseg.distill import (
+from starseg.losses.distillation import (
     cross_entropy_map,
     local_pod,
     pooled_distillation,
@@ -14,10 +14,10 @@ from starseg.distill import (
     unbiased_cross_entropy_map,
     unbiased_kd,
 )
-from starseg.losses import mean
+from starseg.losses.pseudo_labels import entropy, fill_in_certain, published_entropy
+from starseg.losses.reduction import mean
 from starseg.methods.plop import Plop
-from starseg.models.heads import share_background
-from starseg.pseudo import entropy, fill_in_certain, published_entropy
+from starseg.models.classifiers import share_background
 
 
 def _classes(g: dict) -> tuple[int, int]:

@@ -9,9 +9,9 @@ import torch
 
 from parity.golden import check_close, document, tensors
 from starseg.engine.fit import make_optimizer
-from starseg.losses import resize
 from starseg.methods import METHODS, StepContext
 from starseg.models import Segmenter
+from starseg.ops.bilinear import resize
 from starseg.tasks import TaskSequence
 
 

@@ -8,11 +8,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from parity.golden import arrays, cases, document, tensors
-from starseg.data.step import select_images
+from starseg.data.selection import select_images
 from starseg.engine.fit import lr_factor
 from starseg.engine.metrics import summarize
 from starseg.methods import METHODS
-from starseg.models.segmenter import LargestLogit
+from starseg.models.prediction import LargestLogit
 from starseg.tasks import TaskSequence, published_tasks
 
 FIGURES = {

@@ -7,7 +7,7 @@ from parity.golden import arrays, check_close, document, tensors
 from parity.stubs import numbered
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import make_plan
-from starseg.replay.statistics import FeatureStatistics, count_cells, count_ids, old_prediction, on_grid
+from starseg.replay.statistics import FeatureStatistics, count_cells, count_ids, old_prediction, sample_at_stride
 
 
 def _statistics(step: str) -> FeatureStatistics:
@@ -15,7 +15,7 @@ def _statistics(step: str) -> FeatureStatistics:
     n_old, n_new = int(g["n_old"]), int(g["n_new"])
     statistics = FeatureStatistics.zeros(n_new, g["features"].shape[2])
     for features, labels in zip(g["features"], g["labels"], strict=True):
-        grid = on_grid(labels, labels.shape[-1] // features.shape[-1]).long()
+        grid = sample_at_stride(labels, labels.shape[-1] // features.shape[-1]).long()
         statistics.update(features, torch.where((grid > n_old) & (grid < 255), grid - n_old, grid))
     return statistics
 
@@ -64,7 +64,7 @@ def test_predicted_counts() -> None:
         seen = ((b.labels, g["old_logits"][int(b.images)]) for b in batches)
         counts = sum(count_cells(*pair, 16, 1 + n_old + n_new, threshold) for pair in seen)[: 1 + n_old]
         assert counts.tolist() == g[name].tolist()
-    labels = on_grid(g["labels"].flatten(0, 1), 16)
+    labels = sample_at_stride(g["labels"].flatten(0, 1), 16)
     counts = count_ids(labels, 1 + n_old + n_new)
     assert [counts[0].item(), *counts[1 + n_old :].tolist()] == g["current_numbers"].tolist()
 

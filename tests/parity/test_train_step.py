@@ -5,11 +5,11 @@ import torch
 
 from parity.golden import cases, check_close, tensors
 from parity.stubs import Heads, numbered, star, star_context
-from starseg.bilinear import thin
-from starseg.losses import background_cells, negatives_per_class, resize
+from starseg.losses.star import background_cells, negatives_per_class
 from starseg.methods.star import Star
+from starseg.ops.bilinear import resize, subsample_to_support
 from starseg.replay.bank import PrototypeBank
-from starseg.replay.statistics import on_grid, see_old
+from starseg.replay.statistics import old_model_labels, sample_at_stride
 
 VARIANTS = [(f, v) for f in ("voc", "ade") for v in cases(f"train_step_{f}") if v != "nobg"]
 
@@ -60,12 +60,12 @@ def test_regions_and_replayed_features(dataset: str, variant: str) -> None:
     small = it.old(batch.images).logits
     check_close(resize(small, batch.labels.shape[-2:]), it.old_logits)
     grid = small.shape[2:]
-    labels, seen = see_old(batch.labels, small, grid, it.method.options.old_threshold)
-    assert torch.equal(seen, thin(want["old_pred"].long(), grid))
+    labels, seen = old_model_labels(batch.labels, small, grid, it.method.options.old_threshold)
+    assert torch.equal(seen, subsample_to_support(want["old_pred"].long(), grid))
     region = ((labels == 0) & (seen > 0)).float()
     assert torch.equal(resize(region[:, None], grid), resize(want["pseudo_label_region"][:, None].float(), grid))
     stride = seen.shape[-1] // grid[-1]
-    cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
+    cells = background_cells(sample_at_stride(labels, stride), sample_at_stride(seen, stride))
     assert torch.equal(cells, want["region_bg"].bool())
     replayed = it.method.bank.draw(it.method.plan.rows, it.ctx.generator)
     check_close(replayed.T, want["fake_features"])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from starseg.config import parse_config
-from starseg.engine.checkpoint import read_json
 from starseg.engine.runner import train
 from starseg.errors import UserError
 from starseg.replay.memory import Exemplar, choose, merge, round_robin
+from starseg.utils.files import read_json
 
 CANDIDATES = st.lists(st.sets(st.integers(1, 5)), max_size=30).map(
     lambda shown: [Exemplar(f"image{i}", tuple(sorted(s))) for i, s in enumerate(shown)]
@@ -71,11 +71,11 @@ def test_star_m_keeps_images_of_old_classes(star_m: dict) -> None:
 
 def test_the_memory_is_drawn_alike_when_a_step_is_run_alone(star_m: dict, tmp_path: Path) -> None:
     whole = train(parse_config(star_m), range(2), Console(quiet=True))
-    alone = parse_config({**star_m, "out": str(tmp_path / "alone")})
+    single = parse_config({**star_m, "out": str(tmp_path / "alone")})
     shutil.copytree(whole / "step_0", tmp_path / "alone" / "step_0")
     shutil.copy(whole / "config.yaml", tmp_path / "alone")
-    train(alone, range(1, 2), Console(quiet=True))
-    assert read_json(alone.run_dir / "step_1" / "memory.json") == read_json(whole / "step_1" / "memory.json")
+    train(single, range(1, 2), Console(quiet=True))
+    assert read_json(single.run_dir / "step_1" / "memory.json") == read_json(whole / "step_1" / "memory.json")
 
 
 def test_a_method_without_a_memory_refuses_one(tiny: dict) -> None:

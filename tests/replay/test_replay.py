@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import make_plan
-from starseg.replay.statistics import FeatureStatistics, on_grid
+from starseg.replay.statistics import FeatureStatistics, sample_at_stride
 
 
 def _measure(features: torch.Tensor, labels: torch.Tensor, classes: int, cuts: list[int]) -> PrototypeBank:
@@ -87,4 +87,4 @@ def test_plan_is_never_negative(numbers: list[int], iterations: int, setting: st
 
 def test_the_grid_starts_at_half_a_stride() -> None:
     labels = torch.arange(64 * 48).reshape(1, 64, 48)
-    assert on_grid(labels, 16)[0, :, 0].tolist() == [48 * r + 8 for r in (8, 24, 40, 56)]
+    assert sample_at_stride(labels, 16)[0, :, 0].tolist() == [48 * r + 8 for r in (8, 24, 40, 56)]

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from starseg.cli import reporting_errors, resumable
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
 from starseg.errors import UserError
+from starseg.utils.terminal import reporting_errors, resumable
 
 _NAMES = {"voc": "PASCAL VOC 2012", "ade": "ADE20K"}
 # Flags of training that set a key of the configuration.

@@ -12,13 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
-from starseg.compat.weights import (
-    checkpoint_name,
-    load_checkpoint,
-    load_prototypes,
-    prototypes_name,
-    save_published,
-)
+from starseg.compat.weights import checkpoint_name, load_checkpoint, load_prototypes, prototypes_name, save_published
 from starseg.config import RunConfig
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
@@ -28,6 +22,7 @@ from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.replay.bank import PrototypeBank
 from starseg.report.tables import figures_table
+from starseg.utils.files import read_json, write_atomic, write_json
 
 # Each command gives its own step's values, which other steps need not share: its config.json records them.
 _OF_STEP_0: Keys = frozenset({("train", "base")})
@@ -105,7 +100,7 @@ def _record(folder: Path, config: PublishedConfig) -> None:
     if not (started(folder) and record.is_file()):
         folder.mkdir(exist_ok=True)
         published = config.model_dump(mode="json", exclude_unset=True)
-        checkpoint.write_atomic(record, json.dumps(published, indent=4).encode())
+        write_atomic(record, json.dumps(published, indent=4).encode())
 
 
 def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> None:
@@ -125,7 +120,7 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
         _free_keys(target, step, run)
         _record(target, config)
     runner.run()
-    if runner.leader and "imported" not in checkpoint.read_json(target / "metrics.json"):
+    if runner.leader and "imported" not in read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
         bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))
         save_published(target, config.trainer.epochs, weights, bank)
@@ -142,5 +137,5 @@ def evaluate_checkpoint(
     if save_dir is not None:
         folder = save_dir / "log" / config.run_dir.name / f"test_{datetime.now():%m%d_%H%M%S}"
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "metrics.json", figures)
+        write_json(folder / "metrics.json", figures)
         console.print(f"wrote {folder / 'metrics.json'}", soft_wrap=True)

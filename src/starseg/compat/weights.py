@@ -12,13 +12,14 @@ from torch import Tensor
 
 from starseg.compat.settings import TEST_FILL, PublishedConfig, parse_published, published_tree
 from starseg.config import RunConfig
-from starseg.data.dataset import list_dataset
-from starseg.data.voc import VOC_NAMES
-from starseg.engine.checkpoint import StepInfo, write_atomic
+from starseg.data.datasets.base import list_dataset
+from starseg.data.datasets.voc import VOC_NAMES
+from starseg.engine.checkpoint import StepInfo
 from starseg.errors import UserError
 from starseg.models import Segmenter
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import make_task
+from starseg.utils.files import write_atomic
 
 _HEADS = {"cls.": "heads."}
 

@@ -1,10 +1,9 @@
-"""The contract of a method, as checks that raise: what every registered method must do, ours and other packages'.
+"""The contract of a method: checks that every registered method passes, also those of other packages.
 
     from starseg.contract import check_method
     check_method("mine")
 
-Each of :data:`CHECKS` takes a :class:`Rehearsal`, a short run of a method on random images without files. Its options
-reach the method as they are; whoever needs a check of its own can walk the steps likewise.
+Each of :data:`CHECKS` takes a :class:`MethodHarness`, which takes a method through a few steps on random images.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from starseg.contract.checks import CHECKS
-from starseg.contract.rehearsal import SIDE, Rehearsal
+from starseg.contract.harness import SIDE, MethodHarness
 from starseg.contract.runs import check_resume, check_run, tiny_settings
 from starseg.data.shapes import write_shapes
 
-__all__ = ["CHECKS", "Rehearsal", "check_method", "check_resume", "check_run", "tiny_settings"]
+__all__ = ["CHECKS", "MethodHarness", "check_method", "check_resume", "check_run", "tiny_settings"]
 
 
 def check_method(name: str, **options: Any) -> None:
@@ -28,7 +27,7 @@ def check_method(name: str, **options: Any) -> None:
         AssertionError: says what the method does that it must not.
     """
     for check in CHECKS:
-        check(Rehearsal(name, options=options))
+        check(MethodHarness(name, options=options))
     with TemporaryDirectory() as folder:
         data = write_shapes(Path(folder) / "data", train=48, val=12, size=SIDE, classes=5)
         check_run(name, data, Path(folder) / "run")

@@ -10,13 +10,13 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from starseg.contract.rehearsal import ITERATIONS, Rehearsal, through_a_file, total
-from starseg.data.step import Batch
-from starseg.losses import alone
+from starseg.contract.harness import ITERATIONS, MethodHarness, through_a_file, total
+from starseg.data.samples import Batch
+from starseg.losses.reduction import identity
 from starseg.tasks import IGNORE
 
 
-def the_loss_falls(run: Rehearsal) -> None:
+def the_loss_falls(run: MethodHarness) -> None:
     """On one repeated batch, in every step."""
     for step in range(len(run.task)):
         method, ctx, optimizer = run.enter(step)
@@ -25,7 +25,7 @@ def the_loss_falls(run: Rehearsal) -> None:
         run.leave(method, ctx)
 
 
-def the_state_survives_a_file(run: Rehearsal) -> None:
+def the_state_survives_a_file(run: MethodHarness) -> None:
     """What a method saves is what it loads, and a step begun from it gives the same loss twice."""
     last = len(run.task) - 1
     run.walk(last)
@@ -42,7 +42,7 @@ def the_state_survives_a_file(run: Rehearsal) -> None:
     assert values[0] == values[1], f"the same step begun twice gives {values}"
 
 
-def gradients_reach_what_learns(run: Rehearsal) -> None:
+def gradients_reach_what_learns(run: MethodHarness) -> None:
     """Every parameter that needs a gradient is in one group and gets one; whatever is frozen stays as it is."""
     for step in range(len(run.task)):
         method, ctx, optimizer = run.enter(step)
@@ -73,7 +73,7 @@ def gradients_reach_what_learns(run: Rehearsal) -> None:
         run.leave(method, ctx)
 
 
-def a_batch_without_old_classes(run: Rehearsal) -> None:
+def a_batch_without_old_classes(run: MethodHarness) -> None:
     """Plain background and one that is new classes all over: finite losses and gradients."""
     step = min(1, len(run.task) - 1)
     run.walk(step)
@@ -87,7 +87,7 @@ def a_batch_without_old_classes(run: Rehearsal) -> None:
         assert not bad, f"labels all {fill}: gradients are not finite in {bad[:3]}"
 
 
-def predictions_are_training_ids(run: Rehearsal) -> None:
+def predictions_are_training_ids(run: MethodHarness) -> None:
     """The rule gives ids of the classes seen, for logits of any height and width."""
     run.walk(2 if len(run.task) > 1 else 1)
     assert run.model is not None
@@ -100,13 +100,13 @@ def predictions_are_training_ids(run: Rehearsal) -> None:
     assert classes == len(run.task.seen(min(1, len(run.task) - 1))), "a finished step holds the classes seen so far"
 
 
-def one_new_class_and_many(run: Rehearsal) -> None:
+def one_new_class_and_many(run: MethodHarness) -> None:
     """Steps of one class, and a step that adds more classes than were known."""
     for steps in (((1,), (2,)), ((1, 2), tuple(range(3, 10)))):
         the_loss_falls(replace(run, steps=steps))
 
 
-def a_permuted_order(run: Rehearsal) -> None:
+def a_permuted_order(run: MethodHarness) -> None:
     """Class ids out of order change nothing, since a method sees training ids only; both settings run."""
     straight, permuted = run, replace(run, steps=((5, 1, 3), (4,), (2,)))
     for step in range(len(run.task)):
@@ -126,18 +126,18 @@ class _Meeting:
         self.world, self.barrier = world, threading.Barrier(world, timeout=60)
         self.values: list[Tensor] = [torch.empty(0)] * world
 
-    def adder(self, rank: int) -> Callable[[Tensor], Tensor]:
-        def add_up(values: Tensor) -> Tensor:
+    def make_all_reduce_sum(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def all_reduce_sum(values: Tensor) -> Tensor:
             self.values[rank] = values.detach()
             self.barrier.wait()
             others = sum((v for i, v in enumerate(self.values) if i != rank), torch.zeros_like(values.detach()))
             self.barrier.wait()
             return values + others
 
-        return add_up
+        return all_reduce_sum
 
 
-def shares_of_a_batch_give_the_loss_of_the_whole(run: Rehearsal) -> None:
+def shares_of_a_batch_give_the_loss_of_the_whole(run: MethodHarness) -> None:
     """Two processes with half of each batch: the loss of the whole batch in each, their gradients add up to its own.
 
     Batch norm is held in eval mode here: in training it is synchronised on GPUs only. A method may say that it cannot.
@@ -146,13 +146,13 @@ def shares_of_a_batch_give_the_loss_of_the_whole(run: Rehearsal) -> None:
         return
     for step in range(len(run.task)):
         batch = run.batch(step)
-        want, gradient = _share(run, step, batch, alone, 0, 1)
+        want, gradient = _share(run, step, batch, identity, 0, 1)
         meeting = _Meeting(2)
 
         def part(
             rank: int, step: int = step, batch: Batch = batch, meeting: _Meeting = meeting
         ) -> tuple[float, Tensor]:
-            return _share(run, step, _half(batch, rank), meeting.adder(rank), rank, 2)
+            return _share(run, step, _half(batch, rank), meeting.make_all_reduce_sum(rank), rank, 2)
 
         with ThreadPoolExecutor(2) as pool:
             parts = list(pool.map(part, range(2)))
@@ -168,9 +168,11 @@ def _half(batch: Batch, rank: int) -> Batch:
 
 
 def _share(
-    run: Rehearsal, step: int, batch: Batch, add_up: Callable[[Tensor], Tensor], rank: int, world: int
+    run: MethodHarness, step: int, batch: Batch, all_reduce_sum: Callable[[Tensor], Tensor], rank: int, world: int
 ) -> tuple[float, Tensor]:
-    method, ctx, _ = run.enter(step, add_up=add_up, rank=rank, world=world, scan=lambda name: iter([batch]))
+    method, ctx, _ = run.enter(
+        step, all_reduce_sum=all_reduce_sum, rank=rank, world=world, scan=lambda name: iter([batch])
+    )
     ctx.model.eval()
     loss = total(method, ctx, batch)
     loss.backward()
@@ -178,7 +180,7 @@ def _share(
     return loss.item(), torch.cat(gradients)
 
 
-CHECKS: tuple[Callable[[Rehearsal], None], ...] = (
+CHECKS: tuple[Callable[[MethodHarness], None], ...] = (
     the_loss_falls,
     the_state_survives_a_file,
     gradients_reach_what_learns,

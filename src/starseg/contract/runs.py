@@ -13,14 +13,15 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import parse_config
-from starseg.contract.rehearsal import BACKBONE, SIDE, Rehearsal
-from starseg.data.step import Batch
-from starseg.engine.checkpoint import load_model, read_json
+from starseg.contract.harness import BACKBONE, SIDE, MethodHarness
+from starseg.data.samples import Batch
+from starseg.engine.checkpoint import load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
-from starseg.engine.resume import begun
 from starseg.engine.runner import train
+from starseg.engine.state import begun
 from starseg.errors import Stopped
+from starseg.utils.files import read_json
 
 
 def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def check_run(name: str, data: Path, out: Path) -> None:
 def check_resume(name: str, data: Path, folder: Path) -> None:
     """A later step that breaks off in the middle and is begun again ends with the same files, bit by bit."""
     settings = tiny_settings(name, data, folder / "straight")
-    quiet, last = Console(quiet=True), 0 if len(Rehearsal(name).task) == 1 else 1
+    quiet, last = Console(quiet=True), 0 if len(MethodHarness(name).task) == 1 else 1
     straight = train(parse_config(settings), range(last + 1), quiet)
     settings |= {"out": str(folder / "broken"), **({"start_from": str(straight / "step_0")} if last else {})}
     settings["train"]["save_minutes"] = 1e-9  # so after every iteration

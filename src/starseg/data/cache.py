@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.data.dataset import Split
-from starseg.data.files import image_size, read_image, read_mask
+from starseg.data.datasets.base import Split
+from starseg.data.images import image_size, read_image, read_mask
 from starseg.errors import UserError
-from starseg.machine import available_memory
+from starseg.utils.machine import available_memory
 
 
 class ImageCache:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from starseg.data.dataset import Dataset, Split
-from starseg.data.files import image_size, read_mask, refuse_other_size
+from starseg.data.datasets.base import Dataset, Split
+from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
-from starseg.machine import cores
 from starseg.tasks import IGNORE
+from starseg.utils.machine import cores
 
 _VERSION = 2
 
@@ -26,7 +26,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("STARSEG_CACHE") or Path.home() / ".cache" / "starseg")
 
 
-def count_ids(mask: np.ndarray) -> np.ndarray:
+def pixels_per_id(mask: np.ndarray) -> np.ndarray:
     """Pixels of every id in a mask of uint8, [256] int32."""
     return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
 
@@ -35,7 +35,7 @@ def _count(mask: Path, image: Path | None) -> np.ndarray:
     ids = read_mask(mask)
     if image is not None:
         refuse_other_size(image_size(image), ids.shape, mask)
-    return count_ids(ids)
+    return pixels_per_id(ids)
 
 
 def _key(root: Path, files: Sequence[Path]) -> str:

@@ -40,7 +40,7 @@ def _nearest(side: int, crop: int) -> np.ndarray:
     return interpolate(places[None, None], crop, mode="nearest-exact")[0, 0].long().numpy()
 
 
-def test_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
+def eval_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """Short side resized to ``crop``, then a centre crop of that size."""
     image = F.resize(image, [crop], antialias=True)
     mask = F.resize(mask, [crop], interpolation=_NEAREST)

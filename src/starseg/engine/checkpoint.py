@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,51 +15,10 @@ from torch import Tensor
 
 from starseg.errors import UserError
 from starseg.models import Segmenter
-from starseg.models.heads import HeadLayout
+from starseg.models.classifiers import HeadLayout
+from starseg.utils.files import read_json, write_atomic, write_json
 
 FORMAT = 1
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot write it ({error.strerror}); what was there before is intact. "
-            "Mend that and give the same command again"
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not valid JSON ({error})") from error
 
 
 def read_results(run: Path) -> Any:
@@ -116,7 +74,7 @@ class StepInfo:
         base: how many classes tables call old.
         crop: side of the training crops.
         test_fill: what classes not learnt yet become in test labels.
-        lead, conv_heads: layout of the heads (:class:`starseg.models.heads.HeadLayout`).
+        lead, conv_heads: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
     """
 
     backbone: str

@@ -14,21 +14,21 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig, change_config, load_config
-from starseg.data.dataset import open_dataset
+from starseg.data.datasets.base import open_dataset
 from starseg.data.index import class_index
-from starseg.data.loading import Loading
-from starseg.data.step import Batch
+from starseg.data.loader import PersistentLoader
+from starseg.data.samples import Batch
 from starseg.engine.checkpoint import StepInfo, load_model
-from starseg.engine.data import Data, workers_for
 from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.metrics import summarize
-from starseg.engine.progress import track
+from starseg.engine.run_data import RunData, workers_for
 from starseg.errors import UserError
-from starseg.losses import AddUp, alone
+from starseg.losses.reduction import AllReduceSum, identity
 from starseg.methods import METHODS, method_options
 from starseg.models import Segmenter
-from starseg.models.segmenter import predict_upsampled
+from starseg.models.prediction import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
+from starseg.utils.progress import track
 
 _SCORING = ("data.", "eval.", "train.accelerator=")
 
@@ -66,7 +66,7 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
 
 @torch.inference_mode()
 def confusion_matrix(
-    model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], add_up: AddUp = alone
+    model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], all_reduce_sum: AllReduceSum = identity
 ) -> np.ndarray:
     """Confusion over all pixels that are not ignored, model in eval mode and float32.
 
@@ -74,7 +74,7 @@ def confusion_matrix(
         model: the network.
         rule: training ids [N, H, W] from logits [N, C, H, W].
         loader: uint8 batches, this process's share.
-        add_up: over processes.
+        all_reduce_sum: over processes.
 
     Returns:
         [1 + C, 1 + C] int64, rows the labels, columns the predictions.
@@ -88,7 +88,7 @@ def confusion_matrix(
         counted = labels != IGNORE
         # Not torchmetrics': where algorithms are to be deterministic, that compares every pixel with every entry.
         total += torch.bincount(classes * labels[counted] + predicted[counted], minlength=classes**2)
-    return add_up(total).view(classes, classes).cpu().numpy()
+    return all_reduce_sum(total).view(classes, classes).cpu().numpy()
 
 
 def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     if list(task.class_names(last)) != info.names:
         raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
-    loading = Loading(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
-    loader = Data(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
+    loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
+    loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
     published = info.compat == "published"
     rule = METHODS[info.method](method_options(info.method, config)).rule(published)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))

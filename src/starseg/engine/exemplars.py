@@ -13,14 +13,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from starseg.data.dataset import NO_FILES, Split
-from starseg.data.step import Batch
-from starseg.engine.checkpoint import read_json, write_json
-from starseg.engine.data import Data
+from starseg.data.datasets.base import NO_FILES, Split
+from starseg.data.samples import Batch
+from starseg.engine.run_data import RunData
 from starseg.errors import UserError
-from starseg.losses import resize
 from starseg.models import Segmenter
+from starseg.ops.bilinear import resize
 from starseg.replay.memory import Exemplar, choose, merge
+from starseg.utils.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def locate(names: Iterable[str], split: Split, previous: Path) -> Split:
 
 
 def choose_memory(
-    data: Data, step: int, size: int, previous: Path, seed: int, found: Callable[[int], Tensor]
+    data: RunData, step: int, size: int, previous: Path, seed: int, found: Callable[[int], Tensor]
 ) -> Memory:
     """Choose the memory of ``step`` from what step - 1 kept and trained on (REFERENCE, "STAR-M").
 

@@ -16,14 +16,15 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from starseg.config import TrainConfig
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.engine.accumulate import MicroBatches
-from starseg.engine.clock import Clock
-from starseg.engine.progress import Bar
-from starseg.engine.resume import Guard, every_process, restore_process
+from starseg.engine.guard import Guard
+from starseg.engine.state import every_process, restore_process
 from starseg.errors import UserError
 from starseg.methods import Method, StepContext
 from starseg.models import Output, Segmenter
+from starseg.utils.clock import Clock
+from starseg.utils.progress import Bar
 
 _LOG_EVERY = 10
 
@@ -104,7 +105,7 @@ class StepTraining:
         self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if ctx.old_model else None
         self.processes: list[dict[str, Any]] = []
         # What the device computed but nobody has looked at yet: looking waits for a GPU.
-        self.unseen: list[tuple[Batch, dict[str, Tensor]]] = []
+        self.pending_losses: list[tuple[Batch, dict[str, Tensor]]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The state after :attr:`iteration` iterations; every process must call it."""
@@ -121,7 +122,7 @@ class StepTraining:
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Go on from :meth:`state_dict`; the names of what begins anew, as it does not fit another device's."""
-        precision, generator, anew = self.fabric.strategy.precision, self.ctx.generator, []
+        precision, generator, reset = self.fabric.strategy.precision, self.ctx.generator, []
         self.iteration = state["iteration"]
         self.ctx.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -129,14 +130,14 @@ class StepTraining:
         if state["precision"] or not precision.state_dict():
             precision.load_state_dict(state["precision"])
         else:
-            anew.append("loss scale")
+            reset.append("loss scale")
         if state["generator"].shape == generator.get_state().shape:
             generator.set_state(state["generator"])
         else:
-            anew.append("random draws")
+            reset.append("random draws")
         self.processes = state["processes"]
         self.clock.seconds |= state.get("time", {})
-        return anew
+        return reset
 
     def run(
         self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
@@ -159,13 +160,13 @@ class StepTraining:
         for raw in self.clock.each("data", iter(loader)):
             losses = self.iterate(raw)
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
-            self.unseen.append((raw, losses))
+            self.pending_losses.append((raw, losses))
             bar.advance()
             # A look at a GPU's values, and an agreement of processes, make the GPU wait.
-            looks = last or self.fabric.device.type == "cpu" or len(self.unseen) >= _LOG_EVERY
-            due = (looks or self.fabric.world_size == 1) and guard.due(last)
-            if looks or due:
-                self._look(epoch)
+            checks = last or self.fabric.device.type == "cpu" or len(self.pending_losses) >= _LOG_EVERY
+            due = (checks or self.fabric.world_size == 1) and guard.due(last)
+            if checks or due:
+                self._check_finite(epoch)
             if last or self.iteration % _LOG_EVERY == 1:
                 terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
                 rates = {f"lr/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
@@ -197,10 +198,10 @@ class StepTraining:
         self.iteration += 1
         return {name: value.detach() for name, value in losses.items()}
 
-    def _look(self, epoch: int) -> None:
+    def _check_finite(self, epoch: int) -> None:
         """Refuse to go on, and to save, with a loss that is no number."""
-        first, precision = self.iteration - len(self.unseen), self.fabric.strategy.precision.precision
-        for offset, (raw, losses) in enumerate(self.unseen):
+        first, precision = self.iteration - len(self.pending_losses), self.fabric.strategy.precision.precision
+        for offset, (raw, losses) in enumerate(self.pending_losses):
             terms = {name: value.item() for name, value in losses.items()}
             if not all(map(math.isfinite, terms.values())):
                 raise UserError(
@@ -208,4 +209,4 @@ class StepTraining:
                     f"{terms}; images {raw.indices.tolist()}. The state before is kept. Lower the learning rate"
                     + (", or use train.precision=32" if not precision.startswith("32") else "")
                 )
-        self.unseen.clear()
+        self.pending_losses.clear()

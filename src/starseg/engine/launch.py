@@ -44,7 +44,7 @@ def is_leader() -> bool:
     return rank_zero_only.rank in (0, None)  # type: ignore[attr-defined]
 
 
-def refuse_other_number(config: TrainConfig) -> None:
+def check_world_size(config: TrainConfig) -> None:
     """Compare the processes that torchrun or SLURM started with the configured ones.
 
     Raises:
@@ -136,7 +136,7 @@ class _Sum(torch.autograd.Function):
         return gradients[0] * ctx.world, None
 
 
-def adder(fabric: Fabric) -> Callable[[Tensor], Tensor]:
+def make_all_reduce_sum(fabric: Fabric) -> Callable[[Tensor], Tensor]:
     """A differentiable sum over the processes of ``fabric``; see :class:`StepContext`."""
     return lambda values: values if fabric.world_size == 1 else _Sum.apply(values, fabric)
 
@@ -156,4 +156,4 @@ def synchronise_norm(model: Segmenter, fabric: Fabric) -> None:
             for name, child in parent.named_children():
                 if isinstance(child, _BatchNorm) and child.training:
                     setattr(parent, name, convert_sync_batchnorm(child))
-        model.lighten()
+        model.fuse_batch_norm()

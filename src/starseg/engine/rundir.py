@@ -13,10 +13,11 @@ import yaml
 
 from starseg.config import RunConfig, dump_config
 from starseg.engine import checkpoint
-from starseg.engine.resume import begun
+from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
-from starseg.methods.base import Phase, Schedule
+from starseg.methods.protocol import Schedule, StepSchedule
+from starseg.utils.files import write_atomic
 
 # Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
 Keys = frozenset[tuple[str, ...]]
@@ -52,7 +53,7 @@ os.register_at_fork(after_in_child=_let_go)
 def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
     """Fill in what the method decides for this data set, so that the saved copy says all."""
 
-    def phase(given: Any, default: Phase) -> dict[str, Any]:
+    def phase(given: Any, default: StepSchedule) -> dict[str, Any]:
         return {"epochs": given.epochs or default.epochs, "lr": given.lr or default.lr}
 
     train = config.train
@@ -128,7 +129,7 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[s
     held = held or lock(run_dir)
     # Once more: another run may have begun, and ended, since.
     refuse_another_run(run_dir, config, free)
-    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return held
 
 

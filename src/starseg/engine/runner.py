@@ -17,32 +17,34 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig
-from starseg.data.loading import Pass
-from starseg.data.step import Batch, sample_seed
+from starseg.data.loader import LoaderEpoch
+from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.clock import Clock
-from starseg.engine.data import open_data
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.fit import StepTraining, to_device
+from starseg.engine.guard import Guard
 from starseg.engine.launch import (
-    adder,
     average_buffers,
+    check_world_size,
     is_leader,
+    make_all_reduce_sum,
     make_fabric,
-    refuse_other_number,
     refuse_without_compiler,
     synchronise_norm,
 )
 from starseg.engine.metrics import summarize
-from starseg.engine.progress import bar, track
-from starseg.engine.resume import CURRENT, Guard, clear, read_state, write_state
+from starseg.engine.run_data import open_data
 from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt, resolve
+from starseg.engine.state import CURRENT, clear, read_state, write_state
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
 from starseg.models import Segmenter
-from starseg.models.backbones import make_backbone
+from starseg.models.encoders import make_backbone
 from starseg.report.tables import iou_table
+from starseg.utils.clock import Clock
+from starseg.utils.files import read_json, write_json
+from starseg.utils.progress import bar, track
 
 
 class Runner:
@@ -71,7 +73,7 @@ class Runner:
         self.console = console if self.leader else Console(quiet=True)
         self.method = METHODS[config.method](method_options(config.method, config))
         self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
-        refuse_other_number(self.config.train)
+        check_world_size(self.config.train)
         self.fabric = make_fabric(self.config.train)
         self.loss_scale = self.fabric.strategy.precision.state_dict()
         if self.config.train.compile:
@@ -87,7 +89,7 @@ class Runner:
             self._check_start()
         self.lock = claim(self.run_dir, self.config, free, lock) if self.leader else None
         self.fabric.launch()
-        self.add_up = adder(self.fabric)
+        self.all_reduce_sum = make_all_reduce_sum(self.fabric)
 
     def step_dir(self, step: int) -> Path:
         return self.run_dir / f"step_{step}"
@@ -173,7 +175,9 @@ class Runner:
         def found(earlier: int) -> Tensor:
             loader = data.train_loader(earlier, ["memory"], drop_last=False)
             batches = self._scan(old, loader, f"step {step} scan for exemplars")
-            return self.add_up(confident_classes(old, batches, data.positions(earlier, "train"), self.method.confident))
+            return self.all_reduce_sum(
+                confident_classes(old, batches, data.positions(earlier, "train"), self.method.confident)
+            )
 
         with torch.no_grad():
             memory = choose_memory(data, step, size, previous, sample_seed(self.config.seed, step, "memory"), found)
@@ -205,13 +209,13 @@ class Runner:
                 f"step {step} scan {name}",
             ),
             generator=generator,
-            add_up=self.add_up,
+            all_reduce_sum=self.all_reduce_sum,
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
         return context, memory
 
-    def _scan(self, model: Segmenter, loader: Pass, title: str) -> Iterator[Batch]:
+    def _scan(self, model: Segmenter, loader: LoaderEpoch, title: str) -> Iterator[Batch]:
         for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 
@@ -316,11 +320,11 @@ class Runner:
         folder, images = self.step_dir(step), self.data.digest(step)
         spent = state["seconds"] if state else 0.0
         if state:
-            anew = training.load_state_dict(state)
+            reset = training.load_state_dict(state)
             done = f"{training.iteration} of {training.total} iterations are done"
             self.console.print(f"step {step}: going on, {done}", highlight=False)
-            if anew:
-                self.console.print(f"[yellow]note:[/] saved on another device: {', '.join(anew)} begin anew")
+            if reset:
+                self.console.print(f"[yellow]note:[/] saved on another device: {', '.join(reset)} begin anew")
         elif self.leader:
             shutil.rmtree(folder / "logs", ignore_errors=True)
 
@@ -341,7 +345,7 @@ class Runner:
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         loader = self.data.test_loader(ctx.step)
         batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.add_up)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.all_reduce_sum)
         confusion = self.data.dataset.scored(confusion, self.task.dataset_ids(ctx.step))
         names = self.task.class_names(ctx.step)
         return {
@@ -368,11 +372,11 @@ class Runner:
                 "steps": len(self.task),
             },
             "steps": [
-                {k: v for k, v in checkpoint.read_json(s / "metrics.json").items() if k not in ("confusion", "files")}
+                {k: v for k, v in read_json(s / "metrics.json").items() if k not in ("confusion", "files")}
                 for s in steps
             ],
         }
-        checkpoint.write_json(self.run_dir / "results.json", results)
+        write_json(self.run_dir / "results.json", results)
         return results
 
 

@@ -16,7 +16,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from starseg.errors import UserError
-from starseg.methods.base import METHODS, Method, StepContext, method_options, register_method
+from starseg.methods.protocol import METHODS, Method, StepContext, method_options, register_method
 
 ENTRY_POINTS, FILES = "starseg.methods", "STARSEG_METHODS"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from starseg.data.step import Batch
-from starseg.losses import uncertainty, upsample
-from starseg.methods.base import StepContext, register_method
+from starseg.data.samples import Batch
+from starseg.losses.star import uncertainty, upsample
+from starseg.methods.protocol import StepContext, register_method
 from starseg.methods.star import Star, StarOptions
 from starseg.models import Output
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.drift import Drift
 from starseg.replay.plan import ReplayPlan, make_adapter_plan
-from starseg.replay.statistics import on_grid
+from starseg.replay.statistics import sample_at_stride
 
 
 class AdapterOptions(StarOptions):
@@ -43,7 +43,7 @@ class Adapter(Star):
 
     def constraint(self, batch: Batch, output: Output) -> Tensor:
         """Weighted uncertainty-aware constraint on all classes."""
-        loss = uncertainty(upsample(output.logits, batch.labels), batch.labels, self.ctx.add_up)
+        loss = uncertainty(upsample(output.logits, batch.labels), batch.labels, self.ctx.all_reduce_sum)
         return self.options.uac * loss
 
     def end_step(self, ctx: StepContext) -> None:
@@ -55,6 +55,6 @@ class Adapter(Star):
         drift = Drift.zeros(ctx.old_classes, old.prototypes.shape[1], ctx.device)
         for batch in ctx.scan("after"):
             previous, output = ctx.old_model(batch.images), ctx.model(batch.images)
-            labels = on_grid(batch.labels, ctx.model.output_stride)
+            labels = sample_at_stride(batch.labels, ctx.model.output_stride)
             drift.update(previous.features, previous.logits, output.features, output.logits, labels)
-        self.bank = drift.move(self.bank, old.counts[1:], ctx.add_up)
+        self.bank = drift.move(self.bank, old.counts[1:], ctx.all_reduce_sum)

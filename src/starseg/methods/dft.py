@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from starseg.errors import UserError
-from starseg.methods.base import Phase, Schedule, StepContext, register_method
+from starseg.methods.protocol import Schedule, StepContext, StepSchedule, register_method
 from starseg.methods.softmax import Softmax
 
 _LATER_VOC = {"19-1": 5e-3, "15-5": 2e-2}
@@ -26,10 +26,10 @@ class Dft(Softmax):
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         if dataset == "ade":
-            later = Phase(60, _LATER_ADE.get(task or "", 0.1))
+            later = StepSchedule(60, _LATER_ADE.get(task or "", 0.1))
         else:
-            later = Phase(30, _LATER_VOC.get(task or "", 5e-4))
-        return Schedule(Phase(30, 2e-2), later, warmup=0.0, pos_weight=1.0)
+            later = StepSchedule(30, _LATER_VOC.get(task or "", 5e-4))
+        return Schedule(StepSchedule(30, 2e-2), later, warmup=0.0, pos_weight=1.0)
 
     def init_heads(self, ctx: StepContext) -> None:
         """Append the heads of the steps to come, and take up what this step's and theirs learnt as negatives."""

@@ -8,20 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starseg.data.step import Batch
-from starseg.distill import sigmoid_kd, sign_split
-from starseg.losses import negatives_per_class, upsample
-from starseg.methods.base import (
-    ClassLossOptions,
-    Group,
-    Method,
-    Network,
-    Schedule,
-    StepContext,
-    register_method,
-)
+from starseg.data.samples import Batch
+from starseg.losses.distillation import sigmoid_kd, sign_split
+from starseg.losses.star import negatives_per_class, upsample
+from starseg.methods.protocol import ClassLossOptions, Group, Method, Network, Schedule, StepContext, register_method
 from starseg.models import Output, Segmenter
-from starseg.models.heads import AUXILIARY, HeadLayout, copy_head
+from starseg.models.classifiers import AUXILIARY, HeadLayout, copy_head
 from starseg.replay.memory import MemoryRule
 
 
@@ -72,7 +64,7 @@ class Dkd(Method):
         auxiliary = upsample(output.logits[:, :1], batch.labels)
         terms = {
             "mbce": self.class_loss(batch, output).sum(),
-            "ac": negatives_per_class(auxiliary.flatten()[:, None], self.ctx.add_up)[0].sum(),
+            "ac": negatives_per_class(auxiliary.flatten()[:, None], self.ctx.all_reduce_sum)[0].sum(),
         }
         return terms if old is None else {**terms, **self.distill(batch, output, old(batch.images))}
 
@@ -84,9 +76,9 @@ class Dkd(Method):
         logits, old_logits = (upsample(o.logits[:, old], batch.labels) for o in (output, previous))
         parts = sign_split(output.features.float(), class_weights(ctx.model, ctx.step))
         old_parts = sign_split(previous.features.float(), class_weights(ctx.old_model, ctx.step))
-        positive, negative = (sigmoid_kd(a, b, ctx.add_up).sum() for a, b in zip(parts, old_parts, strict=True))
+        positive, negative = (sigmoid_kd(a, b, ctx.all_reduce_sum).sum() for a, b in zip(parts, old_parts, strict=True))
         return {
-            "kd": options.kd * sigmoid_kd(logits, old_logits, ctx.add_up).sum(),
+            "kd": options.kd * sigmoid_kd(logits, old_logits, ctx.all_reduce_sum).sum(),
             "dkd+": options.dkd * positive,
             "dkd-": options.dkd * negative,
         }

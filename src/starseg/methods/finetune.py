@@ -1,6 +1,6 @@
 """Fine-tuning: the base loss on the new classes alone; the lower bound."""
 
-from starseg.methods.base import Method, register_method
+from starseg.methods.protocol import Method, register_method
 
 
 @register_method("finetune")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from starseg.data.step import Batch
-from starseg.losses import mean
-from starseg.methods.base import register_method
+from starseg.data.samples import Batch
+from starseg.losses.reduction import mean
 from starseg.methods.lwf import Lwf, LwfOptions
+from starseg.methods.protocol import register_method
 from starseg.models import Output
 
 
@@ -31,5 +31,5 @@ class Ilt(Lwf):
         if previous is not None:
             assert output.body is not None and previous.body is not None
             change = (output.body.float() - previous.body.float()).square()
-            terms["features"] = self.options.features * mean(change, self.ctx.add_up)
+            terms["features"] = self.options.features * mean(change, self.ctx.all_reduce_sum)
         return terms

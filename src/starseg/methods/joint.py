@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from starseg.methods.base import Method, register_method
+from starseg.methods.protocol import Method, register_method
 from starseg.tasks import TaskSequence
 
 

@@ -6,10 +6,10 @@ from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Strict
-from starseg.data.step import Batch
-from starseg.distill import softmax_kd
-from starseg.losses import upsample
-from starseg.methods.base import register_method
+from starseg.data.samples import Batch
+from starseg.losses.distillation import softmax_kd
+from starseg.losses.star import upsample
+from starseg.methods.protocol import register_method
 from starseg.methods.softmax import Softmax
 from starseg.models import Output
 
@@ -32,5 +32,5 @@ class Lwf(Softmax):
         terms = super().terms(batch, output, previous)
         if previous is not None:
             logits, old_logits = (upsample(o.logits, batch.labels) for o in (output, previous))
-            terms["kd"] = self.options.kd * softmax_kd(logits, old_logits, self.options.alpha, self.ctx.add_up)
+            terms["kd"] = self.options.kd * softmax_kd(logits, old_logits, self.options.alpha, self.ctx.all_reduce_sum)
         return terms

@@ -6,13 +6,14 @@ from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Strict
-from starseg.data.step import Batch
-from starseg.distill import unbiased_cross_entropy_map, unbiased_kd
-from starseg.losses import mean, upsample
-from starseg.methods.base import StepContext, register_method
+from starseg.data.samples import Batch
+from starseg.losses.distillation import unbiased_cross_entropy_map, unbiased_kd
+from starseg.losses.reduction import mean
+from starseg.losses.star import upsample
+from starseg.methods.protocol import StepContext, register_method
 from starseg.methods.softmax import Softmax
 from starseg.models import Output
-from starseg.models.heads import BACKGROUND, share_background
+from starseg.models.classifiers import BACKGROUND, share_background
 
 
 class BackgroundInit(Softmax):
@@ -45,6 +46,6 @@ class Mib(BackgroundInit):
         logits, old_logits = (upsample(o.logits, batch.labels) for o in (output, previous))
         loss = unbiased_cross_entropy_map(logits, batch.labels, ctx.first_new)
         return {
-            "ce": mean(loss, ctx.add_up),
-            "kd": options.kd * unbiased_kd(logits, old_logits, options.alpha, ctx.add_up),
+            "ce": mean(loss, ctx.all_reduce_sum),
+            "kd": options.kd * unbiased_kd(logits, old_logits, options.alpha, ctx.all_reduce_sum),
         }

@@ -8,13 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Strict
-from starseg.data.step import Batch
-from starseg.distill import cross_entropy_map, pooled_distillation
-from starseg.losses import mean, upsample
-from starseg.methods.base import Phase, Schedule, StepContext, register_method
+from starseg.data.samples import Batch
+from starseg.losses.distillation import cross_entropy_map, pooled_distillation
+from starseg.losses.pseudo_labels import EntropyHistogram, entropy, fill_in_certain, published_entropy
+from starseg.losses.reduction import mean
+from starseg.losses.star import upsample
 from starseg.methods.mib import BackgroundInit
+from starseg.methods.protocol import Schedule, StepContext, StepSchedule, register_method
 from starseg.models import Output
-from starseg.pseudo import EntropyHistogram, entropy, fill_in_certain, published_entropy
 from starseg.tasks import BACKGROUND
 
 _FINE, _PUBLISHED = 2**17, 100
@@ -44,7 +45,7 @@ class Plop(BackgroundInit):
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         schedule = super().defaults(dataset, task)
         if dataset == "voc" and task == "10-1":
-            return Schedule(schedule.base, Phase(10, schedule.later.lr), schedule.warmup, schedule.pos_weight)
+            return Schedule(schedule.base, StepSchedule(10, schedule.later.lr), schedule.warmup, schedule.pos_weight)
         return schedule
 
     def begin_step(self, ctx: StepContext) -> None:
@@ -57,7 +58,7 @@ class Plop(BackgroundInit):
         for batch in ctx.scan("before"):
             logits = upsample(ctx.old_model(batch.images).logits, batch.labels)
             histogram.update(self.uncertainty(logits), logits.argmax(1), batch.labels == BACKGROUND)
-        histogram = EntropyHistogram(ctx.add_up(histogram.counts))
+        histogram = EntropyHistogram(ctx.all_reduce_sum(histogram.counts))
         self.thresholds = histogram.binned_medians(ctx.published, _FLOOR) if binned else histogram.medians()
 
     def _binned(self, ctx: StepContext) -> bool:
@@ -79,7 +80,7 @@ class Plop(BackgroundInit):
             batch.labels, old_logits, self.uncertainty(old_logits), self.thresholds, ctx.first_new
         )
         loss = share[:, None, None] * cross_entropy_map(logits, labels)
-        return {"ce": mean(loss, ctx.add_up), "pod": self.pod(output, previous)}
+        return {"ce": mean(loss, ctx.all_reduce_sum), "pod": self.pod(output, previous)}
 
     def pod(self, output: Output, previous: Output) -> Tensor:
         """Pooled distances of the last four backbone maps, the features and the logits."""
@@ -90,4 +91,4 @@ class Plop(BackgroundInit):
         new, old = ([m.float() for m in (*(o.stages or ())[-4:], o.features, o.logits)] for o in (output, previous))
         weights = [maps] * (len(new) - 1) + [logits]
         growth = (ctx.first_new + ctx.new_classes) / ctx.new_classes
-        return pooled_distillation(new, old, weights, growth, add_up=ctx.add_up)
+        return pooled_distillation(new, old, weights, growth, all_reduce_sum=ctx.all_reduce_sum)

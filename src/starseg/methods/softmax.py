@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from starseg.config import Strict
-from starseg.data.step import Batch
-from starseg.distill import cross_entropy_map
-from starseg.losses import mean, upsample
-from starseg.methods.base import Group, Method, Network, Phase, Schedule, StepContext
+from starseg.data.samples import Batch
+from starseg.losses.distillation import cross_entropy_map
+from starseg.losses.reduction import mean
+from starseg.losses.star import upsample
+from starseg.methods.protocol import Group, Method, Network, Schedule, StepContext, StepSchedule
 from starseg.models import Output
-from starseg.models.heads import SOFTMAX
+from starseg.models.classifiers import SOFTMAX
 
 
 class Softmax(Method):
@@ -32,7 +33,7 @@ class Softmax(Method):
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         epochs = 60 if dataset == "ade" else 30
-        return Schedule(Phase(epochs, 1e-2), Phase(epochs, 1e-3), warmup=0.0, pos_weight=1.0)
+        return Schedule(StepSchedule(epochs, 1e-2), StepSchedule(epochs, 1e-3), warmup=0.0, pos_weight=1.0)
 
     def freeze(self, ctx: StepContext) -> None:
         """Nothing, batch norm included."""
@@ -47,7 +48,7 @@ class Softmax(Method):
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
         """Named losses from the outputs of the new and, after step 0, the previous network."""
         loss = cross_entropy_map(upsample(output.logits, batch.labels), batch.labels)
-        return {"ce": mean(loss, self.ctx.add_up)}
+        return {"ce": mean(loss, self.ctx.all_reduce_sum)}
 
     def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
         return partial(torch.argmax, dim=1)

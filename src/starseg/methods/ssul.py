@@ -10,14 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Strict
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.errors import UserError
-from starseg.losses import bce_per_class, upsample
-from starseg.methods.base import Group, Method, Network, Phase, Schedule, StepContext, register_method
-from starseg.models.heads import BACKGROUND as BACKGROUND_HEAD
-from starseg.models.heads import UNKNOWN as UNKNOWN_HEAD
-from starseg.models.heads import HeadLayout, copy_head
-from starseg.pseudo import fill_in
+from starseg.losses.pseudo_labels import fill_in
+from starseg.losses.star import bce_per_class, upsample
+from starseg.methods.protocol import Group, Method, Network, Schedule, StepContext, StepSchedule, register_method
+from starseg.models.classifiers import BACKGROUND as BACKGROUND_HEAD
+from starseg.models.classifiers import UNKNOWN as UNKNOWN_HEAD
+from starseg.models.classifiers import HeadLayout, copy_head
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import BACKGROUND, IGNORE
 
@@ -43,8 +43,8 @@ class Ssul(Method):
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         if dataset == "ade":
-            return Schedule(Phase(100, 1e-2), Phase(100, 5e-2), warmup=0.1, pos_weight=1.0)
-        return Schedule(Phase(50, 1e-2), Phase(50, 1e-2), warmup=0.0, pos_weight=1.0)
+            return Schedule(StepSchedule(100, 1e-2), StepSchedule(100, 5e-2), warmup=0.1, pos_weight=1.0)
+        return Schedule(StepSchedule(50, 1e-2), StepSchedule(50, 1e-2), warmup=0.0, pos_weight=1.0)
 
     def saliency(self, dataset: str) -> Path | None:
         folder = self.options.saliency_dir
@@ -97,7 +97,7 @@ class Ssul(Method):
         old_logits = upsample(old(batch.images).logits, batch.labels) if old else None
         logits = new(batch.images).logits.float()
         targets = self.targets(batch, old_logits)
-        return {"bce": bce_per_class(logits, targets, first_id=0, add_up=self.ctx.add_up).sum()}
+        return {"bce": bce_per_class(logits, targets, first_id=0, all_reduce_sum=self.ctx.all_reduce_sum).sum()}
 
     def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
         return merge_unknown

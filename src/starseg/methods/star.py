@@ -9,15 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from starseg.data.step import Batch
+from starseg.data.samples import Batch
 from starseg.errors import UserError
-from starseg.losses import background_cells, mixed_bce, ocfm, sad
-from starseg.methods.base import ClassLossOptions, Method, Network, StepContext, register_method
+from starseg.losses.star import background_cells, mixed_bce, ocfm, sad
+from starseg.methods.protocol import ClassLossOptions, Method, Network, StepContext, register_method
 from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
-from starseg.replay.statistics import count_cells, measure, on_grid, see_old
+from starseg.replay.statistics import count_cells, measure, old_model_labels, sample_at_stride
 from starseg.tasks import BACKGROUND
 
 
@@ -66,7 +66,7 @@ class Star(Method):
         cells = torch.zeros(ids, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
             cells += count_cells(batch.labels, ctx.old_model(batch.images).logits, stride, ids, threshold)
-        stored, cells = self.bank.counts, ctx.add_up(cells)
+        stored, cells = self.bank.counts, ctx.all_reduce_sum(cells)
         whole = self.make_plan(ctx, stored, cells)
         self.plan = replace(self.make_plan(ctx, stored * self.options.replay, cells), carried=whole.carried)
 
@@ -90,33 +90,34 @@ class Star(Method):
         """The losses of a later step, the replayed features among the new network's output."""
         ctx, options = self.ctx, self.options
         features = output.features.float()
-        labels, seen = see_old(batch.labels, previous.logits, features.shape[2:], options.old_threshold)
+        labels, seen = old_model_labels(batch.labels, previous.logits, features.shape[2:], options.old_threshold)
         stride = labels.shape[-1] // features.shape[-1]
-        cells = background_cells(on_grid(labels, stride), on_grid(seen, stride))
+        cells = background_cells(sample_at_stride(labels, stride), sample_at_stride(seen, stride))
 
         new_logits = output.logits[:, ctx.old_classes :].float()
         extra = new_logits.new_zeros(0, ctx.new_classes)
         if output.extra_logits is not None:
             extra = output.extra_logits[:, ctx.old_classes :].float()
         mbce = mixed_bce(
-            self.class_loss(batch, output), extra, new_logits, cells, self.plan.background_ratio, ctx.add_up
+            self.class_loss(batch, output), extra, new_logits, cells, self.plan.background_ratio, ctx.all_reduce_sum
         )
         region = (labels == BACKGROUND) & (seen > 0)
         old_classes = bank.prototypes if ctx.published else bank.shown
         return {
             "mbce": options.mbce * mbce.sum(),
-            "ocfm": options.ocfm * ocfm(features, previous.features.float(), region, ctx.add_up, self.ocfm_epsilon),
+            "ocfm": options.ocfm
+            * ocfm(features, previous.features.float(), region, ctx.all_reduce_sum, self.ocfm_epsilon),
             "sad": options.sad
-            * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published, ctx.add_up),
+            * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published, ctx.all_reduce_sum),
         }
 
     def end_step(self, ctx: StepContext) -> None:
         """Measure the new classes in one pass and append them to the bank."""
         cells = (
-            (ctx.model(batch.images).features, on_grid(batch.labels, ctx.model.output_stride))
+            (ctx.model(batch.images).features, sample_at_stride(batch.labels, ctx.model.output_stride))
             for batch in ctx.scan("after")
         )
-        statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.add_up)
+        statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.all_reduce_sum)
         measured = statistics.finish(self.bank, ctx.published)
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
 

@@ -6,20 +6,18 @@ heads (none in STAR), then the classes without background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from starseg.bilinear import chunk_size, largest, resize
-from starseg.models.backbones import make_backbone
-from starseg.models.heads import AUXILIARY, SIGMOID, HeadLayout, make_head
-from starseg.models.lean import lighten
+from starseg.models.classifiers import AUXILIARY, SIGMOID, HeadLayout, make_head
+from starseg.models.decoders import Aspp
+from starseg.models.encoders import make_backbone
+from starseg.ops.fused_layers import fuse_batch_norm
 
 FEATURES = 256
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -50,22 +48,6 @@ class Output(NamedTuple):
     stages: list[Tensor] | None = None
 
 
-class Aspp(ASPP):
-    """torchvision's ASPP with dropout 0.1, followed by one more 3x3 conv-BN-ReLU."""
-
-    def __init__(self, in_channels: int, output_stride: int) -> None:
-        rates = [r * 16 // output_stride for r in (6, 12, 18)]
-        super().__init__(in_channels, rates, FEATURES)
-        self.in_channels = in_channels
-        self.project[-1].p = 0.1
-        self.last_conv = nn.Sequential(
-            nn.Conv2d(FEATURES, FEATURES, 3, padding=1, bias=False), nn.BatchNorm2d(FEATURES), nn.ReLU()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last_conv(super().forward(x))
-
-
 class Segmenter(nn.Module):
     """Backbone, ASPP, leading heads and one head per step.
 
@@ -77,7 +59,7 @@ class Segmenter(nn.Module):
         layout: the kind of heads, and which lead.
 
     Raises:
-        UserError: see :func:`starseg.models.backbones.make_backbone`.
+        UserError: see :func:`starseg.models.encoders.make_backbone`.
     """
 
     mean: Tensor
@@ -108,12 +90,12 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
         self._frozen: Sequence[nn.Module] = ()
-        self.lighten()
+        self.fuse_batch_norm()
 
-    def lighten(self) -> None:
-        """Take the convolutions and batch norms of :mod:`starseg.models.lean`; anew where batch norms were replaced."""
-        lighten(self.backbone, 3)
-        lighten(self.aspp, self.aspp.in_channels)
+    def fuse_batch_norm(self) -> None:
+        """Use the layers of :mod:`starseg.ops.fused_layers`; call it again after batch norms were replaced."""
+        fuse_batch_norm(self.backbone, 3)
+        fuse_batch_norm(self.aspp, self.aspp.in_channels)
         self.to(memory_format=torch.channels_last)
 
     def add_head(self, classes: int) -> None:
@@ -187,56 +169,3 @@ class Segmenter(nn.Module):
             extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
         logits = self.classify(features)
         return Output(features, logits, extra, maps[-1] if stages else None, maps if stages else None)
-
-
-@dataclass(frozen=True)
-class LargestLogit:
-    """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
-
-    Attributes:
-        published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
-        lead: leading channels that have no say.
-    """
-
-    published: bool = False
-    lead: int = 0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[N, ...] int64 training ids of [N, C, ...], channel lead + c being training id c + 1."""
-        return self._ids(*self._score(logits[:, self.lead :]).max(1))
-
-    def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win, a few maps at a time.
-
-        A class with no positive logit in an image has none after bilinear interpolation either.
-        """
-        images = logits[:, self.lead :].contiguous().split(1)
-        return torch.cat([self._upsampled_image(image, size) for image in images])
-
-    def _upsampled_image(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        peaks = logits.amax((0, 2, 3))
-        most = min(len(peaks), max(_FEWEST, int((peaks > 0).sum())))
-        chosen = peaks.topk(most).indices.sort().values
-        parts = logits[:, chosen].tensor_split(
-            max(1, most // max(_AT_A_TIME, chunk_size(size[0] * size[1], logits.device))), 1
-        )
-        best, winner = largest(self._score(resize(part, size)) for part in parts)
-        return self._ids(best, chosen[winner])
-
-    def _score(self, logits: Tensor) -> Tensor:
-        return logits.float().sigmoid() if self.published else logits
-
-    def _ids(self, best: Tensor, winner: Tensor) -> Tensor:
-        return torch.where(best > (0.5 if self.published else 0), winner + 1, 0)
-
-
-def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
-    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
-
-    The logits' memory format does not matter: channels_last ones would be interpolated with other rounding.
-
-    Returns:
-        [N, *size] training ids.
-    """
-    upsampled = getattr(rule, "upsampled", None)
-    return upsampled(logits, size) if upsampled else rule(resize(logits.contiguous(), size))

@@ -63,10 +63,10 @@ class PrototypeBank:
 
     def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
         """The old classes followed by the new ones, with ``counts`` [1 + K_old] carried on for the old."""
-        joined = {
+        merged = {
             f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self) if f.name != "counts"
         }
-        return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **joined)
+        return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **merged)
 
     def draw(self, rows: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
         """Draw replayed features: (P + s e1) * (m + d e2), e1 and e2 standard normal.

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starseg.losses import AddUp, top_two
+from starseg.losses.reduction import AllReduceSum
+from starseg.losses.star import top_two
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND
 
@@ -46,15 +47,15 @@ class Drift:
         for total, maps in ((self.old, old_features), (self.new, features)):
             total.index_add_(0, rows, F.normalize(maps.movedim(1, -1)[chosen].double(), dim=1))
 
-    def move(self, bank: PrototypeBank, counts: Tensor, add_up: AddUp) -> PrototypeBank:
+    def move(self, bank: PrototypeBank, counts: Tensor, all_reduce_sum: AllReduceSum) -> PrototypeBank:
         """The bank with the prototypes of its first K classes moved and their noise widened by as much.
 
         Args:
             bank: of K classes or more.
             counts: [K] stored cells of the old classes.
-            add_up: over processes.
+            all_reduce_sum: over processes.
         """
-        both = Drift(*(add_up(getattr(self, f.name)) for f in fields(self)))
+        both = Drift(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
         shift = F.normalize(both.new, dim=1) - F.normalize(both.old, dim=1)
         moved = ((both.cells / counts.clamp_min(1))[:, None] * shift).float()
         still = torch.zeros_like(bank.prototypes[len(moved) :])

@@ -34,7 +34,7 @@ class Exemplar(NamedTuple):
     """An image that is kept, or may be.
 
     Attributes:
-        name: the data set's own identifier of it (:attr:`starseg.data.dataset.Split.ids`).
+        name: the data set's own identifier of it (:attr:`starseg.data.datasets.base.Split.ids`).
         classes: dataset ids of the classes it is known to show, ascending.
     """
 

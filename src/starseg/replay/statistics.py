@@ -11,14 +11,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from starseg.bilinear import largest, resize_thin, split_classes, thin
+from starseg.ops.bilinear import largest, resize_at_support, split_classes, subsample_to_support
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
 
 _EPS = 1e-12
 
 
-def on_grid(labels: Tensor, stride: int) -> Tensor:
+def sample_at_stride(labels: Tensor, stride: int) -> Tensor:
     """Sample [N, H, W] at (stride i + stride/2, stride j + stride/2) -> [N, H/stride, W/stride]."""
     return labels[:, stride // 2 :: stride, stride // 2 :: stride]
 
@@ -39,25 +39,27 @@ def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], th
         threshold: on the logit; 0.5 as published (a probability of 0.622).
 
     Returns:
-        [N, H', W'] int64 training ids of those pixels of the image that :func:`starseg.bilinear.thin` keeps.
+        [N, H', W'] int64 training ids of those pixels of the image that :func:`starseg.ops.bilinear.thin` keeps.
     """
     maps = logits.float()
     parts = split_classes(maps, 4 * cells[0] * cells[1])
-    best, winner = largest(resize_thin(part, size, cells) for part in parts)
+    best, winner = largest(resize_at_support(part, size, cells) for part in parts)
     return torch.where(best > threshold, winner + 1, BACKGROUND)
 
 
-def see_old(labels: Tensor, old_logits: Tensor, cells: Sequence[int], threshold: float) -> tuple[Tensor, Tensor]:
+def old_model_labels(
+    labels: Tensor, old_logits: Tensor, cells: Sequence[int], threshold: float
+) -> tuple[Tensor, Tensor]:
     """Labels [N, H, W] and :func:`old_prediction`, both [N, H', W'] and thinned for a grid of cells."""
-    return thin(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
+    return subsample_to_support(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
 
 
 def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, threshold: float) -> Tensor:
     """Grid cells by label [N, H, W], those labelled background by the old model's prediction: [ids] int64."""
     cells = [side // stride for side in labels.shape[1:]]
-    labels, seen = see_old(labels, old_logits, cells, threshold)
+    labels, seen = old_model_labels(labels, old_logits, cells, threshold)
     thinned = labels.shape[-1] // cells[-1]
-    labels, seen = on_grid(labels, thinned), on_grid(seen, thinned)
+    labels, seen = sample_at_stride(labels, thinned), sample_at_stride(seen, thinned)
     return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ids)
 
 
@@ -105,9 +107,9 @@ class FeatureStatistics:
         self.norm_sum.index_add_(0, rows, norms)
         self.norm_square_sum.index_add_(0, rows, norms.square())
 
-    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> FeatureStatistics:
-        """The statistics of all processes, ``add_up`` summing one tensor over them."""
-        return FeatureStatistics(*(add_up(getattr(self, f.name)) for f in fields(self)))
+    def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> FeatureStatistics:
+        """The statistics of all processes, ``all_reduce_sum`` summing one tensor over them."""
+        return FeatureStatistics(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
 
     def finish(self, old: PrototypeBank | None = None, published: bool = False) -> PrototypeBank:
         """The bank entries of the new classes; a class without a cell gets zeros.

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from starseg.data.index import class_index
-from starseg.engine.checkpoint import load_info, read_json, read_results
-from starseg.engine.data import Data
+from starseg.engine.checkpoint import load_info, read_results
+from starseg.engine.run_data import RunData
 from starseg.errors import UserError
 from starseg.report.tables import old_kept
 from starseg.report.testset import finished_steps, run_data
+from starseg.utils.files import read_json
 
 _CURVE_POINTS = 200
 
@@ -113,7 +114,7 @@ def _storage(run: Path, results: dict[str, Any]) -> Storage:
     try:
         config, _, dataset, task = run_data(run)
         pixels = class_index(dataset, dataset.train)
-        data = Data(dataset, task, pixels, pixels[:0], config)
+        data = RunData(dataset, task, pixels, pixels[:0], config)
         earlier = [data.positions(s["step"], "train") for s in steps[:-1]]
         if not earlier:
             return kept

@@ -13,13 +13,13 @@ from markupsafe import Markup
 from rich.console import Console
 
 from starseg import __version__
-from starseg.engine.checkpoint import write_atomic
 from starseg.errors import UserError
 from starseg.report.cases import Pictures, pictures
 from starseg.report.facts import Facts, gather, shown_names
 from starseg.report.figures import write_figures
 from starseg.report.svg import COLOURS, Line, line_chart
 from starseg.report.templating import template
+from starseg.utils.files import write_atomic
 
 PAGE = "report.html"
 # What a folder holds that a report may be written into: an earlier page, or a run; or, where making the page was broken
@@ -100,7 +100,7 @@ def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ())
 
     Args:
         runs: directories.
-        summary: rows of a table over them all, column by column (:func:`starseg.compare.summary`).
+        summary: rows of a table over them all, column by column (:func:`starseg.experiments.compare.summary`).
 
     Raises:
         UserError: a folder that is no run. A data set that is gone only leaves the pictures out.

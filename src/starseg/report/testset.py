@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from starseg.config import RunConfig, load_config
-from starseg.data.dataset import Dataset
+from starseg.data.datasets.base import Dataset
 from starseg.data.index import class_index
-from starseg.data.step import StepDataset
+from starseg.data.samples import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model, runs_below
-from starseg.engine.data import Data, dataset_and_task
 from starseg.engine.launch import make_fabric, single_process
+from starseg.engine.run_data import RunData, dataset_and_task
 from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
 from starseg.models import Segmenter
-from starseg.models.segmenter import predict_upsampled
+from starseg.models.prediction import predict_upsampled
 from starseg.tasks import TaskSequence
 
 _BATCH = 8
@@ -106,7 +106,7 @@ def open_test_set(run: Path) -> TestSet:
     folders = finished_steps(run)
     config, method, dataset, task = run_data(run)
     pixels, last = class_index(dataset, dataset.test), step_number(folders[-1])
-    positions = Data(dataset, task, pixels[:0], pixels, config).positions(last, "test")
+    positions = RunData(dataset, task, pixels[:0], pixels, config).positions(last, "test")
     device = make_fabric(single_process(config.train)).device
 
     @lru_cache(maxsize=4)

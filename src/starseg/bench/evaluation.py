@@ -1,0 +1,91 @@
+"""What `starseg bench` says of the evaluation, beside one image at a time with every class at full size.
+
+Both run the same ResNet-101 in float32 on uint8 images in memory and end in a confusion matrix. The heads are shifted
+so that an image shows a few of the classes: a twentieth of the cells has a positive logit of each of them, and no cell
+one of the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from starseg.bench.dense import dense_confusion, unfused
+from starseg.bench.run import alternate
+from starseg.bench.step import BACKBONE
+from starseg.config import TrainConfig
+from starseg.data.samples import Batch
+from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.launch import make_fabric
+from starseg.models import Segmenter
+from starseg.models.prediction import LargestLogit
+
+CLASSES = {"voc": (20, 3), "ade": (150, 8)}
+"""How many there are, and how many an image shows."""
+_POSITIVE = 0.05
+
+
+class EvalPath:
+    """Random images in one batch, and a network of ``classes`` of which it sees ``shown``."""
+
+    def __init__(self, classes: int, shown: int, images: int, side: int, backbone: str) -> None:
+        torch.manual_seed(0)
+        device = make_fabric(TrainConfig()).device
+        self.model, self.rule = Segmenter(backbone, [classes]).eval().to(device), LargestLogit()
+        labels = torch.randint(0, classes + 1, (images, side, side), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)
+        self.batch = Batch(pixels, labels, torch.arange(images))
+        self.plain = unfused(self.model)
+        with torch.inference_mode():
+            logits = self.model(self.model.normalize(pixels[:1])).logits.movedim(1, 0).flatten(1)
+            shift = 2 * logits.amax(1) - logits.amin(1)
+            shift[:shown] = logits[:shown].quantile(1 - _POSITIVE, 1)
+            for head in (self.model.heads[0], self.plain.heads[0]):
+                head.bias -= shift
+
+    def lean(self) -> torch.Tensor:
+        """As a run does it."""
+        return torch.from_numpy(confusion_matrix(self.model, self.rule, [self.batch]))
+
+    @torch.inference_mode()
+    def dense(self) -> torch.Tensor:
+        """As it is written down."""
+        return dense_confusion(self.plain, self.rule, [self.batch])
+
+
+def measure_eval(
+    classes: int, shown: int, images: int, side: int, repeats: int, backbone: str = BACKBONE
+) -> dict[str, float]:
+    """Images a second in both ways.
+
+    Raises:
+        RuntimeError: their figures differ by more than pixels in which two classes tie up to rounding.
+    """
+    path = EvalPath(classes, shown, images, side, backbone)
+    lean, dense = path.lean(), path.dense()
+    differing = int((lean - dense).abs().sum()) / 2 / int(dense.sum())
+    if differing > 1e-5:
+        raise RuntimeError(f"{classes} classes: {differing:.2%} of the pixels are predicted otherwise than densely")
+    seconds, dense_seconds = alternate([path.lean, path.dense], repeats, warm=True)
+    return {
+        "speedup": dense_seconds / seconds,
+        "images_per_second": images / seconds,
+        "dense_images_per_second": images / dense_seconds,
+        "differing_pixels": differing,
+    }
+
+
+def bench_eval(console: Console, side: int, images: int, repeats: int, backbone: str = BACKBONE) -> dict[str, Any]:
+    """Measure and print the section "eval": {"voc", "ade"}, see :func:`measure_eval`."""
+    title = f"{backbone}, {side} px, batch {images}, float32"
+    table = Table("evaluation", "images/s", "densely", "faster", "pixels that differ", title=title)
+    found = {}
+    for name, (classes, shown) in CLASSES.items():
+        f = found[name] = measure_eval(classes, shown, images, side, repeats, backbone)
+        speeds = (f"{f['images_per_second']:.2f}", f"{f['dense_images_per_second']:.2f}", f"{f['speedup']:.2f} x")
+        table.add_row(f"{name}, {shown} of {classes} classes", *speeds, f"{f['differing_pixels']:.1g}")
+    console.print(table)
+    return found

@@ -1,0 +1,367 @@
+"""The command line: commands only, the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from starseg import __version__
+from starseg.cli.help import complete_methods, examples, show_method, show_methods
+from starseg.errors import UserError
+from starseg.utils.terminal import reporting_errors, resumable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Teach a segmentation model new classes without the old images (STAR).",
+    epilog=examples("starseg"),
+)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_default=False)]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write what was found here.", callback=_in_a_folder, show_default=False),
+]
+
+
+def _steps(text: str | None) -> range | None:
+    """ "2" or "0-2" as a range."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()):
+        raise UserError(f"--steps: expected a step or a range such as 0-2, got {text!r}")
+    return range(int(first), int(last or first) + 1)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """ "0.75,1" as numbers."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UserError(f"{option}: expected numbers with commas between them, got {text!r}") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"starseg {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None: ...
+
+
+@app.command(epilog=examples("train"))
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 1 or 0-2.", show_default=False)] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes on each node.", show_default=False)] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Nodes.", show_default=False)] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU too.")] = False,
+    out: Out = None,
+) -> None:
+    """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
+    from starseg.config import load_config, override
+    from starseg.engine.launch import is_leader
+    from starseg.engine.runner import train as run
+    from starseg.report.page import write_report
+
+    options = {"out": out and str(out), "train.devices": devices, "train.num_nodes": num_nodes}
+    options["train.deterministic"] = deterministic or None
+    changed = [*(overrides or []), *(override(key, value) for key, value in options.items() if value is not None)]
+    with resumable():
+        run_dir = run(load_config(config, changed), _steps(steps), console)
+    if is_leader():
+        write_report([run_dir], run_dir, console)
+
+
+@app.command(epilog=examples("learn"))
+def learn(
+    images: Annotated[Path, typer.Option("--images", help="Folder of photos.", show_default=False)],
+    masks: Annotated[
+        Path,
+        typer.Option(
+            "--masks", help="Folder of masks of the same names (PNG, Labelme), or a COCO file.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
+    step_dir: Annotated[
+        Path | None, typer.Argument(help="The step_<t> directory to go on from.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="File (a class a line, background first; CVAT's labelmap.txt) or names; by default COCO's categories.",
+            show_default=False,
+        ),
+    ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Train a first step instead.")] = False,
+    backbone: Annotated[str | None, typer.Option(help="With --new: a timm model.", show_default=False)] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="star, or finetune, which forgets.", autocompletion=lambda: ["star", "finetune"])
+    ] = "star",
+    epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
+    crop: Annotated[int | None, typer.Option(min=32, help="With --new: pixels.", show_default=False)] = None,
+    val_share: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.15,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and the validation split.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
+) -> None:
+    """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
+    from starseg.finetuning.run import LearnRequest
+    from starseg.finetuning.run import learn as run
+
+    if new == (step_dir is not None):
+        raise UserError("learn: give a step directory to go on from, or --new for a first step")
+    if step_dir and (backbone or pretrained):
+        raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
+    if method not in ("star", "finetune"):
+        raise UserError(f"--method: expected star or finetune, got {method!r}")
+    known = {"yes": True, "no": False, None: None}
+    weights = known[pretrained] if pretrained in known else Path(str(pretrained))
+    options = (method, backbone, weights, crop, epochs, lr, val_share, seed)
+    with resumable():
+        run(LearnRequest(step_dir, images, masks, classes, out, *options), console, dry_run)
+
+
+@app.command(name="eval", epilog=examples("eval"))
+def evaluate(
+    weights: Annotated[
+        Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
+    ],
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """IoU per class and means of a trained step, on the test split of its data set."""
+    from starseg.engine.evaluate import evaluate_model, open_weights
+    from starseg.report.tables import figures_table
+    from starseg.utils.files import write_json
+
+    figures = evaluate_model(*open_weights(weights, overrides or []), console)
+    console.print(figures_table(str(weights), figures))
+    if json_file:
+        write_json(json_file, figures)
+
+
+@app.command(epilog=examples("predict"))
+def predict(
+    step_dir: Annotated[
+        Path, typer.Argument(help="A run's step_<t> directory, or a published checkpoint (.pth).", show_default=False)
+    ],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the masks.", show_default=False)],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also draw tinted images with a legend.")] = False,
+    json_file: JsonFile = None,
+    window: Annotated[bool, typer.Option("--window", help="Slide crops over the full-size image.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    scales: Annotated[str, typer.Option(help="Average over these sizes, e.g. 0.75,1,1.25.")] = "1",
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
+
+    By default an image is resized so that its short side is the training
+    crop's, and the logits are brought back to its size. The --json file
+    takes each image's share of each class.
+    """
+    from starseg.inference.files import predict_files
+    from starseg.inference.predictor import Options, load
+
+    options = Options(window, flip, _numbers("--scales", scales), batch_size)
+    if predict_files(load(step_dir, device), images, out, console, options, overlays, json_file):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=examples("export"))
+def export(
+    step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="Write ONNX here.", show_default=False)] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the convolutions of the ONNX file.")] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--images", help="Check (and calibrate) on these; by default test images.", show_default=False),
+    ] = None,
+    hub: Annotated[
+        Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
+    ] = None,
+) -> None:
+    """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
+    if out is None and hub is None:
+        raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
+    if not out and (int8 or images):
+        raise UserError("--int8, --images: are for the ONNX file; give --out model.onnx too, or leave them out")
+    if out:
+        from starseg.inference.onnx import export_onnx
+
+        export_onnx(step_dir, out, console, int8, images or [])
+    if hub:
+        from starseg.inference.hub import write_hub
+
+        console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="app", epilog=examples("app"))
+def serve(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one step_<t> of it.", show_default=False)],
+    other: Annotated[Path | None, typer.Option("--compare", help="Another, beside it.", show_default=False)] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
+) -> None:
+    """A page for this machine alone: drop an image and see what each step makes of it."""
+    from starseg.inference.app import serve
+
+    serve([run, other] if other else [run], port, console)
+
+
+@app.command(epilog=examples("report"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, side by side.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="A page (report.html), or a folder for it and pictures.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Tables, pictures and one self-contained HTML page of one or several runs."""
+    from starseg.engine.checkpoint import read_results
+    from starseg.report.facts import shown_names
+    from starseg.report.page import refuse_target, write_report
+    from starseg.report.tables import comparison_table, iou_table
+
+    refuse_target(out)
+    results = dict(zip(shown_names(runs), map(read_results, runs), strict=True))
+    for result in results.values():
+        console.print(iou_table(result))
+    if len(runs) > 1:
+        console.print(comparison_table(results))
+    write_report(runs, out, console)
+
+
+@app.command(epilog=examples("compare"))
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, see `starseg methods`.", autocompletion=complete_methods)
+    ] = "star,finetune,joint",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
+) -> None:
+    """Train several methods and seeds alike and compare them; called again, it adds methods or seeds to the table."""
+    from starseg.engine.launch import is_leader
+    from starseg.experiments.compare import make_plan, run_plan, write_comparison
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise UserError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}")
+    names, numbers = [m.strip() for m in methods.split(",")], [int(s) for s in seeds.split(",")]
+    plan = make_plan(config, names, numbers, out, overrides or [])
+    with resumable():
+        failed = run_plan(plan, console)
+    if is_leader():
+        write_comparison(out, console)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=examples("demo"))
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
+) -> None:
+    """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
+    from starseg.experiments.demo import run_demo
+
+    with resumable():
+        run_demo(out, console)
+
+
+@app.command(epilog=examples("bench"))
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time and memory of training and evaluation, beside the same written densely."""
+    from starseg.bench.run import bench as run
+    from starseg.utils.files import write_json
+
+    found = run(console, quick)
+    if json_file:
+        write_json(json_file, found)
+
+
+@app.command(epilog=examples("methods"))
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Of one of them.", autocompletion=complete_methods, show_default=False)
+    ] = None,
+) -> None:
+    """The methods a configuration can name; with a NAME, all about one."""
+    if name:
+        show_method(name, console)
+    else:
+        show_methods(console)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command(epilog=examples("index"))
+def index(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Scan the class index (or take it from the cache) and list the images of each step."""
+    from starseg.config import load_config
+    from starseg.engine.run_data import open_data
+    from starseg.methods import METHODS, method_options
+
+    settings = load_config(config, overrides or [])
+    method = METHODS[settings.method](method_options(settings.method, settings))
+    data = open_data(settings, method, console)
+    for step in range(len(data.task)):
+        names = data.task.list_names(data.task.new(step))
+        counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
+        console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
+
+
+@data_app.command(epilog=examples("check"))
+def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Read every image and mask, list every broken file, count classes.
+
+    Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
+    """
+    from starseg.config import load_config
+    from starseg.report.data_check import check_data, print_report
+    from starseg.utils.files import write_json
+
+    report = check_data(load_config(config, overrides or []), console)
+    print_report(report, console)
+    if json_file:
+        write_json(json_file, report.as_data())
+    if report.broken or report.task_problem:
+        raise typer.Exit(1 if report.broken else 2)
+
+
+def main() -> None:
+    """Entry point."""
+    with reporting_errors("--debug" in sys.argv):
+        app(standalone_mode=True)

@@ -1,0 +1,172 @@
+"""A short run of a method on random images without files, for checks of what it does in each step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import SGD
+
+from starseg.data.samples import Batch
+from starseg.engine.fit import make_optimizer
+from starseg.methods import METHODS, Method, StepContext
+from starseg.models import Output, Segmenter
+from starseg.tasks import IGNORE, Setting, TaskSequence
+
+BACKBONE, SIDE, IMAGES = "test_resnet", 64, 4
+ITERATIONS = 6
+# torch's global generator is shared by the threads that stand for processes.
+_SEEDING = threading.Lock()
+
+
+def random_batch(seed: int, new: Sequence[int], old: Sequence[int] = ()) -> Batch:
+    """Normalised noise with a patch of a new class in each of three quarters, a colour a class, the last strip ignored.
+
+    The fourth quarter is background: plain, or a patch of an old class.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    half = SIDE // 2
+    pixels = 0.3 * torch.randn(IMAGES, 3, SIDE, SIDE, generator=draw)
+    labels = torch.zeros(IMAGES, SIDE, SIDE, dtype=torch.uint8)
+    for n in range(IMAGES):
+        shown = [new[(3 * n + place) % len(new)] for place in range(3)]
+        if n and old:
+            shown.append(old[n % len(old)])
+        for place, c in enumerate(shown):
+            rows, columns = (slice(k * half, (k + 1) * half) for k in divmod(place, 2))
+            pixels[n, :, rows, columns] += 2.0 * torch.tensor([c % 2, c // 2 % 2, c // 4 % 2])[:, None, None]
+            labels[n, rows, columns] = c if place < 3 else 0
+    labels[:, :, -4:] = IGNORE
+    return Batch(pixels, labels, torch.arange(IMAGES))
+
+
+@dataclass
+class MethodHarness:
+    """A method taken through the steps of a small task, as the engine does it.
+
+    Attributes:
+        name: of a registered method.
+        steps: classes of each step.
+        options: of the method.
+        lr: base learning rate.
+        setting: "overlap" or "disjoint".
+        model, state: what the last finished step left.
+    """
+
+    name: str
+    steps: tuple[tuple[int, ...], ...] = ((1, 2, 3), (4,), (5,))
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float = 3e-4
+    setting: Setting = "overlap"
+    model: Segmenter | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def task(self) -> TaskSequence:
+        """The steps, under this setting."""
+        size = 1 + max(c for step in self.steps for c in step)
+        task = TaskSequence("rehearsal", self.steps, tuple(f"class{i}" for i in range(size)), self.setting)
+        return self.method().sequence(task)
+
+    def method(self) -> Method:
+        """A new one, with the options."""
+        cls = METHODS[self.name]
+        return cls(cls.Options(**self.options))
+
+    def batch(self, step: int) -> Batch:
+        """Images of a step, labelled with its new classes."""
+        first = 1 + len(self.task.old(step))
+        return random_batch(step, range(first, first + len(self.task.new(step))), range(1, first))
+
+    def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD]:
+        """Grow the network of the step before and prepare a step, its method taking up the state from a file."""
+        method, new, old = self.method(), len(self.task.new(step)), None
+        with _SEEDING:
+            torch.manual_seed(step)
+            if self.model is None:
+                model = Segmenter(BACKBONE, [new], layout=method.layout)
+            else:
+                model, old = (Segmenter(BACKBONE, self.model.head_sizes, layout=method.layout) for _ in range(2))
+                for network in (model, old):
+                    network.load_state_dict(self.model.state_dict())
+                method.load_state_dict(through_a_file(self.state))
+                model.add_head(new)
+        ctx = StepContext(
+            task=self.task,
+            step=step,
+            dataset="voc",
+            published=False,
+            model=model,
+            old_model=old.requires_grad_(False).eval() if old else None,
+            iterations=ITERATIONS,
+            scan=lambda name: iter([self.batch(step)]),
+            generator=torch.Generator().manual_seed(step),
+        )
+        ctx = replace(ctx, **context)
+        with _SEEDING, torch.no_grad():
+            torch.manual_seed(step)
+            method.init_heads(ctx)
+        method.freeze(ctx)
+        ctx.model.eval()
+        with torch.no_grad():
+            method.begin_step(ctx)
+        return method, ctx, make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
+
+    def train(self, method: Method, ctx: StepContext, optimizer: SGD, batch: Batch, times: int) -> list[float]:
+        """Losses of repeated iterations on one batch, each with the same draws."""
+        values = []
+        ctx.model.train()
+        for _ in range(times):
+            loss = total(method, ctx, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    def leave(self, method: Method, ctx: StepContext) -> None:
+        """Finish a step and keep what the next one gets: the network and the method's state."""
+        ctx.model.eval()
+        with torch.no_grad():
+            method.end_step(ctx)
+        self.model, self.state = ctx.model, method.state_dict()
+
+    def walk(self, until: int) -> None:
+        """Train and finish the steps left before ``until``."""
+        for step in range(len(self.model.heads) if self.model else 0, until):
+            method, ctx, optimizer = self.enter(step)
+            self.train(method, ctx, optimizer, self.batch(step), 2)
+            self.leave(method, ctx)
+
+
+def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A method's state as the next step reads it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+        return load_file(path)
+
+
+def total(method: Method, ctx: StepContext, batch: Batch) -> Tensor:
+    """The sum of a batch's losses, with the same draws at every call."""
+    with _SEEDING:
+        torch.manual_seed(0)
+    ctx.generator.manual_seed(0)
+
+    def old(images: Tensor, stages: bool = False) -> Output:
+        assert ctx.old_model is not None
+        with torch.no_grad():
+            return ctx.old_model(images, stages=stages)
+
+    losses = method.losses(batch, ctx.model, old if ctx.old_model is not None else None)
+    for name, value in losses.items():
+        if value.ndim or not value.isfinite():
+            raise AssertionError(f"loss {name!r} of step {ctx.step} must be a finite scalar, got {value}")
+    return torch.stack(list(losses.values())).sum()

@@ -1,0 +1,80 @@
+"""The ADE20K layout of the scene parsing benchmark (ADEChallengeData2016).
+
+images/{training,validation}/x.jpg
+annotations/{training,validation}/x.png     ids 1..150, 0 "other"
+objectInfo150.txt                           tab separated: Idx Ratio Train Val Name
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from starseg.data.datasets.base import Dataset, Split, read_lines
+from starseg.errors import UserError
+
+ADE_CLASSES = 150
+_UNPACKED = "ADEChallengeData2016"
+_HEADER = ["Idx", "Ratio", "Train", "Val", "Name"]
+
+
+def _expected(root: Path) -> str:
+    """What ``root`` must hold, and where the data seems to lie instead."""
+    for place in (root / _UNPACKED, root.parent / _UNPACKED):
+        if place.is_dir() and place != root:
+            return f"the data seem to lie in {place}: give data.root={place}"
+    return (
+        "data.root must be a folder in the ADE20K layout, as ADEChallengeData2016.zip unpacks: "
+        "images/{training,validation}, annotations/{training,validation}, objectInfo150.txt (docs/datasets.md)"
+    )
+
+
+def read_names(root: Path) -> tuple[str, ...]:
+    """Class names by dataset id from objectInfo150.txt, "other" first.
+
+    A name is the text before the first comma, or all of it where that would make two names equal.
+
+    Raises:
+        UserError: the file is missing, or not the table of 150 classes.
+    """
+    path = root / "objectInfo150.txt"
+    lines = read_lines(path, _expected(root))
+    rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    if not rows or rows[0] != _HEADER:
+        got = lines[0] if lines else ""
+        raise UserError(f"{path}: expected a tab-separated table with the header {_HEADER}, got {got!r}")
+    for number, row in enumerate(rows[1:], 1):
+        if len(row) != len(_HEADER) or row[0] != str(number) or not row[-1]:
+            raise UserError(f"{path}: expected row {number} to be '{number} Ratio Train Val Name', got {row}")
+    if len(rows) != 1 + ADE_CLASSES:
+        raise UserError(f"{path}: expected {ADE_CLASSES} classes, got {len(rows) - 1}; take the file of the download")
+    full = ["other", *(row[-1] for row in rows[1:])]
+    short = [name.split(",")[0].strip() for name in full]
+    times = Counter(short)
+    return tuple(s if times[s] == 1 else f for s, f in zip(short, full, strict=True))
+
+
+def read_split(root: Path, name: str) -> Split:
+    """The images of a split ("training" or "validation") in order of their names, each with the mask it must have.
+
+    Raises:
+        UserError: a folder is missing or holds no image.
+    """
+    images, masks = root / "images" / name, root / "annotations" / name
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: this folder is missing; {_expected(root)}")
+    files = sorted(images.glob("*.jpg"))
+    if not files:
+        raise UserError(f"{images}: expected *.jpg images, found none; {_expected(root)}")
+    return Split(tuple(files), tuple(masks / f"{f.stem}.png" for f in files), tuple(f.stem for f in files))
+
+
+def open_ade(root: Path) -> Dataset:
+    """Open a data set in the ADE20K layout; classes not learnt yet are ignored (255) in tests.
+
+    Raises:
+        UserError: the folder has another layout.
+    """
+    names = read_names(root)
+    return Dataset("ade", root, names, read_split(root, "training"), read_split(root, "validation"), test_fill=255)

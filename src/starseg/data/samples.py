@@ -1,0 +1,229 @@
+"""What one step sees: which images, with which labels, in which order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from starseg.data.cache import ImageCache
+from starseg.data.datasets.base import Split
+from starseg.data.images import read_image, read_mask, refuse_other_size
+from starseg.data.transforms import eval_transform, train_transform
+
+Kind = Literal["train", "val", "test"]
+Epoch = int | str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and labels.
+
+    Attributes:
+        images: [N, 3, H, W] uint8 from the loader, normalised floats once on the device.
+        labels: [N, H, W] uint8 training ids, 255 ignore.
+        indices: [N] int64 positions in the split's file list.
+        saliency: [N, H, W] uint8 maps, where the method asks for them.
+        exemplar: [N] bool, which images come from the exemplar memory; None: not known.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    saliency: Tensor | None = None
+    exemplar: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU do not block; the loader calls this."""
+        columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
+        return Batch(**{name: values.pin_memory() for name, values in columns.items() if values is not None})
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on nothing but ``parts`` (say seed, step, epoch, sample index)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def saliency_map(folder: Path, image: Path) -> Path:
+    """Where an image's saliency map lies: a grey PNG of its name."""
+    return folder / f"{image.stem}.png"
+
+
+def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
+    """A copy of ids [H, W] uint8, looked up in a table of 256 bytes; by NumPy, they would become 64-bit indices."""
+    found = bytearray(ids) if table is None else bytearray(ids).translate(table)
+    return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """All that must be known to make one sample; a few hundred bytes, sent to whichever worker is free.
+
+    Attributes:
+        image, mask: files.
+        index: the image's position in the split's file list.
+        exemplar: whether it comes from the exemplar memory.
+        table: 256 bytes, a relabelling.
+        crop: side of the square crop; None for the whole image.
+        seed: of the augmentation; None for the test transform.
+        saliency: a grey PNG that is cropped alike; an exemplar's is zero.
+    """
+
+    image: Path
+    mask: Path
+    index: int
+    exemplar: bool
+    table: bytes
+    crop: int | None
+    seed: int | None
+    saliency: Path | None
+
+    def read(self, cache: ImageCache | None = None) -> Batch:
+        """The sample: a :class:`Batch` of one, without the first dimension."""
+        image = cache.image(self.image) if cache else read_image(self.image)
+
+        def grey(path: Path, table: bytes | None) -> Tensor:
+            mask = relabel(cache.mask(path) if cache else read_mask(path), table)[None]
+            refuse_other_size(image.shape[1:], mask.shape[1:], path)
+            return mask
+
+        mask = grey(self.mask, self.table)
+        if self.saliency:
+            mask = torch.cat([mask, torch.zeros_like(mask) if self.exemplar else grey(self.saliency, None)])
+        if self.crop and self.seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed the GPUs as well, which nobody restores.
+                torch.default_generator.manual_seed(self.seed)
+                image, mask = train_transform(image, mask, self.crop)
+        elif self.crop:
+            image, mask = eval_transform(image, mask, self.crop)
+        saliency = mask[1] if self.saliency else None
+        return Batch(image, mask[0], torch.tensor(self.index), saliency, torch.tensor(self.exemplar))
+
+
+class StepDataset:
+    """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
+
+    Args:
+        split: the files.
+        positions: which of them, as :func:`select_images` gives them.
+        table: [256] relabelling.
+        crop: side of the square crops; None for whole images (tests only).
+        seed: of the augmentation, (run seed, step); None for the test transform.
+        exemplars: how many of the split's last files are exemplars.
+        exemplar_table: [256] relabelling of exemplars, by default ``table``.
+        saliency: folder of grey PNGs named like the images.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        positions: np.ndarray,
+        table: np.ndarray,
+        crop: int | None,
+        seed: tuple[int, ...] | None,
+        exemplars: int = 0,
+        exemplar_table: np.ndarray | None = None,
+        saliency: Path | None = None,
+    ) -> None:
+        self.split, self.positions, self.crop, self.seed, self.saliency = split, positions, crop, seed, saliency
+        self.first_exemplar = len(split) - exemplars
+        # The same bytes in every request: in a batch that is sent, they stand once.
+        self.table = table.tobytes()
+        self.exemplar_table = self.table if exemplar_table is None else exemplar_table.tobytes()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def request(self, key: tuple[Epoch, int]) -> SampleRequest:
+        epoch, position = key
+        index = int(self.positions[position])
+        path = self.split.images[index]
+        exemplar = index >= self.first_exemplar
+        return SampleRequest(
+            path,
+            self.split.masks[index],
+            index,
+            exemplar,
+            self.exemplar_table if exemplar else self.table,
+            self.crop,
+            None if self.seed is None else sample_seed(*self.seed, epoch, index),
+            saliency_map(self.saliency, path) if self.saliency else None,
+        )
+
+    def __getitem__(self, key: tuple[Epoch, int]) -> Batch:
+        return self.request(key).read()
+
+
+class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
+    """Batches of (epoch, position) over a range of epochs, so that one loader and its workers serve a whole step.
+
+    Args:
+        size: number of samples.
+        batch_size: samples a batch.
+        epochs: which epochs to run through; a name ("after") is an epoch with crops of its own.
+        seed: of the order, (run seed, step); None keeps the natural order.
+        drop_last: leave out each epoch's incomplete batch.
+        start: how many batches to leave out, those that a broken run has seen.
+        rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
+        exemplars: how many samples follow the first ``size``; half of every batch is drawn from them, with crops of
+            their own in every batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        epochs: Sequence[Epoch],
+        seed: tuple[int, ...] | None = None,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        exemplars: int = 0,
+    ) -> None:
+        self.exemplars = exemplars
+        self.size, self.batch_size, self.epochs, self.seed = size, batch_size, epochs, seed
+        self.drop_last, self.rank, self.world, self.start = drop_last, rank, world, start
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * len(self.epochs) - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[Epoch, int]]]:
+        if not self.batches_per_epoch:
+            return
+        seen, rest = divmod(self.start, self.batches_per_epoch)
+        for epoch in self.epochs[seen:]:
+            order = np.arange(self.size)
+            if self.seed is not None:
+                order = np.random.default_rng(sample_seed(*self.seed, epoch)).permutation(self.size)
+            first = rest if epoch == self.epochs[seen] else 0
+            for number in range(first, self.batches_per_epoch):
+                start = number * self.batch_size
+                batch: list[tuple[Epoch, int]] = [(epoch, int(i)) for i in order[start : start + self.batch_size]]
+                if self.exemplars:
+                    batch = self._mix(batch, epoch, start)
+                if share := batch[self.rank :: self.world]:
+                    yield share
+
+    def _mix(self, batch: list[tuple[Epoch, int]], epoch: Epoch, start: int) -> list[tuple[Epoch, int]]:
+        """A batch with its second half replaced by exemplars."""
+        crops, drawn = f"{epoch} at {start}", len(batch) // 2
+        draw = np.random.default_rng(sample_seed(*(self.seed or ()), crops))
+        rows = draw.choice(self.exemplars, drawn, replace=drawn > self.exemplars)
+        return batch[: len(batch) - drawn] + [(crops, self.size + int(i)) for i in rows]

@@ -1,0 +1,195 @@
+"""The data of a run: files, class indices, and how to load a step's share of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from rich.console import Console
+
+from starseg.config import RunConfig
+from starseg.data.cache import make_cache
+from starseg.data.datasets.base import NO_FILES, Dataset, Split, open_dataset
+from starseg.data.index import class_index
+from starseg.data.loader import PREFETCH, LoaderEpoch, PersistentLoader
+from starseg.data.samples import EpochSampler, StepDataset, saliency_map
+from starseg.data.selection import Kind, select_images
+from starseg.errors import UserError
+from starseg.methods import Method
+from starseg.replay.memory import MemoryRule
+from starseg.tasks import TaskSequence, make_task
+from starseg.utils.machine import cores, free_shared_memory
+
+# An image, its mask and its saliency map.
+_BYTES_PER_PIXEL = 5
+
+
+def workers_for(config: RunConfig, fabric: Fabric) -> int:
+    """Loader workers of this process: where that is left open, no more than its share of cores and shared memory."""
+    if config.data.workers != "auto":
+        return config.data.workers
+    if fabric.device.type != "cuda":
+        return 0
+    # srun gives each process cores of its own; those of other launchers share all of them.
+    sharing = 1 if SLURMEnvironment.detect() else config.train.devices
+    batch = max(config.train.batch_size // (config.train.devices * config.train.num_nodes), config.eval.batch_size)
+    ordered = PREFETCH * batch * _BYTES_PER_PIXEL * config.data.crop**2
+    room = free_shared_memory() // config.train.devices // ordered
+    return min(8, max(1, cores() // sharing), room)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data set with its class indices, and how to load a step's share of it."""
+
+    dataset: Dataset
+    task: TaskSequence
+    train_pixels: np.ndarray
+    test_pixels: np.ndarray
+    config: RunConfig
+    loading: PersistentLoader = field(default_factory=PersistentLoader)
+    rank: int = 0
+    world: int = 1
+    memory: MemoryRule | None = None
+    saliency: Path | None = None
+
+    def positions(self, step: int, kind: Kind) -> np.ndarray:
+        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        listed = self._listed(step, kind)
+        pixels = self.train_pixels if kind == "train" else self.test_pixels
+        return select_images(pixels, self.task, step, kind) if listed is None else listed
+
+    def digest(self, step: int) -> str:
+        """Short digest of the names of a step's training images, in their order."""
+        names = [self.dataset.train.ids[place] for place in self.positions(step, "train")]
+        return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
+        folder, task = self.config.data.lists, self.task
+        if folder is None:
+            return None
+        path = folder / self.dataset.key / f"{task.setting}_{task.name}_{kind}_{step:02d}.npy"
+        if not path.is_file():
+            return None
+        ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
+        places = {name: place for place, name in enumerate(ids)}
+        try:
+            listed = [places[name] for name in np.load(path, allow_pickle=False).tolist()]
+            return np.sort(np.array(listed, dtype=np.int64))
+        except KeyError as error:
+            raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
+
+    def check(self, steps: range | None = None) -> None:
+        """Refuse a task whose steps (all by default) cannot be trained.
+
+        Raises:
+            UserError: no such step, a class without a training pixel in its step, or fewer images than a batch.
+        """
+        every = range(len(self.task))
+        wanted = every if steps is None else steps
+        if not wanted or wanted[0] not in every or wanted[-1] not in every:
+            asked = f"{wanted.start}-{wanted.stop - 1}"
+            raise UserError(f"task {self.task.name} has steps 0-{every[-1]}, asked for {asked}")
+        for step in wanted:
+            chosen = self.positions(step, "train")
+            absent = [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]
+            if absent and not self.config.task.allow_absent:
+                raise UserError(
+                    f"step {step}: no training image shows {', '.join(map(self.task.label, absent))} "
+                    f"(task {self.task.name}, {self.task.setting}); leave the class out, add images, or train all the "
+                    "same with task.allow_absent=true"
+                )
+            if len(chosen) < self.config.train.batch_size:
+                raise UserError(
+                    f"step {step}: {len(chosen)} training images, fewer than train.batch_size "
+                    f"({self.config.train.batch_size}); give a smaller train.batch_size, or add images"
+                )
+            if not len(self.positions(step, "test")):
+                raise UserError(f"step {step}: no test image shows a class seen so far")
+
+    def train_loader(
+        self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
+    ) -> LoaderEpoch:
+        """Augmented training crops of a step's images and of its exemplar memory.
+
+        Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
+        """
+        seed, kept = (self.config.seed, step), len(exemplars)
+        table = self.task.relabelling(step, "train")
+        all_seen = self.memory is not None and self.memory.labels == "seen"
+        split, positions = self.dataset.train, self.positions(step, "train")
+        crops = StepDataset(
+            split + exemplars,
+            np.append(positions, len(split) + np.arange(kept)),
+            table,
+            self.config.data.crop,
+            seed,
+            kept,
+            self.task.relabelling(step, "test") if all_seen else table,
+            self.saliency,
+        )
+        size, batch = self.samples(step, kept), self.config.train.batch_size
+        drawn = len(crops) - size
+        sampler = EpochSampler(size, batch, epochs, seed, drop_last, self.rank, self.world, start, drawn)
+        return self.loading.over(crops, sampler)
+
+    def samples(self, step: int, exemplars: int) -> int:
+        """Samples of an epoch, which appended exemplars belong to, and those that fill half of each batch do not."""
+        appended = self.memory is None or self.memory.mix == "append"
+        return len(self.positions(step, "train")) + (exemplars if appended else 0)
+
+    def test_loader(self, step: int) -> LoaderEpoch:
+        full = self.config.eval.image == "full"
+        table = self.task.relabelling(step, "test", self.dataset.test_fill)
+        crop = None if full else self.config.data.crop
+        images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
+        batch = self.world if full else self.config.eval.batch_size
+        return self.loading.over(images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world))
+
+
+def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
+    """The configured data set and the steps in which ``method`` learns the configured task."""
+    dataset = open_dataset(config.data)
+    return dataset, task_on(dataset, config, method)
+
+
+def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
+    """The steps in which ``method`` learns the configured task on a data set."""
+    task = config.task
+    return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+
+
+def open_data(
+    config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None, steps: range | None = None
+) -> RunData:
+    """Open, index and check the data of a run, or of some of its steps."""
+    dataset, sequence = dataset_and_task(config, method)
+    start = time.monotonic()
+    train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
+    console.print(
+        f"{dataset.root}: {len(train)} training and {len(test)} test images, "
+        f"classes indexed in {time.monotonic() - start:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    loading, saliency = PersistentLoader(), method.saliency(dataset.key)
+    if saliency and (lost := [i for i in dataset.train.images if not saliency_map(saliency, i).is_file()]):
+        raise UserError(
+            f"{saliency_map(saliency, lost[0])} is missing, the saliency map of {lost[0]}; "
+            f"{len(lost)} of {len(dataset.train)} training images have none"
+        )
+    data = RunData(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)
+    data.check(steps)
+    if fabric:
+        loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
+        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console)
+    return data

@@ -1,0 +1,1 @@
+"""Whole experiments: one run, a comparison, the demo."""

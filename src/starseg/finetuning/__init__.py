@@ -1,0 +1,1 @@
+"""`starseg learn`: one more step from a folder of photos and masks."""

@@ -1,0 +1,62 @@
+"""What `starseg learn` chooses where nothing is asked for, for folders of ten to thousands of photos.
+
+The published schedule is made for 10,000 photos: 60 epochs of batches of 24, so 720 iterations or more even for the
+smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder is passed through oftener, but in
+fewer iterations; what they lack is made up by a higher rate (docs/learn.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+BATCH = (2, 16)
+EPOCHS = (10, 100)
+CROP = (128, 512)
+OLD_SHARE = 5
+"""Cells of old classes that are replayed for each cell of the new images, at most."""
+
+
+@dataclass(frozen=True)
+class FolderSchedule:
+    """Attributes:
+    iterations: at least so many, unless that takes more epochs than ``EPOCHS`` allows.
+    lr_budget: learning rate times iterations.
+    rates: bounds of the learning rate.
+    """
+
+    iterations: int
+    lr_budget: float
+    rates: tuple[float, float]
+
+    def epochs(self, images: int) -> int:
+        least, most = EPOCHS
+        return min(most, max(least, -(-self.iterations // (images // batch_size(images)))))
+
+    def learning_rate(self, iterations: int) -> float:
+        least, most = self.rates
+        return float(f"{min(most, max(least, self.lr_budget / iterations)):.2g}")
+
+
+# The lower bounds and the budget of LATER are those of the published VOC 15-1 (500 photos a class: 1200 iterations),
+# the upper bounds and the budget of FIRST those of the run on the VOC subset (benchmarks/README.md).
+FIRST = FolderSchedule(iterations=600, lr_budget=7.5, rates=(1e-3, 1e-2))
+LATER = FolderSchedule(iterations=400, lr_budget=0.125, rates=(1e-4, 1e-3))
+
+
+def batch_size(images: int) -> int:
+    """A quarter of the training images."""
+    least, most = BATCH
+    return max(least, min(most, images // 4))
+
+
+def crop_size(short_sides: Sequence[int], stride: int) -> int:
+    """The photos' median short side, in whole feature cells."""
+    least, most = CROP
+    return int(min(max(round(median(short_sides) / stride) * stride, least), most))
+
+
+def replay_share(stored: float, cells: int) -> float:
+    """The share of the stored cells of old classes to replay beside new images of so many cells."""
+    return float(f"{min(1.0, OLD_SHARE * cells / max(stored, 1.0)):.3g}")

@@ -1,0 +1,264 @@
+"""What is to be learnt, from which folder, on top of which step."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from starseg.config import RunConfig, load_config
+from starseg.data.annotations.classlist import ClassList, read_classes
+from starseg.data.annotations.coco import Coco, read_coco
+from starseg.data.datasets.folder import Photo, convert_masks, pair_files, split_images, write_list
+from starseg.data.samples import sample_seed
+from starseg.engine import checkpoint
+from starseg.errors import UserError
+from starseg.inference.hub import is_export
+from starseg.methods import METHODS
+from starseg.replay.bank import PrototypeBank
+from starseg.tasks import BACKGROUND, IGNORE
+from starseg.utils.files import write_json
+
+_HIGHEST_ID = 254
+
+
+@dataclass(frozen=True)
+class LearnRequest:
+    """What is asked for; None: chosen from the data, or by the source's run.
+
+    Attributes:
+        source: step directory to go on from; None for a first step.
+        images: a folder.
+        masks: a folder, or a COCO file.
+        classes: a file or names, see :func:`~starseg.data.annotations.classlist.read_classes`; None: the
+            categories of a COCO file.
+        out: run directory.
+        method: "star" or "finetune".
+        backbone, pretrained, crop: of a first step.
+        epochs, lr: of the new step.
+        val_share: of the images, kept for validation.
+        seed: of the run and the split.
+    """
+
+    source: Path | None
+    images: Path
+    masks: Path
+    classes: str | None
+    out: Path
+    method: str = "star"
+    backbone: str | None = None
+    pretrained: bool | Path | None = None
+    crop: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    val_share: float = 0.15
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SourceStep:
+    """The step to go on from.
+
+    Attributes:
+        folder, info: of the step.
+        bank: None where the method keeps none.
+        config: of its run, where that lies beside it.
+    """
+
+    folder: Path
+    info: checkpoint.StepInfo
+    bank: PrototypeBank | None
+    config: RunConfig | None
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Dataset ids learnt in each step so far."""
+        ids = iter(self.info.dataset_ids[1:])
+        return [[next(ids) for _ in range(size)] for size in self.info.head_sizes]
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """What is to be learnt, from what.
+
+    Attributes:
+        names: by dataset id.
+        steps: dataset ids of each step, the last one new.
+        labelled: dataset ids that the masks show, the new and the known.
+        photos: images and their given masks.
+        pixels: [N, 256] pixels of every dataset id in every mask.
+        val: [N] bool, images for validation.
+    """
+
+    names: tuple[str, ...]
+    steps: list[list[int]]
+    labelled: list[int]
+    photos: list[Photo]
+    pixels: np.ndarray
+    val: np.ndarray
+
+    @property
+    def new(self) -> list[int]:
+        return self.steps[-1]
+
+    @property
+    def training(self) -> np.ndarray:
+        """[N] bool, images to train on: they show a new class."""
+        return ~self.val & (self.pixels[:, self.new] > 0).any(1)
+
+    def write_list(self, path: Path, chosen: np.ndarray) -> None:
+        """List the images that ``chosen`` [N] bool picks, with their converted masks."""
+        photos = [self.photos[i] for i in np.flatnonzero(chosen).tolist()]
+        write_list(path, [(photo.image.resolve(), Path("masks") / f"{photo.name}.png") for photo in photos])
+
+
+def open_source_step(folder: Path, method: str) -> SourceStep:
+    """Read the step to go on from.
+
+    Raises:
+        UserError: no finished step, or one that ``method`` cannot go on from.
+    """
+    info = checkpoint.load_info(folder)
+    if is_export(folder):
+        raise UserError(
+            f"{folder}: an export for a model hub, which holds no prototype bank and so cannot be learnt on from; give "
+            f"the step directory that it was made from (step_{info.step} of its run)"
+        )
+    if not checkpoint.is_finished(folder):
+        raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
+    layout = METHODS[method].layout
+    if (info.lead, info.conv_heads) != (list(layout.lead), layout.conv):
+        raise UserError(
+            f"{folder}: a step of {info.method} has heads that {method} cannot go on from; train it with STAR"
+        )
+    bank = None
+    if method == "star":
+        try:
+            bank = PrototypeBank.from_state_dict(checkpoint.load_bank(folder))
+        except KeyError:
+            raise UserError(
+                f"{folder}: holds no prototype bank (trained by {info.method}); take a step trained with STAR, or give "
+                "--method finetune, which forgets the old classes"
+            ) from None
+    path = folder.resolve().parent / "config.yaml"
+    return SourceStep(folder, info, bank, load_config(path) if path.is_file() else None)
+
+
+def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:
+    """Give every class its dataset id: known ones theirs, new ones the next after the highest.
+
+    Returns:
+        Names by dataset id, the new dataset ids, and [256] uint8 dataset ids by index in the masks.
+
+    Raises:
+        UserError: nothing is new, or there are too many classes.
+    """
+    known = dict(zip(source.info.dataset_ids, source.info.names, strict=True)) if source else {0: classes.names[0]}
+    ids = {name.casefold(): number for number, name in known.items() if number}
+    names, first = dict(known), max(known) + 1
+    table = np.arange(256, dtype=np.uint8)
+    for index, name in enumerate(classes.names[1:], 1):
+        number = ids.get(name.casefold())
+        if number is None:
+            number = max(names) + 1
+            names[number] = name
+        if number > _HIGHEST_ID:
+            raise UserError(f"--classes {classes.source}: more than {_HIGHEST_ID} classes in all; masks have 8 bits")
+        table[index] = number
+    new = [number for number in names if number >= first]
+    if source and not new:
+        raise UserError(
+            f"--classes {classes.source}: nothing to learn, {source.folder} knows all of "
+            f"{', '.join(classes.names[1:])}; name a new class"
+        )
+    return tuple(names.get(i, f"unused-{i}") for i in range(max(names) + 1)), new, table
+
+
+def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path, console: Console) -> PreparedStep:
+    """Read the user's folders and write the prepared data set (:mod:`starseg.data.datasets.folder`) into ``folder``.
+
+    Raises:
+        UserError: whatever is wrong with the folders; a new class that no mask shows; too few images.
+    """
+    if not 0 < request.val_share < 1:
+        raise UserError(f"--val-share: expected a share between 0 and 1 such as 0.15, got {request.val_share}")
+    if request.lr is not None and not request.lr > 0:
+        raise UserError(f"--lr: expected a learning rate above 0 such as 0.001, got {request.lr}")
+    coco = read_coco(request.masks) if request.masks.is_file() else None
+    classes = _classes(request, coco, console)
+    names, new, table = assign_ids(classes, source)
+    if coco:
+        photos = coco.photos(request.images, classes)
+    else:
+        photos = pair_files(request.images, request.masks, classes)
+    pixels = convert_masks(photos, table, folder / "masks", console)
+    shown = pixels[:, new] > 0
+    if absent := [names[c] for c in new if not pixels[:, c].any()]:
+        raise UserError(
+            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, absent[0])}"
+        )
+    val = split_images(shown, request.val_share, np.random.default_rng(sample_seed(request.seed, "validation")))
+    prepared_step = PreparedStep(
+        names,
+        [*(source.groups if source else []), new],
+        sorted({int(i) for i in table[1 : len(classes.names)]}),
+        photos,
+        pixels,
+        val,
+    )
+    if prepared_step.training.sum() < 2 or not shown[val].any():
+        raise UserError(
+            f"--images {request.images}: {shown.any(1).sum()} images show a new class; expected at least 3, two to "
+            "train on and one for validation"
+        )
+    _write_prepared(folder, prepared_step, request)
+    return prepared_step
+
+
+def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
+    """What to do about a class that no mask shows, given the [N, 256] pixels of every dataset id."""
+    if classes.colours is None and np.flatnonzero(pixels.any(0)).tolist() == [BACKGROUND, IGNORE]:
+        return (
+            "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
+            f"with the lines 'background #000000' and '{absent} #ffffff'"
+        )
+    return "add images of it, or take it out of --classes"
+
+
+def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> ClassList:
+    """The given classes, by default those of the COCO file."""
+    if request.classes:
+        classes = read_classes(request.classes)
+        if coco and (rest := coco.left_out(classes)):
+            text = f"note: annotations of {', '.join(rest)} count as background, they are not in --classes"
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+        return classes
+    if not coco:
+        raise UserError(
+            "--classes: give a file or names such as cat,dog; only a COCO file as --masks names its classes"
+        )
+    return coco.classes
+
+
+def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnRequest) -> None:
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in prepared_step.names), encoding="utf-8")
+    for name, chosen in (("train.txt", ~prepared_step.val), ("val.txt", prepared_step.val)):
+        prepared_step.write_list(folder / name, chosen)
+    digest = hashlib.sha256()
+    files = (p.resolve() for photo in prepared_step.photos for p in (photo.image, photo.mask) if p)
+    for path in dict.fromkeys(files):
+        stat = path.stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    about = {
+        "source": str(request.source.resolve()) if request.source else None,
+        "step": len(prepared_step.steps) - 1,
+        "labelled": prepared_step.labelled,
+        "classes": list(prepared_step.names),
+        "val_share": request.val_share,
+        "seed": request.seed,
+        "files": digest.hexdigest(),
+    }
+    write_json(folder / "learn.json", about)

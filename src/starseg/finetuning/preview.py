@@ -1,0 +1,87 @@
+"""What `starseg learn` shows before and after it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from starseg.config import RunConfig
+from starseg.report.tables import percent
+
+if TYPE_CHECKING:
+    from starseg.finetuning.prepare import PreparedStep, SourceStep
+
+
+def _classes_table(prepared_step: PreparedStep) -> Table:
+    table = Table("class", "id", "", "images", "pixels", "training", "validation")
+    for number in prepared_step.labelled:
+        shown = prepared_step.pixels[:, number] > 0
+        counts = (
+            shown.sum(),
+            prepared_step.pixels[:, number].sum(),
+            (shown & ~prepared_step.val).sum(),
+            (shown & prepared_step.val).sum(),
+        )
+        kind = "new" if number in prepared_step.new else "known"
+        table.add_row(Text(prepared_step.names[number]), str(number), kind, *(f"{n:,}" for n in counts))
+    return table
+
+
+def _replay_table(source: SourceStep, share: float, iterations: int) -> Table:
+    """Upper bounds: what the old model finds in the new images is not replayed."""
+    assert source.bank is not None, "asked for with a bank only"
+    table = Table("old class", "id", "stored cells", "replayed per iteration, at most")
+    names, ids = source.info.names[1:], source.info.dataset_ids[1:]
+    for name, number, count in zip(names, ids, source.bank.counts[1:].tolist(), strict=True):
+        table.add_row(Text(name), str(number), f"{count:,.0f}", f"{int(count * share / iterations):,}")
+    return table
+
+
+def print_preview(prepared_step: PreparedStep, config: RunConfig, source: SourceStep | None, console: Console) -> None:
+    """Print images and pixels of each class, the schedule, and what is replayed of old classes."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    train, later = int(prepared_step.training.sum()), len(prepared_step.steps) > 1
+    phase = config.train.later if later else config.train.base
+    iterations = train // config.train.batch_size
+    say(
+        f"{len(prepared_step.photos)} images: {train} to train on, {int(prepared_step.val.sum())} for validation, "
+        f"{len(prepared_step.photos) - train - int(prepared_step.val.sum())} without a new class are not used"
+    )
+    console.print(_classes_table(prepared_step))
+    for number in prepared_step.new:
+        if not prepared_step.pixels[prepared_step.val, number].any():
+            say(f"note: {prepared_step.names[number]} is in no validation image, so it is not scored; add images of it")
+    say(
+        f"schedule: {phase.epochs} epochs of {iterations} iterations, batches of {config.train.batch_size}, crops of "
+        f"{config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
+    )
+    if source and source.bank:
+        share = config.method_section("star")["replay"]
+        console.print(_replay_table(source, share, iterations))
+        if share < 1:
+            say(f"old classes count {100 * share:.2g} % of what is stored, so that they do not drown the new images")
+
+
+def before_after_table(figures: Mapping[str, Any]) -> Group:
+    """IoU per class of the old and the new model, from :func:`starseg.finetuning.run.before_after`."""
+    steps = figures["steps"]
+    names = [name for name in next(reversed(steps.values()))["iou"] if name not in figures["unlabelled"]]
+    table = Table("class", *(["before"] if len(steps) > 1 else []), "after")
+    for name in names:
+        unknown = name in figures["new"]
+        cells = [
+            "" if unknown and i < len(steps) - 1 else percent(f["iou"][name]) for i, f in enumerate(steps.values())
+        ]
+        table.add_row(Text(f"{name} (new)" if unknown else name), *cells)
+    lines = [Text(f"IoU in percent on the {figures['images']} validation images")]
+    if figures["unlabelled"]:
+        unlabelled = ", ".join(figures["unlabelled"])
+        lines.append(Text(f"old classes are scored only where these masks label them; not labelled: {unlabelled}"))
+    return Group(lines[0], table, *lines[1:])

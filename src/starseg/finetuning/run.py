@@ -1,0 +1,273 @@
+"""One more step from a folder of one's own, on top of a step directory or as a first step."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from starseg.config import ModelConfig, RunConfig, parse_config
+from starseg.data.images import image_size
+from starseg.engine import checkpoint
+from starseg.engine.evaluate import evaluate_model
+from starseg.engine.metrics import summarize
+from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run, resolve
+from starseg.engine.runner import Runner
+from starseg.engine.state import begun
+from starseg.errors import UserError
+from starseg.finetuning.defaults import FIRST, LATER, batch_size, crop_size, replay_share
+from starseg.finetuning.prepare import LearnRequest, PreparedStep, SourceStep, open_source_step, prepare_step
+from starseg.finetuning.preview import before_after_table, print_preview
+from starseg.methods import METHODS, method_options
+from starseg.models.encoders import make_backbone
+from starseg.report.testset import open_test_set
+from starseg.utils.files import read_json, write_json
+
+FOLDER = "learn"
+_TRIAL = 3
+
+
+def _crop(request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, stride: int) -> int:
+    if source:
+        if request.crop not in (None, source.info.crop):
+            raise UserError(
+                f"--crop {request.crop}: {source.folder} was trained on crops of {source.info.crop}, on which its "
+                "stored statistics rest; leave --crop out"
+            )
+        return source.info.crop
+    return request.crop or crop_size([min(image_size(photo.image)) for photo in prepared_step.photos], stride)
+
+
+def make_config(request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, root: Path) -> RunConfig:
+    """The run that learns the prepared_step's last step, its schedule fitted to the number of images.
+
+    Args:
+        request: its options win.
+        source: gives network, crop and options.
+        prepared_step: gives classes and images.
+        root: the prepared data.
+    """
+    images = int(prepared_step.training.sum())
+    batch, phase = batch_size(images), LATER if source else FIRST
+    epochs = request.epochs or phase.epochs(images)
+    rate = phase.learning_rate(epochs * (images // batch))
+    model: dict[str, Any] = {"pretrained": False}
+    if source:
+        model |= {"backbone": source.info.backbone, "output_stride": source.info.output_stride}
+    else:
+        pretrained = True if request.pretrained is None else request.pretrained
+        rate = rate if pretrained else phase.rates[1]
+        model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
+        model |= {"backbone": request.backbone} if request.backbone else {}
+    crop = _crop(request, source, prepared_step, model.get("output_stride", 16))
+    options = source.config.method_section("star") if source and source.config else {}
+    if source and source.bank:
+        cells = images * (crop // source.info.output_stride) ** 2
+        options = options | {"replay": replay_share(float(source.bank.counts.sum()), cells)}
+    tree = {
+        "method": request.method,
+        "out": str(request.out),
+        "seed": request.seed,
+        "compat": source.info.compat if source else None,
+        "data": {"dataset": "folder", "root": str(root), "crop": crop},
+        "task": {"name": "learn", "steps": prepared_step.steps},
+        "model": model,
+        "train": {"batch_size": batch, "later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}},
+        "memory": {"size": 0},
+    }
+    return parse_config(tree | ({"star": options} if options else {}), "learn")
+
+
+def _refuse_out(request: LearnRequest) -> None:
+    """Refuse an --out that another command has filled, or where nothing can be written."""
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a free place")
+    there = {entry.name for entry in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if there and not (out / FOLDER / "learn.json").is_file():
+        raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        # Only trying tells: /proc says that root may write into it.
+        with tempfile.TemporaryDirectory(prefix=".learn-", dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: nothing can be written into {place} ({error.strerror}); give another place"
+        ) from error
+
+
+def _refuse_backbone(request: LearnRequest) -> None:
+    """Refuse a network that cannot be made, or weights that cannot be had, before every mask is read."""
+    model = ModelConfig()
+    weights = model.pretrained if request.pretrained is None else request.pretrained
+    make_backbone(request.backbone or model.backbone, model.output_stride, weights)
+
+
+def _holds_prepared(run: Path, prepared: Path) -> bool:
+    """Whether the prepared data are in the run directory already.
+
+    Raises:
+        UserError: others are, and a step of them has begun.
+    """
+    target = run / FOLDER
+    if not target.is_dir():
+        return False
+    there = read_json(target / "learn.json")
+    if there == read_json(prepared / "learn.json"):
+        return True
+    step = run / f"step_{there['step']}"
+    if checkpoint.is_finished(step) or begun(step):
+        raise UserError(f"--out {run}: holds a step learnt from other files, classes or options; give a free place")
+    return False
+
+
+def _check_same_data(config: RunConfig, prepared: Path) -> None:
+    """Refuse a run directory in which a step of another prepared_step, or of this one with other options, has begun."""
+    _holds_prepared(config.run_dir, prepared)
+    method = METHODS[config.method](method_options(config.method, config))
+    refuse_another_run(config.run_dir, resolve(config, method.defaults(config.data.dataset, config.task.name)))
+
+
+def _install(prepared: Path, run: Path) -> None:
+    """Put the prepared data into the run directory, which is locked, unless they are there already."""
+    if _holds_prepared(run, prepared):
+        return
+    target = run / FOLDER
+    if target.is_dir():
+        for old in (target, *run.glob("step_*")):
+            shutil.rmtree(old)
+    prepared.rename(target)
+
+
+def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfig, console: Console) -> None:
+    """Put the step to go on from into the run directory, scored on the validation images like the new one will be."""
+    info = source.info
+    target = config.run_dir / f"step_{info.step}"
+    if checkpoint.is_finished(target):
+        return
+    model, _ = checkpoint.load_model(source.folder)
+    if prepared_step.pixels[prepared_step.val][:, info.dataset_ids[1:]].any():
+        figures = evaluate_model(model, info, config, console)
+    else:
+        nothing = np.zeros([len(info.names)] * 2, np.int64)
+        figures = {**summarize(nothing, info.names, info.base), "confusion": nothing.tolist()}
+    bank = checkpoint.load_bank(source.folder)
+    checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
+
+
+def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: SourceStep | None, prepared: Path) -> float:
+    """Seconds of an iteration, from a few on a part of the data beside ``prepared``, which it changes."""
+    run, batch = prepared.parent / "trial", config.train.batch_size
+    chosen = prepared_step.training & (prepared_step.training.cumsum() <= _TRIAL * batch)
+    prepared_step.write_list(prepared / "train.txt", chosen)
+    tree = config.model_dump(mode="json", by_alias=True)
+    tree["out"], tree["task"]["allow_absent"] = str(run), True
+    if source and source.bank:
+        tree["star"]["replay"] *= float(chosen.sum() / prepared_step.training.sum())
+    step = len(prepared_step.steps) - 1
+    if source:
+        run.mkdir()
+        adopt(source.folder, run / f"step_{step - 1}")
+    runner = Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1))
+    try:
+        return runner.seconds_per_iteration(step, _TRIAL)
+    finally:
+        if runner.lock:
+            runner.lock.close()
+
+
+def before_after(run: Path) -> dict[str, Any]:
+    """IoU per class on the validation images, by the old model and the new.
+
+    Both are compared with the same truth; what an old model cannot know is a miss. Classes that the masks do not
+    label are left out, their predictions count as background.
+
+    Returns:
+        {"images", "new": names, "steps": {"step_0": {"iou": {name: percent or None}, "miou": {...}}, ...}}.
+    """
+    test = open_test_set(run)
+    names, size = test.task.class_names(test.last), 1 + len(test.task.seen(test.last))
+    confusions = {folder.name: np.zeros(size * size, np.int64) for folder in test.folders}
+    for first in range(0, len(test.positions), 64):
+        images, truth = test.samples(test.positions[first : first + 64])
+        valid = truth < size
+        for folder in test.folders:
+            pairs = truth[valid].long() * size + test.predict(folder, images)[valid].long()
+            confusions[folder.name] += torch.bincount(pairs, minlength=size * size).numpy()
+    ids, published = test.task.dataset_ids(test.last), test.config.compat == "published"
+    figures = {
+        name: summarize(test.dataset.scored(matrix.reshape(size, size), ids), names, test.task.base, published)
+        for name, matrix in confusions.items()
+    }
+    return {
+        "images": len(test.positions),
+        "new": [test.task.label(c) for c in test.task.new(test.last)],
+        "unlabelled": [test.task.label(c) for c in test.task.seen(test.last) if c in test.dataset.unlabelled],
+        "steps": {name: {"iou": f["iou"], "miou": f["miou"]} for name, f in figures.items()},
+    }
+
+
+def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Path | None:
+    """Learn the classes of a folder; the same request goes on where a broken one stopped.
+
+    Args:
+        request: what from what.
+        console: where the preview, progress and the before / after table go.
+        dry_run: print the preview with a time estimate, and write and train nothing.
+
+    Returns:
+        The step directory; None for a dry run.
+
+    Raises:
+        UserError: anything in the input that must be mended first.
+    """
+    source = open_source_step(request.source, request.method) if request.source else None
+    _refuse_out(request)
+    if not source:
+        _refuse_backbone(request)
+    out = request.out.resolve()
+    if not dry_run:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as until_trained:
+        with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
+            prepared = Path(temporary) / FOLDER
+            prepared_step = prepare_step(request, source, prepared, console)
+            config = make_config(request, source, prepared_step, prepared if dry_run else out / FOLDER)
+            _check_same_data(config, prepared)
+            print_preview(prepared_step, config, source, console)
+            if dry_run:
+                seconds = _trial_seconds(config, prepared_step, source, prepared)
+                _print_estimate(seconds, config, prepared_step, console)
+                return None
+            held = until_trained.enter_context(lock(out))
+            _install(prepared, out)
+        if source:
+            _take_over(source, prepared_step, config, console)
+        step = len(prepared_step.steps) - 1
+        run = Runner(config, console, range(step, step + 1), lock=held).run()
+    figures = before_after(run)
+    write_json(run / FOLDER / "before_after.json", figures)
+    console.print(before_after_table(figures))
+    folder = request.out / f"step_{step}"
+    console.print(f"learnt: {folder}; try `starseg predict {folder} PHOTOS --out found --overlays`", soft_wrap=True)
+    return folder
+
+
+def _print_estimate(seconds: float, config: RunConfig, prepared_step: PreparedStep, console: Console) -> None:
+    """Training and the two passes over the data before and after it."""
+    phase = config.train.later if len(prepared_step.steps) > 1 else config.train.base
+    iterations = int(prepared_step.training.sum()) // config.train.batch_size
+    total = seconds * iterations * ((phase.epochs or 0) + 1)
+    console.print(
+        f"time: about {max(1, round(total))} s ({seconds:.2f} s an iteration on this machine); nothing was written, "
+        f"without --dry-run it goes to {config.run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )

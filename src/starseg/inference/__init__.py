@@ -1,0 +1,1 @@
+"""Prediction on images, exports, and a local page."""

@@ -1,0 +1,287 @@
+"""A trained step as a function from images to masks.
+
+Shape letters: N images, C classes without background, H W pixels, h w feature cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import crop
+from torchvision.transforms.v2.functional import resize as resize_image
+
+from starseg.data.images import image_tensor, read_image
+from starseg.engine.checkpoint import StepInfo, load_model
+from starseg.errors import UserError
+from starseg.methods import METHODS
+from starseg.models import Segmenter
+from starseg.ops.bilinear import resize
+
+ImageSource = str | Path | Image.Image | np.ndarray
+_LONGEST_SHAPE = 50
+# Logits are upsampled to so many values at a time (256 MB of float32).
+_MOST_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict.
+
+    Attributes:
+        window: windows of the training crop's size slid over the whole image, at least a third of each shared with its
+            neighbour; by default the image is resized so that its short side is the training crop's.
+        flip: average with the prediction of the mirrored image.
+        scales: average over these sizes, 1 being the usual one.
+        batch_size: images (or windows) of a forward pass.
+
+    Raises:
+        UserError: a scale outside 0.1..8, no scale, a batch size below 1.
+    """
+
+    window: bool = False
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0.1 <= s <= 8 for s in self.scales):
+            raise UserError(f"scales: expected numbers from 0.1 to 8, such as 0.75,1,1.25, got {list(self.scales)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The mask of one image, or why there is none.
+
+    Attributes:
+        index: of the image among those given.
+        image: [3, H, W] uint8, upright; empty where it could not be read.
+        mask: [H, W] uint8 dataset ids; empty where the image could not be read.
+        error: why there is no mask.
+    """
+
+    index: int
+    image: Tensor
+    mask: np.ndarray
+    error: UserError | None = None
+
+
+def to_tensor(source: ImageSource) -> Tensor:
+    """An image as [3, H, W] uint8.
+
+    Args:
+        source: a path, a PIL image or a uint8 array [H, W, 3] (RGB) or [H, W] (grey).
+
+    Raises:
+        UserError: an unreadable file, or an array of another type or shape.
+    """
+    if isinstance(source, str | Path):
+        return read_image(Path(source))
+    if isinstance(source, Image.Image):
+        return image_tensor(source)
+    array = np.asarray(source)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
+        raise UserError(f"an image array must be uint8 [H, W, 3] or [H, W], got {array.dtype} {list(array.shape)}")
+    return image_tensor(Image.fromarray(array))
+
+
+def fitted_size(height: int, width: int, short: float, stride: int) -> tuple[int, int]:
+    """The size in which the short side is ``short`` pixels, both sides rounded to multiples of ``stride``.
+
+    Raises:
+        UserError: one side is more than 50 times the other.
+    """
+    if max(height, width) > _LONGEST_SHAPE * min(height, width):
+        raise UserError(f"{width}x{height} pixels: one side is more than {_LONGEST_SHAPE} times the other; cut it up")
+    factor = short / min(height, width) / stride
+    return max(1, round(height * factor)) * stride, max(1, round(width * factor)) * stride
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover ``length`` cells evenly, each sharing a third or more with the next."""
+    count = ceil((length - window) / max(1, window * 2 // 3)) + 1
+    return [int(x) for x in np.linspace(0, length - window, count)]
+
+
+def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
+    """Training ids [N, ...] from logits [N, C, ...], as the step's method has it.
+
+    Raises:
+        UserError: the method is not registered here.
+    """
+    if info.method not in METHODS:
+        raise UserError(
+            f"method {info.method!r} of this step is not registered; name its file in STARSEG_METHODS, or "
+            "import it first"
+        )
+    method = METHODS[info.method]
+    return method(method.Options()).rule(info.compat == "published")
+
+
+class Predictor:
+    """A step's network with its classes; :func:`load` makes one.
+
+    Args:
+        model: in eval mode, on the device to use.
+        info: of the step directory.
+
+    Attributes:
+        classes: names, the background first.
+        dataset_ids: what each class is in a mask, in the same order.
+        crop: side of the training crops in pixels.
+    """
+
+    def __init__(self, model: Segmenter, info: StepInfo) -> None:
+        self.model, self.info, self.rule = model, info, prediction_rule(info)
+        self.classes, self.dataset_ids, self.crop = list(info.names), list(info.dataset_ids), info.crop
+        self._table = torch.tensor(info.dataset_ids, dtype=torch.uint8)
+
+    @overload
+    def predict(self, images: ImageSource, **options: Any) -> np.ndarray: ...
+
+    @overload
+    def predict(self, images: Sequence[ImageSource], **options: Any) -> list[np.ndarray]: ...
+
+    def predict(self, images: ImageSource | Sequence[ImageSource], **options: Any) -> np.ndarray | list[np.ndarray]:
+        """Segment one image or several.
+
+        Args:
+            images: a path, a PIL image, a uint8 array [H, W, 3] or [H, W], or a list of these, of any sizes.
+            options: see :class:`Options`.
+
+        Returns:
+            The mask, [H, W] uint8 dataset ids, at the image's own size; a list of masks for a list.
+
+        Raises:
+            UserError: an image that cannot be read, or a bad option.
+        """
+        single = isinstance(images, str | Path | Image.Image | np.ndarray)
+        sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+        masks: list[Any] = [None] * len(sources)
+        for done in self.stream(sources, Options(**options)):
+            if done.error:
+                raise done.error
+            masks[done.index] = done.mask
+        return masks[0] if single else masks
+
+    def stream(self, sources: Iterable[ImageSource], options: Options | None = None) -> Iterator[Prediction]:
+        """Segment images one batch after the other; images that come out at the same network size share a batch.
+
+        Args:
+            sources: images, read as they are needed.
+            options: how.
+
+        Yields:
+            A prediction for every image, as batches fill up and so not always in order.
+        """
+        options = options or Options()
+        waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        for index, source in enumerate(sources):
+            try:
+                image = to_tensor(source)
+                size = self._size(image, options)
+            except UserError as error:
+                yield Prediction(index, torch.empty(3, 0, 0), np.empty((0, 0), np.uint8), error)
+                continue
+            waiting.setdefault(size, []).append((index, image))
+            if len(waiting[size]) == options.batch_size:
+                yield from self._finish(size, waiting.pop(size), options)
+            elif sum(map(len, waiting.values())) >= 4 * options.batch_size:
+                fullest = max(waiting, key=lambda s: len(waiting[s]))
+                yield from self._finish(fullest, waiting.pop(fullest), options)
+        for size, group in waiting.items():
+            yield from self._finish(size, group, options)
+
+    def _size(self, image: Tensor, options: Options) -> tuple[int, int]:
+        """The network's input size at scale 1."""
+        height, width = image.shape[1:]
+        short = max(self.crop, min(height, width)) if options.window else self.crop
+        return fitted_size(height, width, short, self.model.output_stride)
+
+    def _scaled(self, size: tuple[int, int], scale: float, options: Options) -> list[int]:
+        stride = self.model.output_stride
+        least = self.crop // stride if options.window else 1
+        return [max(least, round(side / stride * scale)) * stride for side in size]
+
+    @torch.inference_mode()
+    def _finish(self, size: tuple[int, int], group: list[tuple[int, Tensor]], options: Options) -> Iterator[Prediction]:
+        """Predict images of one network size together."""
+        passes = []
+        for scale in options.scales:
+            scaled = self._scaled(size, scale, options)
+            batch = torch.stack([resize_image(image, scaled, antialias=True) for _, image in group])
+            maps = self._maps(batch, options)
+            if options.flip:
+                maps = (maps + self._maps(batch.flip(-1), options).flip(-1)) / 2
+            passes.append(maps)
+        for i, (index, image) in enumerate(group):
+            yield Prediction(index, image, self._mask([maps[i : i + 1] for maps in passes], *image.shape[1:]))
+
+    def _maps(self, images: Tensor, options: Options) -> Tensor:
+        """Logits [N, C, h, w] of uint8 images [N, 3, H, W] whose sides are multiples of the output stride."""
+        if not options.window:
+            return self.logits(images)
+        stride = self.model.output_stride
+        cells, (height, width) = self.crop // stride, (side // stride for side in images.shape[-2:])
+        total = torch.zeros(len(images), 1, height, width, device=self.model.mean.device)
+        count = torch.zeros(height, width, device=total.device)
+        places = list(product(range(len(images)), _starts(height, cells), _starts(width, cells)))
+        for first in range(0, len(places), options.batch_size):
+            chosen = places[first : first + options.batch_size]
+            crops = [crop(images[n], y * stride, x * stride, cells * stride, cells * stride) for n, y, x in chosen]
+            maps = self.logits(torch.stack(crops))
+            if first == 0:
+                total = total.repeat(1, maps.shape[1], 1, 1)
+            for (n, y, x), window in zip(chosen, maps, strict=True):
+                total[n, :, y : y + cells, x : x + cells] += window
+                count[y : y + cells, x : x + cells] += n == 0
+        return total / count
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [N, C, h, w] at feature resolution of uint8 images [N, 3, H, W]."""
+        return self.model.predict(images).float()
+
+    def _mask(self, passes: list[Tensor], height: int, width: int) -> np.ndarray:
+        """Average logits [1, C, *, *] at the image's size, a band of rows at a time, and apply the rule."""
+        tall = [resize(maps, (height, maps.shape[-1])) for maps in passes]
+        rows = max(1, _MOST_LOGITS // (width * tall[0].shape[1]))
+        bands = []
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            wide = [resize(maps[:, :, top:bottom], (bottom - top, width)) for maps in tall]
+            ids = self.rule(torch.stack(wide).mean(0) if len(wide) > 1 else wide[0])[0]
+            bands.append(self._table[ids.cpu().long()])
+        return torch.cat(bands).numpy()
+
+
+def load(path: str | Path, device: str = "auto") -> Predictor:
+    """The model of a step directory or published checkpoint, ready to predict.
+
+    Args:
+        path: a run's ``step_<t>`` directory, or a published checkpoint (.pth) with its config.json beside it.
+        device: "cpu", "cuda", another name of torch's, or "auto": a GPU where there is one.
+
+    Raises:
+        UserError: no step directory, damaged files, or no such device.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if Path(path).suffix == ".pth":
+        from starseg.compat.weights import open_checkpoint
+
+        model, info, _ = open_checkpoint(Path(path))
+    else:
+        model, info = load_model(Path(path))
+    try:
+        return Predictor(model.to(name), info)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {device!r} ({str(error).splitlines()[0]}); use cpu or auto") from error

@@ -1,0 +1,6 @@
+"""Loss functions: pure functions of tensors, summed over processes where they are means."""
+
+from starseg.losses.reduction import AllReduceSum, identity, mean, ratio
+from starseg.losses.star import bce_per_class, negatives_per_class, one_hot, upsample
+
+__all__ = ["AllReduceSum", "bce_per_class", "identity", "mean", "negatives_per_class", "one_hot", "ratio", "upsample"]

@@ -1,0 +1,72 @@
+"""Prediction rules: training ids from logits.
+
+Shape letters: N images, C logit channels, H W pixels, h w feature cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starseg.ops.bilinear import chunk_size, largest, resize
+
+# Three channels are interpolated by another kernel on a CPU, whose last bit differs.
+_FEWEST = 4
+# Maps of an image that are upsampled at a time: few enough for a CPU's cache.
+_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class LargestLogit:
+    """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
+
+    Attributes:
+        published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
+        lead: leading channels that have no say.
+    """
+
+    published: bool = False
+    lead: int = 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[N, ...] int64 training ids of [N, C, ...], channel lead + c being training id c + 1."""
+        return self._ids(*self._score(logits[:, self.lead :]).max(1))
+
+    def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win, a few maps at a time.
+
+        A class with no positive logit in an image has none after bilinear interpolation either.
+        """
+        images = logits[:, self.lead :].contiguous().split(1)
+        return torch.cat([self._upsampled_image(image, size) for image in images])
+
+    def _upsampled_image(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        peaks = logits.amax((0, 2, 3))
+        most = min(len(peaks), max(_FEWEST, int((peaks > 0).sum())))
+        chosen = peaks.topk(most).indices.sort().values
+        parts = logits[:, chosen].tensor_split(
+            max(1, most // max(_AT_A_TIME, chunk_size(size[0] * size[1], logits.device))), 1
+        )
+        best, winner = largest(self._score(resize(part, size)) for part in parts)
+        return self._ids(best, chosen[winner])
+
+    def _score(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid() if self.published else logits
+
+    def _ids(self, best: Tensor, winner: Tensor) -> Tensor:
+        return torch.where(best > (0.5 if self.published else 0), winner + 1, 0)
+
+
+def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
+    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
+
+    The logits' memory format does not matter: channels_last ones would be interpolated with other rounding.
+
+    Returns:
+        [N, *size] training ids.
+    """
+    upsampled = getattr(rule, "upsampled", None)
+    return upsampled(logits, size) if upsampled else rule(resize(logits.contiguous(), size))

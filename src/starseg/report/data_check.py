@@ -1,0 +1,222 @@
+"""Verify a data set before hours are spent on it: every image and mask is read, every class counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from starseg.config import RunConfig
+from starseg.data.datasets.base import Split, list_dataset
+from starseg.data.datasets.voc import VOC_NAMES
+from starseg.data.images import read_image, read_mask, refuse_other_size
+from starseg.data.index import pixels_per_id, unknown_ids
+from starseg.engine.run_data import RunData, task_on
+from starseg.errors import UserError
+from starseg.methods import METHODS, method_options
+from starseg.utils.machine import cores
+from starseg.utils.progress import bar
+
+_PUBLISHED = {"voc": {"training": 10_582, "test": 1_449}, "ade": {"training": 20_210, "test": 2_000}}
+_SOURCES = {
+    "voc": (
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
+        "https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip",
+        "https://github.com/cvlab-yonsei/DKD/releases/download/v1.0/train_aug.txt",
+    ),
+    "ade": ("http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",),
+}
+
+
+@dataclass(frozen=True)
+class BrokenFile:
+    """A file that a run could not use, and why."""
+
+    split: str
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `starseg data check` found.
+
+    Attributes:
+        data: the data set and its class counts; a file that cannot be read counts nothing.
+        broken: every unusable file, in the order of the lists.
+        seconds: how long reading took.
+    """
+
+    data: RunData
+    broken: list[BrokenFile]
+    seconds: float
+
+    @property
+    def task_problem(self) -> str | None:
+        """Why the task cannot be trained on what was read, if so."""
+        try:
+            self.data.check()
+        except UserError as error:
+            return str(error)
+        return None
+
+    def published(self, split: str) -> int | None:
+        """How many images a split of the published data set has; None for a data set with classes of its own."""
+        dataset = self.data.dataset
+        own_classes = dataset.key == "voc" and dataset.names != tuple(VOC_NAMES)
+        return None if own_classes else _PUBLISHED.get(dataset.key, {}).get(split)
+
+    def missing(self, split: str) -> int:
+        """How many images a split has fewer than the published one."""
+        return max(0, (self.published(split) or 0) - len(self.data.dataset.splits[split]))
+
+    def counts(self, step: int) -> dict[str, Any]:
+        """Images of a step in both splits, and per new class the images that show it and its pixels."""
+        chosen = {
+            "training": self.data.train_pixels[self.data.positions(step, "train")],
+            "test": self.data.test_pixels[self.data.positions(step, "test")],
+        }
+        return {
+            "step": step,
+            "images": {split: len(pixels) for split, pixels in chosen.items()},
+            "classes": [
+                {"id": c, "name": self.data.task.label(c)}
+                | {
+                    split: {"images": int((pixels[:, c] > 0).sum()), "pixels": int(pixels[:, c].sum(dtype=np.int64))}
+                    for split, pixels in chosen.items()
+                }
+                for c in self.data.task.new(step)
+            ],
+        }
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything, for a JSON file."""
+        dataset = self.data.dataset
+        return {
+            "dataset": dataset.key,
+            "root": str(dataset.root),
+            "usable": not self.broken and not self.task_problem,
+            "task_problem": self.task_problem,
+            "splits": {
+                name: {"images": len(split), "published": self.published(name), "missing": self.missing(name)}
+                for name, split in dataset.splits.items()
+            },
+            "broken": [{"split": b.split, "file": str(b.file), "reason": b.reason} for b in self.broken],
+            "task": {"name": self.data.task.name, "setting": self.data.task.setting},
+            "steps": [self.counts(step) for step in range(len(self.data.task))],
+        }
+
+
+def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tuple[Path, str]]]:
+    """Read a pair: the mask's pixels of every id, [256] int32, and what is wrong with either file."""
+    counts, problems, sizes = np.zeros(256, np.int32), [], []
+    try:
+        sizes.append(read_image(image).shape[1:])
+    except UserError as error:
+        problems.append((image, str(error)))
+    try:
+        ids = read_mask(mask)
+        counts = pixels_per_id(ids)
+        if (unknown := np.flatnonzero(unknown_ids(counts, classes))).size:
+            problems.append((mask, f"ids {unknown.tolist()} are no classes (0 to {classes - 1}, 255 ignored)"))
+        if sizes:
+            refuse_other_size(sizes[0], ids.shape, mask)
+    except UserError as error:
+        problems.append((mask, str(error)))
+    return counts, [(path, reason.removeprefix(f"{path}: ")) for path, reason in problems]
+
+
+def _read(split: Split, name: str, classes: int, console: Console) -> Iterator[tuple[np.ndarray, list[BrokenFile]]]:
+    """Inspect every pair of a split, on all cores."""
+    with (
+        ProcessPoolExecutor(cores()) as pool,
+        bar(console, f"reading {name} files", len(split)) as shown,
+    ):
+        for counts, problems in pool.map(_inspect, split.images, split.masks, [classes] * len(split), chunksize=16):
+            shown.advance()
+            yield counts, [BrokenFile(name, path, reason) for path, reason in problems]
+
+
+def check_data(config: RunConfig, console: Console) -> Report:
+    """Read every image and mask of the configured data set.
+
+    Args:
+        config: names the data set and the task.
+        console: where the progress bar goes.
+
+    Raises:
+        UserError: the folder has another layout, a split is empty, or the task does not fit the classes.
+    """
+    start = time.monotonic()
+    dataset = list_dataset(config.data)
+    task = task_on(dataset, config, METHODS[config.method](method_options(config.method, config)))
+    pixels, broken = {}, []
+    for name, split in dataset.splits.items():
+        rows = np.zeros((len(split), 256), np.int32)
+        for row, (counts, problems) in zip(rows, _read(split, name, len(dataset.names), console), strict=True):
+            row[:] = counts
+            broken += problems
+        pixels[name] = rows
+    data = RunData(dataset, task, pixels["training"], pixels["test"], config)
+    return Report(data, broken, time.monotonic() - start)
+
+
+def _steps_table(report: Report) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("class", no_wrap=True)
+    for column in ("id", "train images", "pixels", "test images", "pixels"):
+        table.add_column(column, justify="right")
+    for step in map(report.counts, range(len(report.data.task))):
+        images = step["images"]
+        table.add_row(str(step["step"]), "all", "", f"{images['training']:,}", "", f"{images['test']:,}", "")
+        for c in step["classes"]:
+            figures = (f"{c[split][kind]:,}" for split in ("training", "test") for kind in ("images", "pixels"))
+            table.add_row("", Text(c["name"]), str(c["id"]), *figures)
+        table.add_section()
+    return table
+
+
+def _comparison(report: Report) -> list[str]:
+    """What is there against what was published, in sentences."""
+    dataset, lines = report.data.dataset, []
+    for name, split in dataset.splits.items():
+        known, missing = report.published(name), report.missing(name)
+        against = f"; published: {known:,}" + (f", {missing:,} missing" if missing else "") if known else ""
+        lines.append(f"{name}: {len(split):,} images{against}")
+    if any(map(report.missing, dataset.splits)):
+        lines.append("A subset can be used, but its figures do not compare with published ones. The rest comes from")
+        lines += [f"  {source}" for source in _SOURCES[dataset.key]]
+        lines.append("  (docs/datasets.md says what goes where)")
+    return lines
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the counts, what is missing, and every broken file."""
+    dataset, task = report.data.dataset, report.data.task
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    say(f"{dataset.root} ({dataset.key}): every image and mask read in {report.seconds:.1f} s")
+    say(f"task {task.name}, {task.setting}: images of each step, images and pixels of each class")
+    console.print(_steps_table(report))
+    for line in _comparison(report):
+        say(line)
+    for b in report.broken:
+        say(f"{b.file}: {b.reason} [{b.split}]")
+    if report.broken:
+        say(f"{len({b.file for b in report.broken})} broken files: mend them before training")
+    if report.task_problem:
+        say(f"the task cannot be trained on what was read: {report.task_problem}")
+    elif not report.broken:
+        say("usable: no file is broken")

@@ -1,0 +1,35 @@
+"""What a command does with errors and signals: a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+from starseg.errors import Stopped, message
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end with exit code 143 and 130 and say how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as stop:
+        Console(stderr=True).print("stopped; what was done is kept, the same command goes on from there")
+        raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
+
+
+@contextmanager
+def reporting_errors(debug: bool) -> Iterator[None]:
+    """What a user can mend is one message and exit code 2; with ``debug`` a traceback."""
+    try:
+        yield
+    except Exception as error:
+        text = None if debug else message(error)
+        if text is None:
+            raise
+        Console(stderr=True).print("[bold red]error:[/]", Text(text), highlight=False, soft_wrap=True)
+        sys.exit(2)

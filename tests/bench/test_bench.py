@@ -1,0 +1,56 @@
+"""The bench compares like with like, and its memory counter counts."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from starseg.bench.run import Case, LossPath, loss_cases, measure_growth, peak_bytes
+from starseg.cli.main import main
+
+
+@pytest.mark.parametrize("name", loss_cases(128))
+def test_both_ways_give_the_same_loss_and_gradients(name: str) -> None:
+    path = LossPath(loss_cases(128)[name])
+    lean = path.lean()
+    reached = [leaf for leaf in path.leaves if leaf.grad is not None]
+    gradients = [leaf.grad.clone() for leaf in reached]
+    torch.testing.assert_close(lean, path.dense(), rtol=1e-5, atol=0)
+    assert len(gradients) == (1 if name == "ade_base" else 3)
+    for got, leaf in zip(gradients, reached, strict=True):
+        # No tolerance for single values: those near zero are sums of larger ones that cancel.
+        assert (got - leaf.grad).abs().max() <= 1e-5 * leaf.grad.abs().max()
+
+
+def test_peak_of_what_is_freed_meanwhile() -> None:
+    def path() -> torch.Tensor:
+        first = torch.ones(1000, 1000)
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert 8e6 <= peak_bytes(path) < 8.2e6
+
+
+def test_memory_hardly_grows_with_the_old_classes() -> None:
+    """What grows are the gradients of the networks' outputs, which weigh more in a small crop."""
+    found = measure_growth(Case(1, 2, 2, 256, "ade"))
+    assert found["growth"] < 1.25 < 3 < found["dense_growth"]
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", ["starseg", "bench", "--quick", "--json", str(file)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    found = json.loads(file.read_text())
+    assert found.keys() == {"loss", "memory_growth", "step", "data", "eval"}
+    assert {"speedup", "seconds", "dense_seconds", "parts"} <= found["data"]["pipeline"].keys()
+    assert {"speedup", "memory_ratio", "seconds", "dense_seconds", "split"} <= found["step"]["voc_15-1"].keys()
+    assert all(found["eval"][name]["differing_pixels"] <= 1e-5 for name in ("voc", "ade"))
+    for case in ("voc_15-1", "ade_100-10", "ade_base"):
+        assert {"speedup", "memory_ratio", "seconds", "dense_seconds"} <= found["loss"][case].keys()
+    assert "ade_100-10" in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""Methods side by side: shared base steps, the table's figures, its forms."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from starseg import compare
+from starseg.cli.main import main
+from starseg.config import dump_config
+from starseg.errors import UserError
+
+
+@pytest.fixture
+def config(tiny: dict, tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    del tiny["out"], tiny["method"]
+    path.write_text(yaml.safe_dump(tiny))
+    return path
+
+
+def test_a_base_step_is_trained_once_where_it_is_the_same(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = compare.make_plan(config, ["finetune", "mib", "joint", "star-m", "ssul"], [3], out, [])
+    starts = {run.run_dir.name: run.start_from for run in plan.runs}
+    assert starts == {
+        "joint_seed3": None,
+        "ssul_seed3": None,
+        "star_seed3": None,
+        "finetune_seed3": out / "star_seed3" / "step_0",
+        "lwf_seed3": None,
+        "mib_seed3": out / "lwf_seed3" / "step_0",
+        "star-m_seed3": out / "star_seed3" / "step_0",
+    }
+    assert plan.only_base == {out / "star_seed3", out / "lwf_seed3"}
+    lenders = [str(run.start_from.parent) for run in plan.runs if run.start_from]
+    places = [str(run.run_dir) for run in plan.runs]
+    assert all(places.index(lender) < i for i, run in enumerate(plan.runs) if run.start_from for lender in lenders[:1])
+    # Other hyper-parameters of the first step: nothing is shared.
+    single = compare.make_plan(config, ["finetune"], [0], out, ["finetune.pos_weight=2"])
+    assert [run.run_dir.name for run in single.runs] == ["finetune_seed0"] and not single.only_base
+    # Names that YAML reads otherwise when they are not quoted.
+    for name in ("runs #2", "a: b", "[x", "\U0001f600"):
+        awkward = compare.make_plan(config, ["star", "finetune"], [0], tmp_path / name, [])
+        assert [run.run_dir.parent for run in awkward.runs] == 2 * [tmp_path / name]
+        assert awkward.runs[1].start_from == tmp_path / name / "star_seed0" / "step_0"
+    with pytest.raises(UserError, match="--methods: unknown nobody"):
+        compare.make_plan(config, ["nobody"], [0], out, [])
+
+
+def test_what_a_star_stands_for_is_said_once(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = tmp_path / f"ssul_seed{seed}"
+        run.mkdir()
+        content = {"run": {"method": "ssul", "steps": 1, "notes": ["without saliency maps"]}, "steps": [{}]}
+        (run / "results.json").write_text(json.dumps(content))
+    assert compare.footnotes(tmp_path) == ["without saliency maps"]
+
+
+def test_compare_end_to_end(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+
+    def run(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["starseg", "compare", str(config), "--out", str(out), *argv])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    run("--methods", "finetune,joint", "--seeds", "0,1")
+    rows = list(csv.DictReader(io.StringIO((out / "compare.csv").read_text())))
+    assert {row["method"]: row["seeds"] for row in rows} == {"finetune": "2", "joint": "2"}
+    assert all("±" in row["all"] for row in rows)
+    again = run("--methods", "star", "--seeds", "0")
+    assert "step 0: finished already" in again
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO((out / "compare.csv").read_text()))}
+    assert list(rows) and rows["star"]["seeds"] == "1" and rows["joint"]["forgetting"] == "-"
+    results = json.loads((out / "star_seed0" / "results.json").read_text())["steps"]
+    assert float(rows["star"]["all"]) == pytest.approx(results[-1]["miou"]["all"], abs=0.05)
+    assert int(rows["star"]["stored bytes"]) == results[-1]["bank_bytes"] > int(rows["finetune"]["stored bytes"]) == 0
+    learnt = [results[1]["iou"]["hexagon"], results[2]["iou"]["heart"]]
+    assert float(rows["star"]["plasticity"]) == pytest.approx(sum(learnt) / 2, abs=0.05)
+    assert (out / "compare.tex").read_text().count(r"\\") == 4
+    assert (out / "compare.md").read_text().startswith("| method | seeds | old | new | all |")
+    assert len((out / "curves.csv").read_text().splitlines()) == 1 + 2 * 3 + 2 * 1 + 3
+    page = (out / "report.html").read_text()
+    for row in rows.values():
+        cells = "".join(f"<td>{value}</td>" for column, value in row.items() if column != "method")
+        assert f'<th scope="row">{row["method"]}</th>{cells}' in page
+    assert all(f'<th scope="col">{column}</th>' in page for column in ("seeds", *compare.COLUMNS))
+    assert "mIoU of all classes after each step, by run" in page and page.count('<h2 class="run"') == 5
+    with pytest.raises(UserError, match="no finished run"):
+        compare.write_comparison(tmp_path / "nothing", Console(quiet=True))
+
+
+def test_a_run_that_fails_leaves_the_others_their_table(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["starseg", "compare", str(config), "--out", str(tmp_path / "out"), "--methods", "star,finetune"]
+    monkeypatch.setattr(sys, "argv", [*argv, "star.mbce=1e38", "star.pos_weight=1e38"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "failed: star_seed0: step 0" in said and "precision" not in said
+    assert (tmp_path / "out" / "compare.md").read_text().count("finetune") == 1
+
+
+def test_other_conditions_are_another_comparison(config: Path, tmp_path: Path) -> None:
+    run = compare.make_plan(config, ["finetune"], [0], tmp_path, []).runs[0]
+    run.run_dir.mkdir()
+    (run.run_dir / "config.yaml").write_text(dump_config(run))
+    compare.make_plan(config, ["joint"], [0], tmp_path, ["data.workers=2"])
+    with pytest.raises(UserError, match=r"other conditions \(star_seed0\):\n  data.crop: 64 there, 32 now"):
+        compare.make_plan(config, ["joint"], [0], tmp_path, ["data.crop=32"])

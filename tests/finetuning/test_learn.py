@@ -1,0 +1,406 @@
+"""`starseg learn`: a folder of photos and masks becomes a step."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from starseg.cli.main import main
+from starseg.data.annotations.classlist import read_classes
+from starseg.data.datasets.folder import open_folder, read_indices, split_images
+from starseg.data.images import read_mask
+from starseg.data.palette import IGNORE_COLOUR, paint
+from starseg.data.samples import Batch
+from starseg.engine.checkpoint import load_bank, load_info
+from starseg.engine.fit import StepTraining
+from starseg.errors import UserError
+from starseg.finetuning.defaults import FIRST, LATER, batch_size
+from starseg.finetuning.prepare import prepare_step
+from starseg.finetuning.run import LearnRequest, learn
+from starseg.utils.files import read_json
+
+DRAWN = ["background", "disc", "square", "triangle", "hexagon", "heart"]
+Folder = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def folder(shapes: Path, tmp_path: Path) -> Folder:
+    """Makes image and mask folders that label some drawn classes alone, index k being the k-th of them."""
+
+    def make(*names: str, count: int = 100) -> tuple[Path, Path]:
+        images, masks = tmp_path / "_".join(names) / "photos", tmp_path / "_".join(names) / "masks"
+        images.mkdir(parents=True)
+        masks.mkdir()
+        table = np.zeros(256, np.uint8)
+        table[[DRAWN.index(name) for name in names]] = np.arange(1, 1 + len(names))
+        table[255] = 255
+        for mask in sorted(shapes.glob("SegmentationClassAug/*.png")):
+            ids = table[read_mask(mask)]
+            if ((ids > 0) & (ids < 255)).any() and len(list(images.iterdir())) < count:
+                shutil.copy(shapes / "JPEGImages" / f"{mask.stem}.jpg", images)
+                Image.fromarray(ids).save(masks / mask.name)
+        return images, masks
+
+    return make
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def _first(folder: Folder, tmp_path: Path, *names: str) -> Path:
+    """A first step."""
+    request = LearnRequest(None, *folder(*names), ",".join(names), tmp_path / "first", backbone="test_resnet")
+    done = learn(_with(request, pretrained=False, crop=64, epochs=2, lr=0.02), Console(quiet=True))
+    assert done is not None
+    return done
+
+
+def _with(request: LearnRequest, **changes: object) -> LearnRequest:
+    return LearnRequest(**{**request.__dict__, **changes})  # type: ignore[arg-type]
+
+
+def test_the_story(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    images, masks = folder("disc", "square")
+    new = ["learn", "--new", "--images", images, "--masks", masks, "--classes", "disc,square", "--out"]
+    tiny = ["--backbone", "test_resnet", "--pretrained", "no", "--crop", 64, "--epochs", 2]
+    assert _command(monkeypatch, *new, tmp_path / "first", *tiny) == 0, capsys.readouterr().err
+    images, masks = folder("heart", "disc")
+    args = ["--images", images, "--masks", masks, "--classes", "heart,disc", "--epochs", 2]
+    first, run = tmp_path / "first" / "step_0", tmp_path / "run"
+    capsys.readouterr()
+    assert _command(monkeypatch, "learn", first, *args, "--out", run) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "before" in text and "not labelled: square" in text and "heart (new)" in text
+    info = load_info(run / "step_1")
+    assert (info.names, info.dataset_ids) == (["background", "disc", "square", "heart"], [0, 1, 2, 3])
+    assert len(load_bank(run / "step_1")["prototypes"]) == 3
+    assert _command(monkeypatch, "predict", run / "step_1", images, "--out", tmp_path / "masks") == 0
+    found = {int(i) for p in (tmp_path / "masks").glob("*.png") for i in np.unique(read_mask(p))}
+    assert found <= {0, 1, 2, 3}
+    assert _command(monkeypatch, "eval", run / "step_1", "--json", tmp_path / "e.json") == 0
+    iou = read_json(tmp_path / "e.json")["iou"]
+    assert iou == read_json(run / "results.json")["steps"][-1]["iou"] and iou["square"] is None
+    assert iou == read_json(run / "learn" / "before_after.json")["steps"]["step_1"]["iou"]
+    images, masks = folder("hexagon")
+    args = ["--images", images, "--masks", masks, "--classes", "hexagon", "--epochs", 1]
+    assert _command(monkeypatch, "learn", run / "step_1", *args, "--out", tmp_path / "more") == 0
+    assert load_info(tmp_path / "more" / "step_2").names[-1] == "hexagon"
+    assert _command(monkeypatch, "report", tmp_path / "more", "--out", tmp_path / "report") == 0
+
+
+def test_a_dry_run_writes_nothing(folder: Folder, tmp_path: Path) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    console = Console(record=True, width=160)
+    request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run")
+    before |= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert learn(request, console, dry_run=True) is None
+    text = console.export_text()
+    assert "time: about" in text and "replayed per iteration" in text and "heart" in text
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_the_same_request_goes_on_and_another_is_refused(folder: Folder, tmp_path: Path) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run", epochs=1)
+    done = learn(request, Console(quiet=True))
+    assert done is not None
+    written = (done / "metrics.json").stat().st_mtime_ns
+    console = Console(record=True)
+    learn(request, console)
+    assert "finished already" in console.export_text() and (done / "metrics.json").stat().st_mtime_ns == written
+    for other in (_with(request, seed=1), _with(request, source=done, classes="hexagon,heart")):
+        with pytest.raises(UserError, match="give a free place"):
+            learn(other, Console(quiet=True))
+    with pytest.raises(UserError, match=r"another configuration:\n.*lr"):
+        learn(_with(request, lr=0.5), Console(quiet=True))
+    assert (done / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_run_that_learns_is_left_alone(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first epoch nothing is saved yet, but the data that it reads are not taken from it."""
+    request = LearnRequest(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
+    request = _with(request, backbone="test_resnet", crop=64)
+    other = _with(request, seed=1)
+    real, refused = StepTraining.iterate, []
+
+    def meanwhile(self: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
+        if not refused:
+            refused.append(True)
+            before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+            with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()}\) is running"):
+                learn(other, Console(quiet=True))
+            assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+        return real(self, raw)
+
+    monkeypatch.setattr(StepTraining, "iterate", meanwhile)
+    done = learn(request, Console(quiet=True))
+    assert refused and done is not None and (done / "metrics.json").is_file()
+
+
+def test_a_place_that_was_only_claimed_is_free(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("1\n")
+    request = LearnRequest(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
+    assert learn(_with(request, backbone="test_resnet", crop=64), Console(quiet=True)) is not None
+
+
+def test_defaults_fit_the_data(folder: Folder, tmp_path: Path) -> None:
+    request = LearnRequest(
+        None, *folder("disc", "heart", count=20), "disc,heart", tmp_path / "run", backbone="test_resnet"
+    )
+    console = Console(record=True, width=200)
+    learn(_with(request, pretrained=False), console, dry_run=True)
+    prepared_step = prepare_step(request, None, tmp_path / "prepared", Console(quiet=True))
+    train = int(prepared_step.training.sum())
+    batch = train // 4
+    text = console.export_text()
+    assert f"batches of {batch}, crops of 128, learning rate 0.01" in text
+    assert f"100 epochs of {train // batch} iterations" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "first", "later"),
+    [
+        (6, 2, (100, 1e-2), (100, 4.2e-4)),
+        (20, 5, (100, 1e-2), (100, 3.1e-4)),
+        (128, 16, (75, 1e-2), (50, 3.1e-4)),
+        (340, 16, (29, 1e-2), (20, 3e-4)),
+        (10_000, 16, (10, 1.2e-3), (10, 1e-4)),
+    ],
+)
+def test_schedules(images: int, batch: int, first: tuple[int, float], later: tuple[int, float]) -> None:
+    """Few images are seen oftener, and fewer iterations have a higher rate."""
+    assert batch_size(images) == batch
+    for phase, (epochs, rate) in ((FIRST, first), (LATER, later)):
+        assert phase.epochs(images) == epochs
+        assert phase.learning_rate(epochs * (images // batch)) == rate
+
+
+def test_known_classes_keep_their_ids(folder: Folder, tmp_path: Path, step_dir: Path) -> None:
+    request = LearnRequest(step_dir, *folder("heart", "disc"), "heart,Dog", tmp_path / "run", method="finetune")
+    console = Console(record=True, width=160)
+    learn(request, console, dry_run=True)
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert any(row[1:6:2] == ["heart", "13", "new"] for row in rows)
+    assert any(row[1:6:2] == ["dog", "12", "known"] for row in rows)
+
+
+def test_prepared_data(folder: Folder, tmp_path: Path) -> None:
+    images, masks = folder("disc", "heart")
+    prepared_step = prepare_step(
+        LearnRequest(None, images, masks, "disc,heart", tmp_path), None, tmp_path / "p", Console(quiet=True)
+    )
+    data = open_folder(tmp_path / "p")
+    assert data.names == ("background", "disc", "heart") and not data.unlabelled
+    assert len(data.train) + len(data.test) == len(prepared_step.photos) and len(data.test) == prepared_step.val.sum()
+    assert all(p.is_file() for p in data.train.images + data.test.masks)
+    again = prepare_step(
+        LearnRequest(None, images, masks, "disc,heart", tmp_path), None, tmp_path / "q", Console(quiet=True)
+    )
+    np.testing.assert_array_equal(prepared_step.val, again.val)
+
+
+def test_the_split_keeps_every_class_in_both_parts() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        shown = rng.random((30, 4)) < [0.5, 0.3, 0.1, 0.0]
+        shown[:3, 2] = True
+        val = split_images(shown, 0.15, rng)
+        for column in (0, 1, 2):
+            assert shown[val, column].any() and shown[~val, column].any()
+        assert 3 <= val.sum() <= 12
+    assert not split_images(np.array([[True]]), 0.5, np.random.default_rng(0)).any()
+
+
+def test_colour_masks(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("background\ncat #800000\ntraffic light 0 128 0\n")
+    classes = read_classes(str(tmp_path / "classes.txt"))
+    assert classes.names == ("background", "cat", "traffic light")
+    assert classes.colours == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    ids = np.array([[0, 1, 2], [2, 255, 1]], np.uint8)
+    Image.fromarray(paint(ids)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_indices(tmp_path / "a.png", (2, 3), classes), ids)
+    Image.fromarray(paint(ids)).quantize(8).save(tmp_path / "p.png")
+    np.testing.assert_array_equal(read_indices(tmp_path / "p.png", (2, 3), classes), ids)
+    assert paint(np.array([255], np.uint8)).tolist() == [list(IGNORE_COLOUR)]
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b\.png: colour 1 2 3 is no class of .*classes\.txt"):
+        read_indices(tmp_path / "b.png", (2, 3), classes)
+
+
+def test_labelme(tmp_path: Path) -> None:
+    square = {"label": "Cat", "points": [[0, 0], [3, 0], [3, 3], [0, 3]], "shape_type": "polygon"}
+    tree = {"imageHeight": 8, "imageWidth": 10, "shapes": [square, {**square, "label": "dog"}]}
+    (tmp_path / "a.json").write_text(json.dumps({**tree, "shapes": [square]}))
+    ids = read_indices(tmp_path / "a.json", (8, 10), read_classes("cat"))
+    assert ids.shape == (8, 10) and ids.sum() == 16 and ids[0, 0] == 1
+    (tmp_path / "b.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"b\.json: label 'dog' is none of the classes cat"):
+        read_indices(tmp_path / "b.json", (8, 10), read_classes("cat"))
+    with pytest.raises(UserError, match="this mask is 10x8"):
+        read_indices(tmp_path / "b.json", (8, 11), read_classes("cat"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat\ndog\n", "first line must be 'background'"),
+        ("background\n", "at least one class beside"),
+        ("background\ncat\nCat\n", "names a class twice"),
+        ("background\ncat 1 2 3\ndog\n", "no colour while others have one: dog"),
+        ("background\ncat 0 0 0\n", "two classes have the same colour"),
+        ("background\ncat 300 0 0\n", "from 0 to 255"),
+    ],
+)
+def test_class_lists_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_classes(str(tmp_path / "classes.txt"))
+
+
+def _break(name: str, images: Path, masks: Path) -> None:
+    mask = min(masks.iterdir())
+    if name == "image without mask":
+        mask.unlink()
+    elif name == "other size":
+        Image.new("L", (5, 5)).save(mask)
+    elif name == "unknown id":
+        Image.new("L", (64, 64), 9).save(mask)
+    elif name == "empty class":
+        for path in masks.iterdir():
+            Image.new("L", (64, 64)).save(path)
+    elif name == "two images of a stem":
+        shutil.copy(min(images.iterdir()), min(images.iterdir()).with_suffix(".png"))
+    elif name == "no images":
+        shutil.rmtree(images)
+        images.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("image without mask", r"no mask .*\.png \(nor \.json\); 1 of 8 images"),
+        ("other size", r"this mask is 5x5, its image 64x64"),
+        ("unknown id", r"indices \[9\] are no lines of heart"),
+        ("empty class", r"no mask shows heart"),
+        ("two images of a stem", r"has the same stem"),
+        ("no images", r"no image in this folder"),
+    ],
+)
+def test_folders_that_are_refused(folder: Folder, tmp_path: Path, name: str, message: str) -> None:
+    images, masks = folder("heart", count=8)
+    _break(name, images, masks)
+    with pytest.raises(UserError, match=message):
+        learn(LearnRequest(None, images, masks, "heart", tmp_path / "run", pretrained=False), Console(quiet=True))
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".learn-*"))
+
+
+def test_requests_that_are_refused(folder: Folder, tmp_path: Path, step_dir: Path) -> None:
+    images, masks = folder("heart", count=8)
+    request = LearnRequest(step_dir, images, masks, "heart", tmp_path / "run")
+    with pytest.raises(UserError, match="no prototype bank"):
+        learn(request, Console(quiet=True))
+    fine = _with(request, method="finetune")
+    for changes, message in (
+        ({"classes": "cow"}, "nothing to learn"),
+        ({"crop": 128}, "--crop 128"),
+        ({"val_share": 1.0}, "--val-share"),
+        ({"lr": 0.0}, "--lr: expected a learning rate above 0"),
+        ({"out": tmp_path}, "did not make"),
+        ({"classes": "missing/classes.txt"}, "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            learn(_with(fine, **changes), Console(quiet=True))
+    (step_dir / "metrics.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        learn(fine, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"backbone": "nosuchnet"}, "nosuchnet"), ({"pretrained": Path("none.pt")}, "none.pt")]
+)
+def test_a_network_that_cannot_be_had_is_refused_before_a_mask_is_read(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("starseg.finetuning.run.prepare_step", lambda *_: pytest.fail("reads masks"))
+    request = LearnRequest(None, *folder("heart", count=3), "heart", tmp_path / "run", backbone="test_resnet")
+    with pytest.raises(UserError, match=message):
+        learn(_with(request, **changes), Console(quiet=True))
+
+
+def test_two_images_are_too_few_and_three_enough(folder: Folder, tmp_path: Path) -> None:
+    request = LearnRequest(None, *folder("heart", count=3), "heart", tmp_path / "run", backbone="test_resnet")
+    request = _with(request, pretrained=False)
+    assert learn(_with(request, crop=64, epochs=1), Console(quiet=True)) is not None
+    lone = min(request.images.iterdir())
+    lone.unlink()
+    with pytest.raises(UserError, match="expected at least 3"):
+        learn(_with(request, out=tmp_path / "other"), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--new", "step"], "give a step directory to go on from, or --new"),
+        ([], "give a step directory to go on from, or --new"),
+        (["step", "--backbone", "test_resnet"], "only with --new"),
+        (["--new", "--method", "mib"], "expected star or finetune"),
+    ],
+)
+def test_commands_that_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, args: list[str], message: str
+) -> None:
+    rest = ["--images", "i", "--masks", "m", "--classes", "c", "--out", "/nowhere/run"]
+    assert _command(monkeypatch, "learn", *args, *rest) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_small_folder_replays_a_share_and_carries_the_whole_on(folder: Folder, tmp_path: Path) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    done = learn(
+        LearnRequest(first, *folder("heart", count=6), "heart", tmp_path / "run", epochs=1), Console(quiet=True)
+    )
+    assert done is not None
+    old, new = load_bank(first)["counts"], load_bank(done)["counts"]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["star"]["replay"] < 1
+    assert torch.equal(new[1:3], old[1:]) and torch.equal(
+        load_bank(done)["prototypes"][:2], load_bank(first)["prototypes"]
+    )
+
+
+def test_a_broken_run_goes_on(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run", epochs=2)
+    real, calls = StepTraining.iterate, []
+
+    def broken(self: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
+        calls.append(raw)
+        if len(calls) == self.ctx.iterations + 2:
+            raise KeyboardInterrupt
+        return real(self, raw)
+
+    monkeypatch.setattr(StepTraining, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        learn(request, Console(quiet=True))
+    console = Console(record=True)
+    done = learn(request, console)
+    assert done is not None and (done / "metrics.json").is_file()
+    assert "iterations are done" in console.export_text()

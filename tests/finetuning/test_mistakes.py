@@ -1,0 +1,111 @@
+"""`starseg learn`: what people get wrong about masks, class lists and places, and what they are told."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from starseg.data.annotations.classlist import read_classes
+from starseg.data.datasets.folder import pair_files, read_indices
+from starseg.errors import UserError
+from starseg.finetuning.prepare import LearnRequest, prepare_step
+from starseg.finetuning.run import learn
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def request_for(tmp_path: Path) -> LearnRequest:
+    """Four photos with a square of 255 in each mask."""
+    for kind in ("photos", "masks"):
+        (tmp_path / kind).mkdir()
+    mask = np.zeros((48, 48), np.uint8)
+    mask[8:30, 8:30] = 255
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (48, 48, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    return LearnRequest(None, tmp_path / "photos", tmp_path / "masks", "cat", tmp_path / "run")
+
+
+def _with(request: LearnRequest, **changes: object) -> LearnRequest:
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+def _list(tmp_path: Path, text: str, encoding: str = "utf-8") -> str:
+    (tmp_path / "classes.txt").write_text(text, encoding=encoding)
+    return str(tmp_path / "classes.txt")
+
+
+def test_black_and_white_masks_are_told_of_colours(request_for: LearnRequest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no mask shows cat; the masks hold only 0 and 255, and 255 is ig") as caught:
+        prepare_step(request_for, None, tmp_path / "prepared", QUIET)
+    lines = re.findall("'([^']* #[^']*)'", str(caught.value))
+    assert lines == ["background #000000", "cat #ffffff"]
+    by_colour = _with(request_for, classes=_list(tmp_path, "\n".join(lines)))
+    assert prepare_step(by_colour, None, tmp_path / "prepared", QUIET).pixels[:, 1].all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16"])
+def test_masks_in_colour_are_told_of_colours(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"8-bit palette or grey .*masks in colour \(RGB, RGBA\) .*'cat #c00080'"):
+        read_indices(tmp_path / "m.png", (4, 4), read_classes("cat"))
+
+
+def test_transparent_pixels_are_named(tmp_path: Path) -> None:
+    classes = read_classes(_list(tmp_path, "background\ncat #ff0000\n"))
+    Image.new("RGBA", (4, 3), (0, 0, 0, 0)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"colour 255 255 255 is no class .*12 of them transparent"):
+        read_indices(tmp_path / "m.png", (3, 4), classes)
+    Image.new("RGBA", (4, 3), (0, 0, 9, 255)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"colour 0 0 9 is no class .*\(12 pixels of other colours\)"):
+        read_indices(tmp_path / "m.png", (3, 4), classes)
+
+
+def test_a_class_list_of_a_windows_editor(tmp_path: Path) -> None:
+    assert read_classes(_list(tmp_path, "background\r\ncat\r\n", "utf-8-sig")).names == ("background", "cat")
+
+
+@pytest.mark.parametrize("line", ["cat #c0008", "cat #c00080ff", "cat #fff", "cat #", "cat #c0008g", "# a comment"])
+def test_colours_that_are_none(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError, match=f"expected 'name', 'name R G B' or 'name #rrggbb', got '{line}'"):
+        read_classes(_list(tmp_path, f"background\n{line}\ndog #0000ff\n"))
+
+
+@pytest.mark.parametrize(("given", "place"), [("cat,,dog", "2 of 3"), ("cat, ", "2 of 2"), (",", "1 of 2")])
+def test_empty_names(given: str, place: str) -> None:
+    with pytest.raises(UserError, match=f"name {place} is empty"):
+        read_classes(given)
+
+
+def test_files_that_are_not_read_are_named(
+    request_for: LearnRequest, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("x.heic", ".hidden.gif", "classes.txt", "instances.json"):
+        (request_for.images / name).touch()
+    pair_files(request_for.images, request_for.masks, read_classes("cat"))
+    assert capsys.readouterr().err == "note: 1 file is no image starseg reads: x.heic\n"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_places_that_cannot_be_written(request_for: LearnRequest, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "run", Path("/proc/x")):
+        with pytest.raises(UserError, match=f"--out {out}: nothing can be written into {out.parent} "):
+            learn(_with(request_for, out=out), QUIET, dry_run)
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(request_for: LearnRequest, tmp_path: Path) -> None:
+    request = _with(request_for, backbone="test_resnet", pretrained=False, crop=32, epochs=1)
+    request = _with(request, classes=_list(tmp_path, "background\ncat #ffffff\n"))
+    learn(request, QUIET)
+    learn(request, QUIET, dry_run=True)
+    for other, message in (({"seed": 1}, "holds a step learnt from other"), ({"lr": 0.5}, "another configuration")):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match=message):
+                learn(_with(request, **other), QUIET, dry_run)

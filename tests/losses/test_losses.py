@@ -1,0 +1,91 @@
+"""What must hold by default, where the golden files hold the published choice."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from starseg.bench.run import LossPath, loss_cases
+from starseg.losses.star import bce_per_class, mix, negatives_per_class, ocfm, sad
+
+
+def test_ignored_pixels_leave_the_base_loss_and_its_mean() -> None:
+    logits = torch.randn(2, 3, 8, 8)
+    labels = torch.randint(0, 8, (2, 8, 8), dtype=torch.uint8)
+    ignored = torch.cat([labels, torch.full_like(labels, 255)], 1)
+    padded = torch.cat([logits, torch.randn_like(logits)], 2)
+    torch.testing.assert_close(bce_per_class(padded, ignored, 5), bce_per_class(logits, labels, 5))
+    assert (bce_per_class(padded, ignored, 5, published=True) != bce_per_class(logits, labels, 5)).all()
+
+
+def test_a_batch_of_ignored_pixels_costs_nothing() -> None:
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = bce_per_class(logits, torch.full((1, 4, 4), 255), 1).sum()
+    loss.backward()
+    assert loss == 0 and logits.grad.abs().max() == 0
+
+
+def test_no_replayed_features_cost_nothing() -> None:
+    none, count = negatives_per_class(torch.zeros(0, 3))
+    assert count == 0
+    assert none.tolist() == [0, 0, 0]
+    new = torch.rand(3)
+    torch.testing.assert_close(mix(new, none, none, count, count), new)
+
+
+def test_ocfm_of_an_empty_region_is_zero_with_zero_gradients() -> None:
+    features = torch.randn(2, 4, 3, 3, requires_grad=True)
+    loss = ocfm(features, torch.randn(2, 4, 3, 3), torch.zeros(2, 48, 48, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and features.grad.abs().max() == 0
+
+
+def test_sad_without_new_or_old_classes_is_zero() -> None:
+    features = torch.randn(1, 4, 2, 2, requires_grad=True)
+    background = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    prototypes = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
+    assert sad(features, background, 4, 2, prototypes) == 0
+    assert sad(features, background, 4, 2, prototypes[:0]) == 0
+    assert sad(features, background, 4, 2, prototypes, published=True) == 1
+
+
+def test_sad_gradient_is_bounded_at_a_zero_feature() -> None:
+    features = torch.randn(1, 4, 2, 2)
+    features[0, :, 0, 0] = 0
+    labels = torch.full((1, 32, 32), 4)
+    prototypes = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
+    gradients = []
+    for published in (False, True):
+        x = features.clone().requires_grad_()
+        sad(x, labels, 4, 1, prototypes, published).backward()
+        gradients.append(x.grad.abs().max())
+    assert gradients[0] < 1e4 < gradients[1]
+
+
+class _Waits(TorchDispatchMode):
+    """Notes what a GPU would be waited for: results that Python must see, and numbers copied to it from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masks or name in ("_local_scalar_dense", "nonzero", "repeat_interleave", "masked_select", "lift_fresh"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["voc_15-1", "ade_base"])
+def test_an_iteration_of_star_waits_for_nothing(name: str) -> None:
+    """But the first of a step, which counts the replayed features."""
+    path = LossPath(loss_cases(128)[name])
+    path.lean()
+    with _Waits() as waits:
+        path.lean()
+    assert waits.found == []
+    with waits:
+        path.dense()
+    assert waits.found, "it is seen where it happens"

@@ -1,0 +1,113 @@
+"""The lean layers against torch's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from starseg.bench.dense import unfused
+from starseg.models import Segmenter
+from starseg.ops.fused_layers import BatchNorm2d, Conv2d
+
+
+def network() -> Segmenter:
+    """In float64, with batch norms that do something."""
+    model = Segmenter("test_resnet", [3]).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2.0),
+            ):
+                values.uniform_(low, high)
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_outputs_gradients_and_statistics(frozen: bool) -> None:
+    model = network()
+    if frozen:
+        model.freeze_norm()
+    model.aspp.project[-1].p = 0.0
+    plain, images = unfused(model), torch.randn(2, 3, 64, 48).double().contiguous(memory_format=torch.channels_last)
+    found = []
+    for each in (model, plain):
+        output = each.train()(images)
+        (output.features.square().sum() + output.logits.sum()).backward()
+        found.append((output.features, output.logits, {n: p.grad for n, p in each.named_parameters()}))
+    for got, want in zip(*(f[:2] for f in found), strict=True):
+        torch.testing.assert_close(got, want)
+    gradients = found[1][2]
+    for name, got in found[0][2].items():
+        assert (got is None) == (gradients[name] is None), name
+        if got is not None:
+            assert (got - gradients[name]).abs().max() <= 1e-9 * gradients[name].abs().max(), name
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer, msg=name)
+    for each in (model, plain):
+        each.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images).logits, plain(images).logits)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (3, 20)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 6, 6), ((1, 3), (2, 3), (0, 2), 2)]
+)
+def test_gradient_of_weights_by_taps(
+    size: tuple[int, int], kernel: int, stride: int, padding: int, dilation: int
+) -> None:
+    """Taps that see nothing but padding among them."""
+    conv = Conv2d(32, 5, kernel, stride, padding, dilation, bias=False).double()
+    plain = copy.deepcopy(conv)
+    plain.__class__ = nn.Conv2d
+    image = torch.randn(2, 32, *size).double().contiguous(memory_format=torch.channels_last)
+    images = [image.clone().requires_grad_() for _ in range(2)]
+    outputs = [each(x) for each, x in zip((conv, plain), images, strict=True)]
+    assert type(outputs[0].grad_fn) is not type(outputs[1].grad_fn)
+    slope = torch.randn_like(outputs[1])
+    for output in outputs:
+        output.backward(slope)
+    torch.testing.assert_close(conv.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(images[0].grad, images[1].grad)
+
+
+def test_a_frozen_step_keeps_no_map_for_batch_norm() -> None:
+    model = network().train()
+    every = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
+    assert len(every) == sum(len(m.norm) for m in model.modules() if isinstance(m, Conv2d)) and every
+
+    def kept() -> int:
+        maps: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim == 4 and len(tensor) == 2:
+                maps[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(torch.randn(2, 3, 128, 128).double().contiguous(memory_format=torch.channels_last))
+        return sum(maps.values())
+
+    trained = kept()
+    model.freeze_norm()
+    assert kept() < 0.75 * trained
+
+
+def test_replaced_batch_norms_are_not_passed_over() -> None:
+    """Several GPUs: the runner replaces them by synchronised ones."""
+    model = network().eval()
+    image = torch.randn(1, 3, 64, 64).double()
+    want = model(image).logits
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, BatchNorm2d):
+                other = nn.BatchNorm2d(child.num_features, momentum=None).double().eval()
+                other.load_state_dict(child.state_dict())
+                other.__class__ = type("Other", (nn.BatchNorm2d,), {})
+                setattr(parent, name, other)
+    model.fuse_batch_norm()
+    torch.testing.assert_close(model(image).logits, want)
