@@ -1,6 +1,6 @@
 """Measure the effect of `train.compile` on a training step (STAR, VOC 15-1 step 1).
 
-python benchmarks/compile_step.py [BATCH]
+Usage: python benchmarks/compile_step.py [BATCH]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Measure CPU inference time by the number of images processed at once (docs/performance.md).
 
-python benchmarks/images_at_once.py
+Usage: python benchmarks/images_at_once.py
 """
 
 import torch

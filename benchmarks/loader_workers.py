@@ -1,6 +1,6 @@
 """Measure the start-up time of loader workers in the four passes of a step (docs/performance.md).
 
-python benchmarks/loader_workers.py VOC      # VOC: a data set in the VOC layout
+Usage: python benchmarks/loader_workers.py VOC, with VOC a data set in the VOC layout.
 """
 
 import sys
