@@ -1,4 +1,7 @@
-"""What `train.compile` does to a training step (STAR, VOC 15-1 step 1): `python benchmarks/compile_step.py [BATCH]`."""
+"""Measure the effect of `train.compile` on a training step (STAR, VOC 15-1 step 1).
+
+Usage: python benchmarks/compile_step.py [BATCH]
+"""
 
 import sys
 import time

@@ -1,8 +1,8 @@
-"""What four choices of the published code do to results on the real VOC subset (docs/fidelity.md).
+"""Measure the effect of four deviations from the published code on the real VOC subset (docs/fidelity.md).
 
-    python benchmarks/fidelity.py runs/fidelity      # crop 128, 3 epochs a step, one shared base step
+    python benchmarks/fidelity.py runs/fidelity      # crop 128, 3 epochs per step, one shared base step
 
-Each variant changes one thing against our default; a finished run is not run again.
+Each variant changes one choice relative to the default. Finished runs are not repeated.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Star: type[Method] = METHODS["star"]
 
 @register_method("ignored-negative")
 class IgnoredAreNegatives(Star):
-    """Pixels with label 255 count as negatives of the new classes."""
+    """STAR with pixels of label 255 as negatives of the new classes."""
 
     section = "star"
 
@@ -40,7 +40,7 @@ class IgnoredAreNegatives(Star):
 
 @register_method("wrong-noise")
 class NoiseAroundAnOldPrototype(Star):
-    """The noise of a new class is measured around an old class's prototype."""
+    """STAR with the noise of a new class measured around an old class's prototype."""
 
     section = "star"
 

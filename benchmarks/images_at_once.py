@@ -1,11 +1,14 @@
-"""How many images a CPU best takes at once without gradients: `python benchmarks/images_at_once.py`."""
+"""Measure CPU inference time by the number of images processed at once (docs/performance.md).
+
+Usage: python benchmarks/images_at_once.py
+"""
 
 import torch
 
 from starseg.bench.run import alternate
 from starseg.models import Segmenter
 
-# Network, side of the images, how many at once.
+# Network, side of the images in pixels, numbers of images processed at once.
 CASES = (
     ("resnet101", 512, (4, 1)),
     ("tf_efficientnet_lite0", 512, (4, 1)),

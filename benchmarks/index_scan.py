@@ -1,8 +1,9 @@
-"""Images per step of the real VOC 2012 train_aug masks, and the time of the class index.
+"""Count the images per step of the real VOC 2012 train_aug masks and time the class index.
 
     python benchmarks/index_scan.py MASKS.tar IDS.txt
 
-MASKS.tar holds SegmentationClassAug/*.png, IDS.txt an image id a line. The index is scanned, then taken from its cache.
+MASKS.tar contains SegmentationClassAug/*.png; IDS.txt contains one image id per line. The index is built by
+scanning the masks and then loaded from its cache.
 """
 
 from __future__ import annotations

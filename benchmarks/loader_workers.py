@@ -1,4 +1,7 @@
-"""What starting loader workers costs in the four passes of a step: `python benchmarks/loader_workers.py VOC`."""
+"""Measure the start-up time of loader workers in the four passes of a step (docs/performance.md).
+
+Usage: python benchmarks/loader_workers.py VOC, with VOC a data set in the VOC layout.
+"""
 
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ PASSES = 4
 
 
 def main(root: Path) -> None:
-    ballast = torch.ones(250_000_000)  # a training process is large, which makes its fork slow
+    ballast = torch.ones(250_000_000)  # A training process is large, which slows down forking.
     data = StepDataset(open_voc(root).train, np.arange(2), np.arange(256, dtype=np.uint8), 48, (0, 0))
     for workers in (2, 8):
 

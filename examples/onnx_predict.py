@@ -1,9 +1,9 @@
-"""Segment images with an exported model; needs onnxruntime, numpy and pillow, nothing of starseg.
+"""Segment images with an exported model, using onnxruntime, numpy and pillow but not starseg.
 
-python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png,
-                                                             where there are none yet
+python onnx_predict.py model.onnx photo.jpg another.png      writes photo_mask.png and another_mask.png
 
-A file that cannot be read is reported, and the exit code is 1.
+If one of the masks exists already, the program stops without writing any. Files that cannot be read are reported, and
+the exit code is then 1.
 """
 
 import json
@@ -19,7 +19,7 @@ COLOURS[0] = 0
 
 
 def read(file: str) -> Image.Image:
-    """The image upright in RGB; as in training, transparent parts become white, and 16 bits their high byte."""
+    """Read an image as upright RGB; as in training, transparency becomes white and 16-bit values keep the high byte."""
     image = ImageOps.exif_transpose(Image.open(file))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -39,7 +39,7 @@ def main(model: str, *files: str) -> int:
     for file, target in targets.items():
         try:
             image = read(file)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        except Exception as error:  # Pillow's decoders raise many exception types on damaged files
             failed = 1
             print(f"{file}: cannot read this image ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
             continue

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Teaches cats and dogs from a folder of photos, later horses from another one, and looks at what came of it.
+# Trains a model on photos of cats and dogs, adds horses from a second folder, and evaluates both steps.
 #
 #   examples/story.sh VOC [WORK [PETS HORSES [EPOCHS CROP]]]
 #
-# VOC is a data set in the VOC layout (docs/datasets.md), WORK a new folder (runs/story), PETS and HORSES how many photos
-# to learn from (400 and 150), EPOCHS by default what `starseg learn` chooses, CROP by default 144, for two cores' sake.
-# The output is a transcript: every command as typed in WORK, and what it printed.
+# VOC: a data set in the VOC layout (docs/datasets.md); WORK: a new folder (default runs/story); PETS, HORSES: numbers of
+# training photos (400 and 150); EPOCHS: by default chosen by `starseg learn`; CROP: crop size (144, small for two cores).
+# The output is a transcript of all commands, run in WORK, and of what they print.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

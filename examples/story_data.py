@@ -1,12 +1,13 @@
-"""Folders for examples/story.sh from a data set in the VOC layout (docs/datasets.md).
+"""Create the folders for examples/story.sh from a data set in the VOC layout (docs/datasets.md).
 
 python story_data.py VOC WORK --pets 400 --horses 150 --held-out 150
 
-WORK/pets      photos of cats and dogs without a horse; masks with cats and dogs alone
-WORK/horses    photos of horses; masks with horses alone, so that a cat beside one is background
-WORK/held-out  photos of all three from the validation split, all labelled
+WORK/pets      photos of cats and dogs that contain no horse; only cats and dogs are labelled
+WORK/horses    photos of horses; only horses are labelled, so a cat next to a horse is background
+WORK/held-out  photos of cats, dogs and horses from the validation split; all three are labelled
 
-Each has images/, masks/ and classes.txt. Whatever else VOC labels is background; its borders (255) stay ignored.
+Each folder contains images/, masks/ and classes.txt. All other VOC classes become background;
+borders (255) stay ignored.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from starseg.tasks import IGNORE
 
 
 def write_folder(folder: Path, dataset: Dataset, split: Split, chosen: np.ndarray, names: list[str]) -> None:
-    """Copy the photos that ``chosen`` [N] picks, with masks of the named classes."""
+    """Copy the photos at the indices ``chosen`` [N] and write masks with only the classes ``names``."""
     table = np.zeros(256, np.uint8)
     table[[dataset.names.index(name) for name in names]] = np.arange(1, 1 + len(names))
     table[IGNORE] = IGNORE

@@ -1,8 +1,9 @@
-"""IoU per class of several models on the same photos, from the masks that `starseg predict` wrote.
+"""Print the IoU per class of several models on the same photos, from the masks that `starseg predict` wrote.
 
-python story_table.py held-out before after      held-out has masks/ and classes.txt; before and after hold masks
+python story_table.py held-out before after      held-out contains masks/ and classes.txt, the other folders masks
 
-A class that a model has not learnt yet counts: what it misses is a miss, and what it calls something else is wrong.
+Classes that a model has not learnt yet are scored, too: each of their pixels is a miss, and an error of the class that
+is predicted instead.
 """
 
 import sys
