@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starseg.data import files
+from starseg.data import images as files
 from starseg.data.images import read_image, read_mask
 from starseg.errors import UserError
 

@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from starseg import demo
 from starseg.cli.main import main
 from starseg.errors import UserError
+from starseg.experiments import demo
 from starseg.report.figures import write_figures
 from starseg.utils.terminal import reporting_errors
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from e2e.kill_at import Starter
-from starseg.engine import resume
+from starseg.engine import state as resume
 
 pytestmark = pytest.mark.kill
 

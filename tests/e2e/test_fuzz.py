@@ -19,7 +19,7 @@ from starseg.compat.settings import parse_published, read_published
 from starseg.compat.weights import load_checkpoint, load_prototypes, save_published
 from starseg.config import load_config, parse_config
 from starseg.data.images import image_size, read_image, read_mask
-from starseg.engine import resume
+from starseg.engine import state as resume
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.runner import train
 from starseg.errors import UserError

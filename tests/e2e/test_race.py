@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from starseg.config import dump_config, parse_config
-from starseg.engine import resume
+from starseg.engine import state as resume
 from starseg.engine.rundir import claim, lock, resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from starseg import compare
 from starseg.cli.main import main
 from starseg.config import dump_config
 from starseg.errors import UserError
+from starseg.experiments import compare
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from starseg import app
 from starseg.errors import UserError
+from starseg.inference import app
 from starseg.inference.files import predict_files
 from starseg.inference.predictor import load
 

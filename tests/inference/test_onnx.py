@@ -22,7 +22,7 @@ from starseg.finetuning.prepare import open_source_step
 from starseg.inference.hub import write_hub
 
 QUIET = Console(quiet=True)
-EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_file_that_disagrees_is_not_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from starseg import export
+    from starseg.inference import onnx as export
 
     honest = export.write_onnx
 

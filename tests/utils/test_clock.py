@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from starseg.engine import clock as module
+from starseg.utils import clock as module
 from starseg.utils.clock import Clock
 
 
