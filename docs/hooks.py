@@ -16,6 +16,7 @@ SHOWN = {
     "index.md": "README.md",
     "reproduction.md": "REPRODUCTION.md",
     "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
     "benchmarks.md": "benchmarks/README.md",
 }
 PAGES = {source: page for page, source in SHOWN.items()}
