@@ -16,10 +16,11 @@ demo: $(VENV)/.installed ## run `starseg demo`
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-dev ## check formatting, lint and types
+lint: $(VENV)/.installed-dev ## check formatting, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed ## run `starseg bench`
 	$(BIN)/starseg bench $(ARGS)

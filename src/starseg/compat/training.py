@@ -21,7 +21,7 @@ from starseg.engine.rundir import Keys, differences, started
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.replay.bank import PrototypeBank
-from starseg.report.tables import figures_table
+from starseg.report.tables import figures_table, print_results
 from starseg.utils.files import read_json, write_atomic, write_json
 
 # Each command gives its own step's values, which other steps need not share: its config.json records them.
@@ -114,12 +114,12 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     free = _free_keys(target, step, run) if is_leader() else _OF_ONE_STEP
     if step and is_leader() and not checkpoint.is_finished(folder / f"step_{step - 1}"):
         import_step(folder / f"step_{step - 1}", config, run, console)
-    runner = Runner(run, console, range(step, step + 1), free)
-    if runner.leader:
-        # Once more: another command may have begun the step before this one had the run's lock.
-        _free_keys(target, step, run)
-        _record(target, config)
-    runner.run()
+    with Runner(run, console, range(step, step + 1), listeners=[print_results(console)], free=free) as runner:
+        if runner.leader:
+            # Once more: another command may have begun the step before this one had the run's lock.
+            _free_keys(target, step, run)
+            _record(target, config)
+        runner.run()
     if runner.leader and "imported" not in read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
         bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))

@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from starseg.config import RunConfig, load_config, override
-from starseg.engine.rundir import FREE_KEYS, differences, resolve
-from starseg.engine.runner import train
+from starseg.engine.rundir import FREE_KEYS, differences
+from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
+from starseg.experiments.train import train
+from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import write_page
 from starseg.utils.files import read_json, write_atomic
@@ -60,7 +61,11 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
 
     def configured(method: str, seed: int, *more: str) -> RunConfig:
         place = out / run_name(method, seed)
-        return load_config(config, [*overrides, f"method={method}", f"seed={seed}", override("out", str(place)), *more])
+        found = load_config(
+            config, [*overrides, f"method={method}", f"seed={seed}", override("out", str(place)), *more]
+        )
+        check_method(found)
+        return found
 
     for seed in seeds:
         owners: dict[str, RunConfig] = {}
@@ -104,9 +109,8 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:
     """What decides how step 0 is trained, beside the method."""
-    method = METHODS[config.method](method_options(config.method, config))
-    resolved = resolve(config, method.defaults(config.data.dataset, config.task.name))
-    options = resolved.method_section(METHODS[config.method].section)
+    resolved, method = resolve_config(config)
+    options = resolved.method_section(method.section)
     return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
-from starseg.engine.runner import train
 from starseg.errors import UserError
+from starseg.experiments.train import train
 from starseg.report.page import write_report
 from starseg.report.tables import comparison_table
 from starseg.utils.files import read_json

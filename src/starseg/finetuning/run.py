@@ -17,15 +17,16 @@ from starseg.data.images import image_size
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
-from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run, resolve
+from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run
 from starseg.engine.runner import Runner
+from starseg.engine.setup import resolve_config
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.finetuning.defaults import FIRST, LATER, batch_size, crop_size, replay_share
 from starseg.finetuning.prepare import LearnRequest, PreparedStep, SourceStep, open_source_step, prepare_step
 from starseg.finetuning.preview import before_after_table, print_preview
-from starseg.methods import METHODS, method_options
 from starseg.models.encoders import make_backbone
+from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
 from starseg.utils.files import read_json, write_json
 
@@ -131,8 +132,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
 def _check_same_data(config: RunConfig, prepared: Path) -> None:
     """Refuse a run directory in which a step of another prepared_step, or of this one with other options, has begun."""
     _holds_prepared(config.run_dir, prepared)
-    method = METHODS[config.method](method_options(config.method, config))
-    refuse_another_run(config.run_dir, resolve(config, method.defaults(config.data.dataset, config.task.name)))
+    refuse_another_run(config.run_dir, resolve_config(config)[0])
 
 
 def _install(prepared: Path, run: Path) -> None:
@@ -175,12 +175,8 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
     if source:
         run.mkdir()
         adopt(source.folder, run / f"step_{step - 1}")
-    runner = Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1))
-    try:
+    with Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1)) as runner:
         return runner.seconds_per_iteration(step, _TRIAL)
-    finally:
-        if runner.lock:
-            runner.lock.close()
 
 
 def before_after(run: Path) -> dict[str, Any]:
@@ -251,7 +247,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         if source:
             _take_over(source, prepared_step, config, console)
         step = len(prepared_step.steps) - 1
-        run = Runner(config, console, range(step, step + 1), lock=held).run()
+        listeners = [print_results(console)]
+        with Runner(config, console, range(step, step + 1), listeners=listeners, lock=held) as runner:
+            run = runner.run()
     figures = before_after(run)
     write_json(run / FOLDER / "before_after.json", figures)
     console.print(before_after_table(figures))
