@@ -130,7 +130,7 @@ def test_an_unfinished_step_resumes_with_the_images_it_was_started_with(
     folder = Path(tiny["out"]) / "step_0"
     console = Console(record=True)
     train(parse_config(tiny), range(1), console)
-    assert "step 0: resuming at iteration 9 of 9" in console.export_text() and (folder / "metrics.json").is_file()
+    assert "step 0: resuming at iteration 10 of 10" in console.export_text() and (folder / "metrics.json").is_file()
 
 
 def test_a_state_that_names_no_images_is_resumed(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:

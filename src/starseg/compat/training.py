@@ -76,13 +76,13 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
     """Which keys may differ from the run's config.yaml, for a step in ``folder``.
 
     Raises:
-        UserError: the step was begun with other values than ``run`` has, as its config.json says.
+        UserError: the step was started with other values than ``run`` has, as its config.json says.
     """
     record = folder / "config.json"
     if not started(folder):
         return _OF_ONE_STEP
     if not record.is_file():
-        # Begun by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
+        # Started by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
         return _OF_STEP_0 if step else _OF_LATER_STEPS
     tree, source = published_tree(record, None)
     recorded = parse_published(tree, str(source)).to_run()
@@ -95,7 +95,7 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
 
 
 def _record(folder: Path, config: PublishedConfig) -> None:
-    """Note what a step is begun with; what is noted of a started one stays."""
+    """Record what a step is started with; the record of a started step is not changed."""
     record = folder / "config.json"
     if not (started(folder) and record.is_file()):
         folder.mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     """Train the configured step alone and write the published files beside our own.
 
     Raises:
-        UserError: the step before is missing, this one was begun with other values, or whatever stops a run.
+        UserError: the step before is missing, this one was started with other values, or whatever stops a run.
     """
     step, folder = config.task.step, config.run_dir
     target = folder / f"step_{step}"
@@ -116,7 +116,7 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
         import_step(folder / f"step_{step - 1}", config, run, console)
     with Runner(run, console, range(step, step + 1), listeners=[print_results(console)], free=free) as runner:
         if runner.leader:
-            # Once more: another command may have begun the step before this one had the run's lock.
+            # Again: another command may have started the step before this one had the run's lock.
             _free_keys(target, step, run)
             _record(target, config)
         runner.run()

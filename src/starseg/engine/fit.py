@@ -206,7 +206,7 @@ class StepTraining:
         return {name: value.detach() for name, value in losses.items()}
 
     def _check_finite(self, epoch: int) -> None:
-        """Refuse to go on, and to save, with a loss that is no number."""
+        """Stop, without saving, if a loss is not a finite number."""
         first, precision = self.iteration - len(self.pending_losses), self.fabric.strategy.precision.precision
         for offset, (raw, losses) in enumerate(self.pending_losses):
             terms = {name: value.item() for name, value in losses.items()}

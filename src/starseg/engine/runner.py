@@ -37,7 +37,7 @@ class Runner:
         console: where progress is printed.
         steps: which steps; all by default.
         listeners: called with each event, in the process that writes the run's files.
-        free: keys that may moreover differ from those of the directory's finished steps.
+        free: keys that may also differ from those of the directory's finished steps.
         lock: of the run directory, where the caller holds it already; the caller releases it.
     """
 

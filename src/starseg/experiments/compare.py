@@ -31,7 +31,7 @@ _DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", "seconds a step"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """The runs of a comparison.
 
     Attributes:
         runs: one configuration per method and seed, those that train a shared base step first.
@@ -115,7 +115,7 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
 
 
 def run_plan(plan: Plan, console: Console) -> list[str]:
-    """Train what is not finished yet; a broken run goes on, and one that fails does not stop the others.
+    """Train what is not finished yet; an interrupted run is resumed, and one that fails does not stop the others.
 
     Returns:
         The names of runs that failed.

@@ -1,4 +1,4 @@
-"""The demo: STAR, fine-tuning and joint training on a small drawn data set, on a CPU, with nothing to download."""
+"""The demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, with nothing to download."""
 
 from __future__ import annotations
 

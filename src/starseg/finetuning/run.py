@@ -1,4 +1,4 @@
-"""One more step from a folder of one's own, on top of a step directory or as a first step."""
+"""One more step from a folder of images, on top of a step directory or as a first step."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
     """Whether the prepared data are in the run directory already.
 
     Raises:
-        UserError: others are, and a step of them has begun.
+        UserError: others are, and a step on them was started.
     """
     target = run / FOLDER
     if not target.is_dir():
@@ -130,7 +130,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
 
 
 def _check_same_data(config: RunConfig, prepared: Path) -> None:
-    """Refuse a run directory in which a step of another prepared_step, or of this one with other options, has begun."""
+    """Refuse a run directory with a started step on other prepared data, or with other options."""
     _holds_prepared(config.run_dir, prepared)
     refuse_another_run(config.run_dir, resolve_config(config)[0])
 
@@ -147,7 +147,7 @@ def _install(prepared: Path, run: Path) -> None:
 
 
 def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfig, console: Console) -> None:
-    """Put the step to go on from into the run directory, scored on the validation images like the new one will be."""
+    """Copy the source step into the run directory, with its scores on the validation images."""
     info = source.info
     target = config.run_dir / f"step_{info.step}"
     if checkpoint.is_finished(target):
@@ -211,7 +211,7 @@ def before_after(run: Path) -> dict[str, Any]:
 
 
 def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Path | None:
-    """Learn the classes of a folder; the same request goes on where a broken one stopped.
+    """Learn the classes of a folder; the same request resumes an interrupted one.
 
     Args:
         request: what from what.
@@ -222,7 +222,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         The step directory; None for a dry run.
 
     Raises:
-        UserError: anything in the input that must be mended first.
+        UserError: anything in the input that must be corrected first.
     """
     source = open_source_step(request.source, request.method) if request.source else None
     _refuse_out(request)
