@@ -106,7 +106,7 @@ def test_finished_steps_are_skipped_and_a_broken_one_is_run_again(tiny: dict, mo
     assert (run / "step_0" / "model.safetensors").stat().st_mtime_ns == done
 
 
-def test_an_unfinished_step_resumes_with_the_images_it_was_started_with(
+def test_an_interrupted_step_resumes_only_with_its_own_images(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "data"
@@ -133,7 +133,7 @@ def test_an_unfinished_step_resumes_with_the_images_it_was_started_with(
     assert "step 0: resuming at iteration 10 of 10" in console.export_text() and (folder / "metrics.json").is_file()
 
 
-def test_a_state_that_names_no_images_is_resumed(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_without_image_names_can_be_resumed(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path, state: TrainingState) -> None:
         write_state(folder, replace(state, images=None))
         raise KeyboardInterrupt

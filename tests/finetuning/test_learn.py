@@ -386,7 +386,7 @@ def test_a_small_folder_replays_a_share_and_carries_the_whole_on(folder: Folder,
     )
 
 
-def test_an_interrupted_run_is_resumed(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _first(folder, tmp_path, "disc", "square")
     request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run", epochs=2)
     real, calls = StepTraining.iterate, []

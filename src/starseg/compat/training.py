@@ -95,7 +95,7 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
 
 
 def _record(folder: Path, config: PublishedConfig) -> None:
-    """Record what a step is started with; the record of a started step is not changed."""
+    """Record the options with which a step starts; those of a started step are kept."""
     record = folder / "config.json"
     if not (started(folder) and record.is_file()):
         folder.mkdir(exist_ok=True)

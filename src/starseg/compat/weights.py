@@ -55,7 +55,7 @@ def prototypes_name(epoch: int) -> str:
 
 
 def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, RunConfig]:
-    """A published checkpoint with the config.json beside it, registered as the file format ``.pth``.
+    """Load a published checkpoint with the config.json next to it; registered as the file format ``.pth``.
 
     Raises:
         UserError: one of the two is missing or wrong.

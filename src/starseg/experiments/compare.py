@@ -31,7 +31,7 @@ _DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", "seconds a step"
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a comparison.
+    """Runs of a comparison.
 
     Attributes:
         runs: one configuration per method and seed, those that train a shared base step first.
@@ -108,14 +108,14 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
 
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:
-    """What decides how step 0 is trained, beside the method."""
+    """Return the settings besides the method that determine the training of step 0."""
     resolved, method = resolve_config(config)
     options = resolved.method_section(method.section)
     return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
 
 
 def run_plan(plan: Plan, console: Console) -> list[str]:
-    """Train what is not finished yet; an interrupted run is resumed, and one that fails does not stop the others.
+    """Train the unfinished runs, resuming interrupted ones; a failing run does not stop the others.
 
     Returns:
         The names of runs that failed.

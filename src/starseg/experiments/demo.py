@@ -1,4 +1,4 @@
-"""The demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, with nothing to download."""
+"""Demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, without downloads."""
 
 from __future__ import annotations
 

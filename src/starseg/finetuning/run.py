@@ -1,4 +1,4 @@
-"""One more step from a folder of images, on top of a step directory or as a first step."""
+"""Learning of a step from a user's folder, on top of a step directory or as a first step."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _install(prepared: Path, run: Path) -> None:
 
 
 def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfig, console: Console) -> None:
-    """Copy the source step into the run directory, with its scores on the validation images."""
+    """Copy the source step into the run directory, evaluated on the validation images of the new step."""
     info = source.info
     target = config.run_dir / f"step_{info.step}"
     if checkpoint.is_finished(target):
@@ -211,7 +211,7 @@ def before_after(run: Path) -> dict[str, Any]:
 
 
 def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Path | None:
-    """Learn the classes of a folder; the same request resumes an interrupted one.
+    """Learn the classes of a folder; an interrupted request resumes when repeated.
 
     Args:
         request: what from what.
