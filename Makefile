@@ -20,10 +20,11 @@ test: $(VENV)/.installed-dev ## run the tests
 test-oldest: $(OLDEST)/.installed ## run the numerical tests with the oldest supported dependencies
 	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity)
 
-lint: $(VENV)/.installed-dev ## check formatting, lint and types
+lint: $(VENV)/.installed-dev ## check formatting, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed ## run `starseg bench`
 	$(BIN)/starseg bench $(ARGS)

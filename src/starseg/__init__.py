@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starseg.config import load_config
-    from starseg.engine.runner import train
+    from starseg.experiments.train import train
     from starseg.inference.predictor import load
     from starseg.methods import Method, register_method
 
@@ -14,7 +14,7 @@ __all__ = ["Method", "load", "load_config", "register_method", "train"]
 
 # Loaded on first use, so that the command line answers before torch is imported.
 _API = {
-    "train": "starseg.engine.runner",
+    "train": "starseg.experiments.train",
     "load_config": "starseg.config",
     "load": "starseg.inference.predictor",
     "Method": "starseg.methods",

@@ -1,4 +1,8 @@
-"""Run configuration: typed, every field documented, unknown keys rejected by name."""
+"""Run configuration: typed, every field documented, unknown keys rejected by name.
+
+Only the schema is checked here. What depends on the registered methods or on the data is checked by
+:mod:`starseg.engine.setup`, before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from starseg.errors import UserError
 
@@ -164,6 +168,13 @@ class RunConfig(BaseModel):
     memory: MemoryConfig = MemoryConfig()
     eval: EvalConfig = EvalConfig()
 
+    _source: str = PrivateAttr("config")
+
+    @property
+    def source(self) -> str:
+        """The file and overrides that the configuration was read from, for error messages."""
+        return self._source
+
     @property
     def run_dir(self) -> Path:
         """`out`, or what it is by default."""
@@ -218,36 +229,20 @@ def _set_dotted(tree: dict[str, Any], assignment: str) -> None:
 def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     """Validate a configuration given as nested dictionaries.
 
-    Raises:
-        UserError: unknown keys, wrong types, options of a method that does not exist or does not know them.
-    """
-    from starseg.methods import METHODS, method_options
+    Sections of methods are accepted as they are; :func:`starseg.engine.setup.check_method` validates them.
 
+    Args:
+        tree: the nested dictionaries.
+        source: where they come from, for error messages.
+
+    Raises:
+        UserError: unknown keys, wrong types, or values that contradict each other.
+    """
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}:\n{explain(error, RunConfig)}") from error
-    if config.method not in METHODS:
-        raise UserError(
-            f"{source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}; "
-            "one of your own is named by STARSEG_METHODS=its_file.py, or by its package (docs/new-method.md)"
-        )
-    sections = {method.section for method in METHODS.values()}
-    if unknown := sorted(set(config.model_extra or {}) - sections):
-        known = [*RunConfig.model_fields, *sorted(sections)]
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"{source}:\n{unknown[0]}: unknown key; {hint}")
-    for method in METHODS.values():
-        if method.section in (config.model_extra or {}):
-            if not isinstance(given := (config.model_extra or {})[method.section] or {}, dict):
-                raise UserError(f"{source}:\n{method.section}: expected a section (key: value), got {given!r}")
-            method_options(method.name, config)
-    if config.memory.size and METHODS[config.method].memory is None:
-        keeping = ", ".join(sorted(name for name, method in METHODS.items() if method.memory is not None))
-        raise UserError(
-            f"{source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: {keeping}"
-        )
+    config._source = source
     if config.task.name is None and config.task.steps is None:
         raise UserError(f"{source}:\ntask: give task.name (a published task such as 15-1) or task.steps")
     if config.data.crop % config.model.output_stride:
@@ -255,10 +250,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
             f"{source}:\ndata.crop: {config.data.crop} is no multiple of model.output_stride "
             f"({config.model.output_stride}); the statistics are taken on that grid"
         )
-    world = config.train.devices * config.train.num_nodes
-    if world > 1 and METHODS[config.method].one_process:
-        raise UserError(f"{source}:\ntrain.devices: method {config.method} runs on one process only, got {world}")
-    parts = config.train.accumulate
+    world, parts = config.train.devices * config.train.num_nodes, config.train.accumulate
     if config.train.batch_size < 2 * world * parts:
         raise UserError(
             f"{source}:\ntrain.batch_size: batch norm needs at least 2 images in each of {world} processes"

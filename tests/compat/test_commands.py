@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import starseg
 from starseg.cli.main import main
 from starseg.compat import commands
-from starseg.engine.state import write_state
+from starseg.engine.state import TrainingState, write_state
 from starseg.errors import Stopped
 from starseg.utils.files import read_json
 
@@ -136,19 +136,19 @@ def test_a_broken_step_goes_on_with_its_own_values_alone(
 ) -> None:
     train(0, "--ep", "1")
 
-    def interrupted(folder: Path, state: dict) -> None:
+    def interrupted(folder: Path, state: TrainingState) -> None:
         write_state(folder, state)
         raise Stopped(2)
 
     with monkeypatch.context() as patch:
-        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        patch.setattr("starseg.engine.step.write_state", interrupted)
         with pytest.raises(SystemExit):
             train(1)
     train(0, "--ep", "1")
     _refused(lambda: train(1, "--mbce", "9"), capsys, "star.mbce: 1.0 there, 9.0 now")
     _refused(lambda: train(1, "--lr", "0.1"), capsys, "train.later.lr: 0.0001 there, 0.1 now")
     train(1)
-    assert "going on" in capsys.readouterr().out
+    assert "resuming at iteration" in capsys.readouterr().out
 
 
 def test_published_image_lists_are_honoured(

@@ -151,7 +151,7 @@ def main() -> None:
     _setup_privateuseone_for_python_backend(NAME, _Backend())
     with ExitStack() as stack:
         stack.enter_context(patch("torch.Generator", _generator))
-        for module in ("engine.runner", "engine.evaluate", "report.testset"):
+        for module in ("engine.setup", "engine.evaluate", "report.testset"):
             stack.enter_context(patch(f"starseg.{module}.make_fabric", _fabric))
         stack.enter_context(Functions())
         stack.enter_context(Operators())

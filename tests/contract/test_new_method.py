@@ -14,6 +14,7 @@ from starseg.config import parse_config
 from starseg.contract import MethodHarness, check_resume, tiny_settings
 from starseg.contract.checks import gradients_reach_what_learns, shares_of_a_batch_give_the_loss_of_the_whole
 from starseg.data.samples import Batch
+from starseg.engine.setup import check_method
 from starseg.errors import UserError
 from starseg.losses.star import upsample
 from starseg.methods import METHODS, Method, StepContext, load_files, register_method
@@ -95,7 +96,7 @@ def test_a_method_may_say_that_it_needs_one_process(shapes: Path, tmp_path: Path
 
     shares_of_a_batch_give_the_loss_of_the_whole(MethodHarness("alone"))
     settings = tiny_settings("alone", shapes, tmp_path)
-    parse_config(settings)
+    check_method(parse_config(settings))
     settings["train"]["devices"] = 2
     with pytest.raises(UserError, match=r"train.devices: method alone runs on one process only, got 2"):
-        parse_config(settings)
+        check_method(parse_config(settings))

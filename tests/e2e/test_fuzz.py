@@ -138,6 +138,9 @@ def test_configurations(count: int, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
 
 
+_STATE = resume.TrainingState(3, {"a": torch.zeros(4)}, {}, {}, {}, torch.zeros(16, dtype=torch.uint8), [])
+
+
 @pytest.fixture(scope="module")
 def files(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """One good file of each kind, and how it is read."""
@@ -148,7 +151,7 @@ def files(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     step = train(parse_config(tree), range(1), Console(quiet=True)) / "step_0"
     model, bank = load_model(step)[0], PrototypeBank.from_state_dict(load_bank(step))
     save_published(folder, 1, model.state_dict(), bank)
-    (folder / "resume.ckpt").write_bytes(resume.encode({"iteration": 3, "model": {"a": torch.zeros(4)}}))
+    (folder / "resume.ckpt").write_bytes(resume.encode(_STATE))
     (step / "metrics.json").unlink()  # so that the readers, not the checksums, see the damage
 
     def beside(read: Callable[[Path], object]) -> Callable[[Path], object]:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from e2e.kill_at import MOMENTS, Starter
 from starseg.config import load_config
-from starseg.engine.rundir import claim, resolve
-from starseg.engine.runner import train
-from starseg.methods import METHODS, method_options
+from starseg.engine.rundir import claim
+from starseg.engine.setup import resolve_config
+from starseg.experiments.train import train
 from starseg.utils.files import read_json
 
 # The largest counts: small enough to be reached, and for a run to live through many kills.
@@ -117,9 +117,9 @@ def test_a_signal_saves_first(starter: Starter, longer: dict, tmp_path: Path, nu
         os.kill(int(process), number)
     done = starter.wait()
     assert done.returncode == 128 + number, done
-    assert "the same command goes on from there" in done.stderr and "Traceback" not in done.stderr
+    assert "rerun the same command to resume" in done.stderr and "Traceback" not in done.stderr
     again = starter.run("train", config, "--steps", "1")
-    assert again.returncode == 0 and "going on," in again.stdout
+    assert again.returncode == 0 and "resuming at iteration" in again.stdout
     assert not state.is_file()
 
 
@@ -133,7 +133,8 @@ def test_a_damaged_state_is_named_and_passed_over(starter: Starter, longer: dict
     again = starter.run("train", config, "--steps", "0")
     assert again.returncode == 0, again.stderr
     text = again.stdout.replace("\n", " ")
-    assert f"{state}: damaged, going on from the state before" in text and "going on, 10 of 30" in text
+    assert f"{state}: damaged, its SHA-256 differs" in text and "kept as resume.ckpt.damaged" in text
+    assert "step 0: resuming at iteration 10 of 30" in text and not list(state.parent.glob("resume*"))
 
 
 def test_a_changed_configuration_and_a_second_process_are_refused(
@@ -144,8 +145,6 @@ def test_a_changed_configuration_and_a_second_process_are_refused(
     starter.run("train", str(config), "--steps", "0", kill=("iteration", 12))
     changed = starter.run("train", str(config), "train.base.lr=0.5", "--steps", "0")
     assert changed.returncode == 2 and "train.base.lr: 0.01 there, 0.5 now" in changed.stderr
-    settings = load_config(config)
-    method = METHODS["star"](method_options("star", settings))
-    with claim(out, resolve(settings, method.defaults("voc"))):
+    with claim(out, resolve_config(load_config(config))[0]):
         second = starter.run("train", str(config), "--steps", "0")
     assert second.returncode == 2 and "another process (pid" in second.stderr

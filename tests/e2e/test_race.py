@@ -13,18 +13,16 @@ import yaml
 
 from starseg.config import dump_config, parse_config
 from starseg.engine import state as resume
-from starseg.engine.rundir import claim, lock, resolve
+from starseg.engine.rundir import claim, lock
+from starseg.engine.setup import resolve_config
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
 
 ROUNDS = 20
 _FORK = multiprocessing.get_context("fork")
 
 
 def _resolved(settings: dict, out: Path, **changed: Any) -> Any:
-    config = parse_config({**settings, "out": str(out), **changed})
-    method = METHODS[config.method](method_options(config.method, config))
-    return resolve(config, method.defaults("voc"))
+    return resolve_config(parse_config({**settings, "out": str(out), **changed}))[0]
 
 
 def _claims(rank: int, settings: dict, folder: Path, gate: Any, results: Any) -> None:
@@ -93,7 +91,7 @@ def test_two_runs_started_together(tiny: dict, tmp_path: Path) -> None:
     winner.send_signal(signal.SIGTERM)
     out, _ = winner.communicate(timeout=60)
     assert winner.returncode == 128 + signal.SIGTERM and out.count("step 0: learning") == 1
-    assert resume.decode(state.read_bytes()) is not None
+    assert resume.decode(state.read_bytes()).iteration
     assert {p.name for p in run.iterdir()} == {".lock", "config.yaml", "step_0"}
 
 

@@ -46,21 +46,21 @@ def test_what_fits_is_restored() -> None:
     before, again = _training(_half())[0], _training(_half())[0]
     before.ctx.generator.manual_seed(5)
     before.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    assert again.load_state_dict(before.state_dict()) == []
+    assert again.restore(before.capture(1.0, "")) == []
     assert again.fabric.strategy.precision.scaler.get_scale() == 2
     assert torch.equal(again.ctx.generator.get_state(), before.ctx.generator.get_state())
 
 
-def test_another_device_begins_anew_what_it_cannot_take_up() -> None:
+def test_another_device_resets_what_it_cannot_restore() -> None:
     """A GPU's generator has a state of 16 bytes, and bf16 and float32 have no loss scale."""
     before, again = _training()[0], _training(_half())[0]
     draws = again.ctx.generator.get_state()
     before.iteration = 3
-    state = before.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8)}
-    assert again.load_state_dict(state) == ["loss scale", "random draws"]
+    state = replace(before.capture(1.0, ""), generator=torch.zeros(16, dtype=torch.uint8))
+    assert again.restore(state) == ["loss scale", "random generator"]
     assert again.iteration == 3 and again.fabric.strategy.precision.scaler.get_scale() == 8
     assert torch.equal(again.ctx.generator.get_state(), draws)
-    assert _training()[0].load_state_dict(_training(_half())[0].state_dict()) == [], "what is not needed is no loss"
+    assert _training()[0].restore(_training(_half())[0].capture(1.0, "")) == [], "what is not needed is no loss"
 
 
 @pytest.mark.parametrize("share", [2, 4])

@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
 from starseg.engine.rundir import resolve
-from starseg.engine.runner import train
-from starseg.engine.state import write_state
+from starseg.engine.state import TrainingState, write_state
 from starseg.errors import UserError
+from starseg.experiments.train import train
 from starseg.methods import METHODS
 from starseg.report.facts import time_split
 
@@ -105,7 +106,7 @@ def test_finished_steps_are_skipped_and_a_broken_one_is_run_again(tiny: dict, mo
     assert (run / "step_0" / "model.safetensors").stat().st_mtime_ns == done
 
 
-def test_a_broken_step_goes_on_with_the_images_it_began_with(
+def test_an_interrupted_step_resumes_only_with_its_own_images(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "data"
@@ -114,31 +115,31 @@ def test_a_broken_step_goes_on_with_the_images_it_began_with(
     images = root / "ImageSets/Segmentation/train_aug.txt"
     whole = images.read_text()
 
-    def interrupted(folder: Path, state: dict) -> None:
+    def interrupted(folder: Path, state: TrainingState) -> None:
         write_state(folder, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        patch.setattr("starseg.engine.step.write_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(tiny, range(1))
     images.write_text("\n".join(whole.splitlines()[:30]))
-    with pytest.raises(UserError, match=r"step_0/resume\.ckpt: step 0 was begun with other training images"):
+    with pytest.raises(UserError, match=r"step_0/resume\.ckpt: step 0 was started with other training images"):
         _run(tiny, range(1))
     images.write_text(whole)
     folder = Path(tiny["out"]) / "step_0"
     console = Console(record=True)
     train(parse_config(tiny), range(1), console)
-    assert "step 0: going on" in console.export_text() and (folder / "metrics.json").is_file()
+    assert "step 0: resuming at iteration 10 of 10" in console.export_text() and (folder / "metrics.json").is_file()
 
 
-def test_a_state_that_names_no_images_is_gone_on_from(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path, state: dict) -> None:
-        write_state(folder, {k: v for k, v in state.items() if k != "images"})
+def test_a_state_without_image_names_can_be_resumed(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, state: TrainingState) -> None:
+        write_state(folder, replace(state, images=None))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("starseg.engine.runner.write_state", interrupted)
+        patch.setattr("starseg.engine.step.write_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(tiny, range(1))
     assert len(_run(tiny, range(1))["steps"]) == 1
@@ -240,7 +241,7 @@ def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatc
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
         return Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
 
-    monkeypatch.setattr("starseg.engine.runner.make_fabric", half)
+    monkeypatch.setattr("starseg.engine.setup.make_fabric", half)
     once, twice = (parse_config({**tiny, "out": str(tmp_path / name)}) for name in ("once", "twice"))
     train(once, range(2), Console(quiet=True))
     for step in range(2):

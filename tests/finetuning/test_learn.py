@@ -386,7 +386,7 @@ def test_a_small_folder_replays_a_share_and_carries_the_whole_on(folder: Folder,
     )
 
 
-def test_a_broken_run_goes_on(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _first(folder, tmp_path, "disc", "square")
     request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run", epochs=2)
     real, calls = StepTraining.iterate, []
@@ -403,4 +403,4 @@ def test_a_broken_run_goes_on(folder: Folder, tmp_path: Path, monkeypatch: pytes
     console = Console(record=True)
     done = learn(request, console)
     assert done is not None and (done / "metrics.json").is_file()
-    assert "iterations are done" in console.export_text()
+    assert "resuming at iteration" in console.export_text()

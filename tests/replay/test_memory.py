@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from starseg.config import parse_config
-from starseg.engine.runner import train
+from starseg.engine.setup import check_method
 from starseg.errors import UserError
+from starseg.experiments.train import train
 from starseg.replay.memory import Exemplar, choose, merge, round_robin
 from starseg.utils.files import read_json
 
@@ -80,5 +81,5 @@ def test_the_memory_is_drawn_alike_when_a_step_is_run_alone(star_m: dict, tmp_pa
 
 def test_a_method_without_a_memory_refuses_one(tiny: dict) -> None:
     with pytest.raises(UserError, match=r"memory\.size: method finetune keeps no images"):
-        parse_config({**tiny, "method": "finetune", "memory": {"size": 5}})
+        check_method(parse_config({**tiny, "method": "finetune", "memory": {"size": 5}}))
     assert np.isclose(parse_config({**tiny, "memory": {"size": 5}}).memory.size, 5)

@@ -85,7 +85,7 @@ def train(
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
     from starseg.config import load_config, override
     from starseg.engine.launch import is_leader
-    from starseg.engine.runner import train as run
+    from starseg.experiments.train import train as run
     from starseg.report.page import write_report
 
     options = {"out": out and str(out), "train.devices": devices, "train.num_nodes": num_nodes}
@@ -289,7 +289,7 @@ def compare(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
-    """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
+    """Run STAR, fine-tuning and joint training on a small synthetic data set: minutes on a CPU, no downloads."""
     from starseg.experiments.demo import run_demo
 
     with resumable():
@@ -331,12 +331,9 @@ app.add_typer(data_app, name="data")
 def index(config: ConfigFile, overrides: Overrides = None) -> None:
     """Scan the class index (or take it from the cache) and list the images of each step."""
     from starseg.config import load_config
-    from starseg.engine.run_data import open_data
-    from starseg.methods import METHODS, method_options
+    from starseg.engine.setup import prepare
 
-    settings = load_config(config, overrides or [])
-    method = METHODS[settings.method](method_options(settings.method, settings))
-    data = open_data(settings, method, console)
+    data = prepare(load_config(config, overrides or []), console).data
     for step in range(len(data.task)):
         names = data.task.list_names(data.task.new(step))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))

@@ -135,8 +135,8 @@ def _check_training(args: argparse.Namespace, config: PublishedConfig) -> None:
     step_dir = config.run_dir / f"step_{config.task.step}"
     if args.resume and args.resume.resolve().parent != step_dir.resolve():
         raise UserError(
-            f"-r/--resume: {args.resume} does not lie in {step_dir}; a broken step goes on with its own command, and "
-            f"a step starts from the checkpoint in step_{max(0, config.task.step - 1)} beside it"
+            f"-r/--resume: {args.resume} does not lie in {step_dir}; an interrupted step is resumed by its own "
+            f"command, and a step starts from the checkpoint in step_{max(0, config.task.step - 1)} beside it"
         )
 
 

@@ -21,7 +21,7 @@ from starseg.engine.rundir import Keys, differences, started
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
 from starseg.replay.bank import PrototypeBank
-from starseg.report.tables import figures_table
+from starseg.report.tables import figures_table, print_results
 from starseg.utils.files import read_json, write_atomic, write_json
 
 # Each command gives its own step's values, which other steps need not share: its config.json records them.
@@ -76,13 +76,13 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
     """Which keys may differ from the run's config.yaml, for a step in ``folder``.
 
     Raises:
-        UserError: the step was begun with other values than ``run`` has, as its config.json says.
+        UserError: the step was started with other values than ``run`` has, as its config.json says.
     """
     record = folder / "config.json"
     if not started(folder):
         return _OF_ONE_STEP
     if not record.is_file():
-        # Begun by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
+        # Started by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
         return _OF_STEP_0 if step else _OF_LATER_STEPS
     tree, source = published_tree(record, None)
     recorded = parse_published(tree, str(source)).to_run()
@@ -95,7 +95,7 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
 
 
 def _record(folder: Path, config: PublishedConfig) -> None:
-    """Note what a step is begun with; what is noted of a started one stays."""
+    """Record the options with which a step starts; those of a started step are kept."""
     record = folder / "config.json"
     if not (started(folder) and record.is_file()):
         folder.mkdir(exist_ok=True)
@@ -107,19 +107,19 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     """Train the configured step alone and write the published files beside our own.
 
     Raises:
-        UserError: the step before is missing, this one was begun with other values, or whatever stops a run.
+        UserError: the step before is missing, this one was started with other values, or whatever stops a run.
     """
     step, folder = config.task.step, config.run_dir
     target = folder / f"step_{step}"
     free = _free_keys(target, step, run) if is_leader() else _OF_ONE_STEP
     if step and is_leader() and not checkpoint.is_finished(folder / f"step_{step - 1}"):
         import_step(folder / f"step_{step - 1}", config, run, console)
-    runner = Runner(run, console, range(step, step + 1), free)
-    if runner.leader:
-        # Once more: another command may have begun the step before this one had the run's lock.
-        _free_keys(target, step, run)
-        _record(target, config)
-    runner.run()
+    with Runner(run, console, range(step, step + 1), listeners=[print_results(console)], free=free) as runner:
+        if runner.leader:
+            # Again: another command may have started the step before this one had the run's lock.
+            _free_keys(target, step, run)
+            _record(target, config)
+        runner.run()
     if runner.leader and "imported" not in read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
         bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))

@@ -54,15 +54,15 @@ def prototypes_name(epoch: int) -> str:
     return f"prototypes-epoch{epoch}.pth"
 
 
-def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, PublishedConfig]:
-    """A published checkpoint with the config.json beside it; see :func:`load_checkpoint`.
+def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, RunConfig]:
+    """Load a published checkpoint with the config.json next to it; registered as the file format ``.pth``.
 
     Raises:
         UserError: one of the two is missing or wrong.
     """
     tree, source = published_tree(None, path)
     config = parse_published(tree, str(source))
-    return *load_checkpoint(path, config), config
+    return *load_checkpoint(path, config), config.to_run(gpu=torch.cuda.is_available())
 
 
 def _class_names(run: RunConfig) -> tuple[str, ...]:

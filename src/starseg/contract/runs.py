@@ -12,16 +12,18 @@ from unittest.mock import patch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import parse_config
+from starseg.config import RunConfig, parse_config
 from starseg.contract.harness import BACKBONE, SIDE, MethodHarness
 from starseg.data.samples import Batch
 from starseg.engine.checkpoint import load_model
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.fit import StepTraining
-from starseg.engine.runner import train
+from starseg.engine.runner import Runner
 from starseg.engine.state import begun
 from starseg.errors import Stopped
 from starseg.utils.files import read_json
+
+_QUIET = Console(quiet=True)
 
 
 def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
@@ -36,29 +38,33 @@ def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
     }
 
 
+def _train(config: RunConfig, steps: range | None = None) -> Path:
+    with Runner(config, _QUIET, steps) as runner:
+        return runner.run()
+
+
 def check_run(name: str, data: Path, out: Path) -> None:
     """Three steps through the runner; each step directory alone is enough to evaluate it."""
     config = parse_config(tiny_settings(name, data, out))
-    quiet = Console(quiet=True)
-    results = read_json(train(config, console=quiet) / "results.json")
+    results = read_json(_train(config) / "results.json")
     assert list(results["steps"][-1]["iou"]) == ["background", "heart", "disc", "triangle", "hexagon", "square"]
     for entry in results["steps"]:
-        again = evaluate_model(*load_model(out / f"step_{entry['step']}"), config, quiet)
+        again = evaluate_model(*load_model(out / f"step_{entry['step']}"), config, _QUIET)
         assert again["iou"] == entry["iou"], f"step {entry['step']}: evaluated again, its directory gives other figures"
 
 
 def check_resume(name: str, data: Path, folder: Path) -> None:
     """A later step that breaks off in the middle and is begun again ends with the same files, bit by bit."""
     settings = tiny_settings(name, data, folder / "straight")
-    quiet, last = Console(quiet=True), 0 if len(MethodHarness(name).task) == 1 else 1
-    straight = train(parse_config(settings), range(last + 1), quiet)
+    last = 0 if len(MethodHarness(name).task) == 1 else 1
+    straight = _train(parse_config(settings), range(last + 1))
     settings |= {"out": str(folder / "broken"), **({"start_from": str(straight / "step_0")} if last else {})}
     settings["train"]["save_minutes"] = 1e-9  # so after every iteration
     broken = parse_config(settings)
     with _breaking_off(step=last, iteration=2), suppress(Stopped):
-        train(broken, range(last + 1), quiet)
+        _train(broken, range(last + 1))
     assert begun(broken.run_dir / f"step_{last}"), f"step {last} was to break off, and left no state"
-    train(broken, range(last + 1), quiet)
+    _train(broken, range(last + 1))
     for path in sorted((straight / f"step_{last}").glob("*.safetensors")):
         again = broken.run_dir / path.relative_to(straight)
         assert again.read_bytes() == path.read_bytes(), f"{path.name} of step {last}: another one after a break"

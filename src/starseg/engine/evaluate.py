@@ -13,18 +13,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig, change_config, load_config
+from starseg.config import RunConfig
 from starseg.data.datasets.base import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch
-from starseg.engine.checkpoint import StepInfo, load_model
+from starseg.engine.checkpoint import StepInfo
+from starseg.engine.formats import open_run
 from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.metrics import summarize
 from starseg.engine.run_data import RunData, workers_for
+from starseg.engine.setup import make_method
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum, identity
-from starseg.methods import METHODS, method_options
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
@@ -37,7 +38,7 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
     """A trained network and the configuration that says what it is evaluated on.
 
     Args:
-        weights: a run's step directory, or a published checkpoint (.pth) with its config.json beside it.
+        weights: a run's step directory, or a file in a registered format (:mod:`starseg.engine.formats`).
         overrides: of the configuration, "key=value".
 
     Raises:
@@ -49,19 +50,7 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
             f"override {other[0]!r}: a trained step is scored as it is; only data.*, eval.* and train.accelerator "
             "can be changed"
         )
-    if weights.suffix == ".pth":
-        from starseg.compat.weights import open_checkpoint
-
-        model, info, published = open_checkpoint(weights)
-        return model, info, change_config(published.to_run(gpu=torch.cuda.is_available()), overrides)
-    model, info = load_model(weights)
-    path = weights.resolve().parent / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{weights}: cannot be evaluated, {path} is missing, which names the data set; give the step directory in "
-            "its run"
-        )
-    return model, info, load_config(path, overrides)
+    return open_run(weights, overrides)
 
 
 @torch.inference_mode()
@@ -113,7 +102,7 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
     loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
     published = info.compat == "published"
-    rule = METHODS[info.method](method_options(info.method, config)).rule(published)
+    rule = make_method(config, info.method).rule(published)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
     confusion = dataset.scored(confusion, info.dataset_ids)
     return {**summarize(confusion, info.names, info.base, published), "confusion": confusion.tolist()}

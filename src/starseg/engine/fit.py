@@ -19,7 +19,7 @@ from starseg.config import TrainConfig
 from starseg.data.samples import Batch
 from starseg.engine.accumulate import MicroBatches
 from starseg.engine.guard import Guard
-from starseg.engine.state import every_process, restore_process
+from starseg.engine.state import TrainingState, process_states, restore_process
 from starseg.errors import UserError
 from starseg.methods import Method, StepContext
 from starseg.models import Output, Segmenter
@@ -107,36 +107,43 @@ class StepTraining:
         # What the device computed but nobody has looked at yet: looking waits for a GPU.
         self.pending_losses: list[tuple[Batch, dict[str, Tensor]]] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state after :attr:`iteration` iterations; every process must call it."""
-        return {
-            "iteration": self.iteration,
-            "model": self.ctx.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "generator": self.ctx.generator.get_state(),
-            "time": dict(self.clock.read()),
-            "processes": every_process(self.ctx.model, self.fabric),
-        }
+    def capture(self, seconds: float, images: str) -> TrainingState:
+        """The state after :attr:`iteration` iterations; every process must call it.
 
-    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go on from :meth:`state_dict`; the names of what begins anew, as it does not fit another device's."""
+        Args:
+            seconds: spent on the step so far.
+            images: digest of the step's training images.
+        """
+        return TrainingState(
+            iteration=self.iteration,
+            model=self.ctx.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            schedule=self.schedule.state_dict(),
+            precision=self.fabric.strategy.precision.state_dict(),
+            generator=self.ctx.generator.get_state(),
+            processes=process_states(self.ctx.model, self.fabric),
+            time=dict(self.clock.read()),
+            seconds=seconds,
+            images=images,
+        )
+
+    def restore(self, state: TrainingState) -> list[str]:
+        """Continue from a state; the names of what is reset, as another device's does not fit."""
         precision, generator, reset = self.fabric.strategy.precision, self.ctx.generator, []
-        self.iteration = state["iteration"]
-        self.ctx.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["precision"] or not precision.state_dict():
-            precision.load_state_dict(state["precision"])
+        self.iteration = state.iteration
+        self.ctx.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.schedule.load_state_dict(state.schedule)
+        if state.precision or not precision.state_dict():
+            precision.load_state_dict(state.precision)
         else:
             reset.append("loss scale")
-        if state["generator"].shape == generator.get_state().shape:
-            generator.set_state(state["generator"])
+        if state.generator.shape == generator.get_state().shape:
+            generator.set_state(state.generator)
         else:
-            reset.append("random draws")
-        self.processes = state["processes"]
-        self.clock.seconds |= state.get("time", {})
+            reset.append("random generator")
+        self.processes = state.processes
+        self.clock.seconds |= state.time
         return reset
 
     def run(
@@ -149,7 +156,7 @@ class StepTraining:
             bar: advanced a batch at a time.
             logger: takes loss terms and learning rates.
             guard: says when to save.
-            save: keeps :meth:`state_dict`.
+            save: writes what :meth:`capture` gives.
 
         Raises:
             UserError: a loss is NaN or infinite.
@@ -199,7 +206,7 @@ class StepTraining:
         return {name: value.detach() for name, value in losses.items()}
 
     def _check_finite(self, epoch: int) -> None:
-        """Refuse to go on, and to save, with a loss that is no number."""
+        """Stop, without saving, if a loss is not a finite number."""
         first, precision = self.iteration - len(self.pending_losses), self.fabric.strategy.precision.precision
         for offset, (raw, losses) in enumerate(self.pending_losses):
             terms = {name: value.item() for name, value in losses.items()}

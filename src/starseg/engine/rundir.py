@@ -1,4 +1,4 @@
-"""A run directory: whose it is, and what it takes over from another run."""
+"""A run directory: which run it belongs to, its lock, and steps copied from another run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starseg.methods import METHODS, method_options
 from starseg.methods.protocol import Schedule, StepSchedule
 from starseg.utils.files import write_atomic
 
-# Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
+# Keys that may differ when a run is resumed: where files are and how fast it runs, not what is learnt.
 Keys = frozenset[tuple[str, ...]]
 FREE_KEYS: Keys = frozenset(
     {
@@ -88,12 +88,12 @@ def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] 
 
 
 def started(step_dir: Path) -> bool:
-    """Whether a step directory holds what a run learnt: a finished step, or the state of a broken one."""
+    """Whether a step directory holds what a run learnt: a finished step, or the state of an unfinished one."""
     return checkpoint.is_finished(step_dir) or begun(step_dir)
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """Make a run directory this process's own, until the file that is returned is closed.
+    """Lock a run directory for this process until the returned file is closed.
 
     Raises:
         UserError: another process is running in it, or its file system knows no locks.
@@ -127,14 +127,14 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[s
     """
     refuse_another_run(run_dir, config, free)
     held = held or lock(run_dir)
-    # Once more: another run may have begun, and ended, since.
+    # Again: another run may have started and ended in between.
     refuse_another_run(run_dir, config, free)
     write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return held
 
 
 def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset()) -> None:
-    """Look whether a run with this configuration may go on, or begin, in a directory; ``free`` keys may differ.
+    """Check that a run with this configuration may start or resume in a directory; ``free`` keys may differ.
 
     Raises:
         UserError: the directory holds a run with another configuration, or something else.
@@ -164,7 +164,7 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
 
 
 def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
-    """Look at another run's step 0 before taking it as ours.
+    """Check that another run's step 0 can be this run's.
 
     Raises:
         UserError: it is not finished, or learnt something else than ``mine``.
@@ -179,7 +179,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Take another run's finished step as ours, in place of what a run left that was killed before its first save."""
+    """Copy another run's finished step, replacing what a run left that was killed before its first save."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))

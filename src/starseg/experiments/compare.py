@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from starseg.config import RunConfig, load_config, override
-from starseg.engine.rundir import FREE_KEYS, differences, resolve
-from starseg.engine.runner import train
+from starseg.engine.rundir import FREE_KEYS, differences
+from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
+from starseg.experiments.train import train
+from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import write_page
 from starseg.utils.files import read_json, write_atomic
@@ -30,7 +31,7 @@ _DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", "seconds a step"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """Runs of a comparison.
 
     Attributes:
         runs: one configuration per method and seed, those that train a shared base step first.
@@ -60,7 +61,11 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
 
     def configured(method: str, seed: int, *more: str) -> RunConfig:
         place = out / run_name(method, seed)
-        return load_config(config, [*overrides, f"method={method}", f"seed={seed}", override("out", str(place)), *more])
+        found = load_config(
+            config, [*overrides, f"method={method}", f"seed={seed}", override("out", str(place)), *more]
+        )
+        check_method(found)
+        return found
 
     for seed in seeds:
         owners: dict[str, RunConfig] = {}
@@ -103,15 +108,14 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
 
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:
-    """What decides how step 0 is trained, beside the method."""
-    method = METHODS[config.method](method_options(config.method, config))
-    resolved = resolve(config, method.defaults(config.data.dataset, config.task.name))
-    options = resolved.method_section(METHODS[config.method].section)
+    """Return the settings besides the method that determine the training of step 0."""
+    resolved, method = resolve_config(config)
+    options = resolved.method_section(method.section)
     return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
 
 
 def run_plan(plan: Plan, console: Console) -> list[str]:
-    """Train what is not finished yet; a broken run goes on, and one that fails does not stop the others.
+    """Train the unfinished runs, resuming interrupted ones; a failing run does not stop the others.
 
     Returns:
         The names of runs that failed.

@@ -1,4 +1,4 @@
-"""The demo: STAR, fine-tuning and joint training on a small drawn data set, on a CPU, with nothing to download."""
+"""Demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, without downloads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 
 from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
-from starseg.engine.runner import train
 from starseg.errors import UserError
+from starseg.experiments.train import train
 from starseg.report.page import write_report
 from starseg.report.tables import comparison_table
 from starseg.utils.files import read_json

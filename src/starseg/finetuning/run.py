@@ -1,4 +1,4 @@
-"""One more step from a folder of one's own, on top of a step directory or as a first step."""
+"""Learning of a step from a user's folder, on top of a step directory or as a first step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from starseg.data.images import image_size
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
-from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run, resolve
+from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run
 from starseg.engine.runner import Runner
+from starseg.engine.setup import resolve_config
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.finetuning.defaults import FIRST, LATER, batch_size, crop_size, replay_share
 from starseg.finetuning.prepare import LearnRequest, PreparedStep, SourceStep, open_source_step, prepare_step
 from starseg.finetuning.preview import before_after_table, print_preview
-from starseg.methods import METHODS, method_options
 from starseg.models.encoders import make_backbone
+from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
 from starseg.utils.files import read_json, write_json
 
@@ -114,7 +115,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
     """Whether the prepared data are in the run directory already.
 
     Raises:
-        UserError: others are, and a step of them has begun.
+        UserError: others are, and a step on them was started.
     """
     target = run / FOLDER
     if not target.is_dir():
@@ -129,10 +130,9 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
 
 
 def _check_same_data(config: RunConfig, prepared: Path) -> None:
-    """Refuse a run directory in which a step of another prepared_step, or of this one with other options, has begun."""
+    """Refuse a run directory with a started step on other prepared data, or with other options."""
     _holds_prepared(config.run_dir, prepared)
-    method = METHODS[config.method](method_options(config.method, config))
-    refuse_another_run(config.run_dir, resolve(config, method.defaults(config.data.dataset, config.task.name)))
+    refuse_another_run(config.run_dir, resolve_config(config)[0])
 
 
 def _install(prepared: Path, run: Path) -> None:
@@ -147,7 +147,7 @@ def _install(prepared: Path, run: Path) -> None:
 
 
 def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfig, console: Console) -> None:
-    """Put the step to go on from into the run directory, scored on the validation images like the new one will be."""
+    """Copy the source step into the run directory, evaluated on the validation images of the new step."""
     info = source.info
     target = config.run_dir / f"step_{info.step}"
     if checkpoint.is_finished(target):
@@ -175,12 +175,8 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
     if source:
         run.mkdir()
         adopt(source.folder, run / f"step_{step - 1}")
-    runner = Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1))
-    try:
+    with Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1)) as runner:
         return runner.seconds_per_iteration(step, _TRIAL)
-    finally:
-        if runner.lock:
-            runner.lock.close()
 
 
 def before_after(run: Path) -> dict[str, Any]:
@@ -215,7 +211,7 @@ def before_after(run: Path) -> dict[str, Any]:
 
 
 def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Path | None:
-    """Learn the classes of a folder; the same request goes on where a broken one stopped.
+    """Learn the classes of a folder; an interrupted request resumes when repeated.
 
     Args:
         request: what from what.
@@ -226,7 +222,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         The step directory; None for a dry run.
 
     Raises:
-        UserError: anything in the input that must be mended first.
+        UserError: anything in the input that must be corrected first.
     """
     source = open_source_step(request.source, request.method) if request.source else None
     _refuse_out(request)
@@ -251,7 +247,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         if source:
             _take_over(source, prepared_step, config, console)
         step = len(prepared_step.steps) - 1
-        run = Runner(config, console, range(step, step + 1), lock=held).run()
+        listeners = [print_results(console)]
+        with Runner(config, console, range(step, step + 1), listeners=listeners, lock=held) as runner:
+            run = runner.run()
     figures = before_after(run)
     write_json(run / FOLDER / "before_after.json", figures)
     console.print(before_after_table(figures))

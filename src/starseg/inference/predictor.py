@@ -20,7 +20,8 @@ from torchvision.transforms.v2.functional import crop
 from torchvision.transforms.v2.functional import resize as resize_image
 
 from starseg.data.images import image_tensor, read_image
-from starseg.engine.checkpoint import StepInfo, load_model
+from starseg.engine.checkpoint import StepInfo
+from starseg.engine.formats import open_network
 from starseg.errors import UserError
 from starseg.methods import METHODS
 from starseg.models import Segmenter
@@ -268,19 +269,15 @@ def load(path: str | Path, device: str = "auto") -> Predictor:
     """The model of a step directory or published checkpoint, ready to predict.
 
     Args:
-        path: a run's ``step_<t>`` directory, or a published checkpoint (.pth) with its config.json beside it.
+        path: a run's ``step_<t>`` directory, or a file in a registered format (:mod:`starseg.engine.formats`): a
+            published checkpoint (.pth) with its config.json beside it.
         device: "cpu", "cuda", another name of torch's, or "auto": a GPU where there is one.
 
     Raises:
         UserError: no step directory, damaged files, or no such device.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if Path(path).suffix == ".pth":
-        from starseg.compat.weights import open_checkpoint
-
-        model, info, _ = open_checkpoint(Path(path))
-    else:
-        model, info = load_model(Path(path))
+    model, info = open_network(Path(path))
     try:
         return Predictor(model.to(name), info)
     except (RuntimeError, AssertionError) as error:

@@ -21,8 +21,8 @@ from starseg.data.datasets.voc import VOC_NAMES
 from starseg.data.images import read_image, read_mask, refuse_other_size
 from starseg.data.index import pixels_per_id, unknown_ids
 from starseg.engine.run_data import RunData, task_on
+from starseg.engine.setup import make_method
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
 from starseg.utils.machine import cores
 from starseg.utils.progress import bar
 
@@ -158,7 +158,7 @@ def check_data(config: RunConfig, console: Console) -> Report:
     """
     start = time.monotonic()
     dataset = list_dataset(config.data)
-    task = task_on(dataset, config, METHODS[config.method](method_options(config.method, config)))
+    task = task_on(dataset, config, make_method(config))
     pixels, broken = {}, []
     for name, split in dataset.splits.items():
         rows = np.zeros((len(split), 256), np.int32)

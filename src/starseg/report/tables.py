@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+from starseg.engine.events import Listener, StepFinished
 
 GROUPS = ("old", "new", "all", "harmonic")
 
@@ -35,6 +37,15 @@ def iou_table(results: Mapping[str, Any]) -> Group:
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
     table.add_row("pixel accuracy", *(percent(s["pixel_accuracy"]["all"]) for s in steps))
     return Group(Text(title), table, *(Text(f"note: {note}") for note in run.get("notes", [])))
+
+
+def print_results(console: Console) -> Listener:
+    """A listener that prints the table of a run's results whenever a step is finished."""
+
+    def show(event: StepFinished) -> None:
+        console.print(iou_table(event.results))
+
+    return show
 
 
 def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:

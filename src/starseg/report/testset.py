@@ -18,8 +18,9 @@ from starseg.data.samples import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model, runs_below
 from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.run_data import RunData, dataset_and_task
+from starseg.engine.setup import make_method
 from starseg.errors import UserError
-from starseg.methods import METHODS, Method, method_options
+from starseg.methods import Method
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
 from starseg.tasks import TaskSequence
@@ -93,7 +94,7 @@ def run_data(run: Path) -> tuple[RunConfig, Method, Dataset, TaskSequence]:
         UserError: no config.yaml, or the data set is not where it says.
     """
     config = load_config(run / "config.yaml")
-    method = METHODS[config.method](method_options(config.method, config))
+    method = make_method(config)
     return config, method, *dataset_and_task(config, method)
 
 

@@ -14,11 +14,11 @@ from starseg.errors import Stopped, message
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end with exit code 143 and 130 and say how to go on."""
+    """Exit with code 143 on SIGTERM and 130 on Ctrl-C, with a message on how to resume."""
     try:
         yield
     except (KeyboardInterrupt, Stopped) as stop:
-        Console(stderr=True).print("stopped; what was done is kept, the same command goes on from there")
+        Console(stderr=True).print("stopped; progress is saved, rerun the same command to resume")
         raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
 
 

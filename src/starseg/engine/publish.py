@@ -1,0 +1,71 @@
+"""What a run publishes: step directories and results.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fabric import Fabric
+
+from starseg.engine import checkpoint
+from starseg.engine.setup import PreparedRun
+from starseg.engine.state import clear
+from starseg.engine.step import TrainedStep
+from starseg.utils.files import read_json, write_json
+
+
+def step_info(run: PreparedRun, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:
+    """What model.json says of a step of this run."""
+    config, task = run.config, run.task
+    return checkpoint.StepInfo(
+        backbone=config.model.backbone,
+        output_stride=config.model.output_stride,
+        head_sizes=head_sizes,
+        names=list(task.class_names(step)),
+        dataset_ids=list(task.dataset_ids(step)),
+        method=config.method,
+        dataset=run.data.dataset.key,
+        task=task.name,
+        setting=task.setting,
+        step=step,
+        seed=config.seed,
+        compat=config.compat,
+        base=task.base,
+        crop=config.data.crop,
+        test_fill=run.data.dataset.test_fill,
+        lead=list(run.method.layout.lead),
+        conv_heads=run.method.layout.conv,
+    )
+
+
+def publish_step(run: PreparedRun, trained: TrainedStep) -> None:
+    """Write a trained step into its directory and remove the training state; metrics.json comes last."""
+    step, memory, folder = trained.step, trained.memory, run.step_dir(trained.step)
+    if run.config.memory.size and step:
+        memory.save(folder, run.step_dir(step - 1), step, run.config.memory.copy_files)
+    info = step_info(run, step, trained.model.head_sizes)
+    checkpoint.save_step(folder, trained.model, info, trained.bank, trained.metrics)
+    clear(folder)
+
+
+def write_results(run: PreparedRun, fabric: Fabric) -> dict[str, Any]:
+    """Rewrite results.json from the finished steps; its content."""
+    steps = [folder for t in range(len(run.task)) if checkpoint.is_finished(folder := run.step_dir(t))]
+    results = {
+        "run": {
+            "method": run.config.method,
+            "dataset": run.data.dataset.key,
+            "task": run.task.name,
+            "setting": run.task.setting,
+            "seed": run.config.seed,
+            "compat": run.config.compat,
+            "crop": run.config.data.crop,
+            "precision": str(fabric._precision.precision),
+            "notes": run.notes,
+            "steps": len(run.task),
+        },
+        "steps": [
+            {k: v for k, v in read_json(s / "metrics.json").items() if k not in ("confusion", "files")} for s in steps
+        ],
+    }
+    write_json(run.config.run_dir / "results.json", results)
+    return results

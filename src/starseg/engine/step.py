@@ -1,0 +1,292 @@
+"""One step of a run: its context, its training from the last saved state on, and its evaluation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric, seed_everything
+from lightning_fabric.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import Tensor
+
+from starseg.data.loader import LoaderEpoch
+from starseg.data.samples import Batch, sample_seed
+from starseg.engine import checkpoint
+from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.exemplars import Memory, choose_memory, confident_classes
+from starseg.engine.fit import StepTraining, to_device
+from starseg.engine.guard import Guard
+from starseg.engine.launch import average_buffers, synchronise_norm
+from starseg.engine.metrics import summarize
+from starseg.engine.setup import PreparedRun
+from starseg.engine.state import CURRENT, TrainingState, read_state, set_aside, write_state
+from starseg.errors import UserError
+from starseg.losses.reduction import AllReduceSum
+from starseg.methods import StepContext
+from starseg.models import Segmenter
+from starseg.utils.clock import Clock
+from starseg.utils.progress import bar, track
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """A step that is trained and evaluated, but not published yet.
+
+    Attributes:
+        step: its number.
+        model: in eval mode.
+        memory: its exemplars.
+        bank: the method's state.
+        metrics: content of metrics.json.
+    """
+
+    step: int
+    model: Segmenter
+    memory: Memory
+    bank: dict[str, Tensor]
+    metrics: dict[str, Any]
+
+
+class Step:
+    """One step of a run whose processes are launched.
+
+    Args:
+        run: the prepared run.
+        fabric: its devices and processes.
+        number: of the step.
+        console: where progress is printed.
+        all_reduce_sum: sums over processes.
+        loss_scale: the precision's state at the start of a step.
+    """
+
+    def __init__(
+        self,
+        run: PreparedRun,
+        fabric: Fabric,
+        number: int,
+        console: Console,
+        all_reduce_sum: AllReduceSum,
+        loss_scale: dict[str, Any],
+    ) -> None:
+        self.run, self.config, self.method, self.data = run, run.config, run.method, run.data
+        self.fabric, self.number, self.console = fabric, number, console
+        self.all_reduce_sum, self.loss_scale = all_reduce_sum, loss_scale
+        self.folder, self.leader = run.step_dir(number), fabric.global_rank == 0
+
+    def train(self, guard: Guard) -> TrainedStep:
+        """Train and evaluate the step, from its last saved state on.
+
+        Raises:
+            UserError: it was started with other images, or a loss is NaN or infinite.
+            Stopped: a signal came; the state is saved.
+        """
+        start, phase = time.monotonic(), self.config.train.later if self.number else self.config.train.base
+        assert phase.epochs and phase.lr, "filled in by resolve()"
+        state = self._find_state()
+        ctx, memory = self._context()
+        images = len(self.data.positions(self.number, "train"))
+        new = self.run.task.list_names(self.run.task.new(self.number))
+        self._say(f"learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations")
+        training = self._begin(ctx, phase.epochs, phase.lr)
+        spent = self._fit(training, memory, guard, state)
+        ctx.model.eval()
+        with torch.no_grad(), training.clock.time("statistics"):
+            average_buffers(ctx.model, self.fabric)
+            self.method.end_step(ctx)
+        bank = self.method.state_dict()
+        with training.clock.time("evaluation"):
+            scores = self._evaluate(ctx)
+        self._log_times(training)
+        metrics = scores | {
+            "seconds": round(time.monotonic() - start + spent, 2),
+            "images": images,
+            "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
+            "trainable_parameters": sum(p.numel() for p in ctx.model.parameters() if p.requires_grad),
+            "exemplars": len(memory.files),
+            "exemplar_bytes": memory.nbytes,
+        }
+        return TrainedStep(self.number, ctx.model, memory, bank, metrics)
+
+    def seconds_per_iteration(self, iterations: int = 3) -> float:
+        """Time a few training iterations, of which the first is not counted; nothing is saved."""
+        ctx, memory = self._context()
+        training = self._begin(ctx, 1, 1e-6)
+        ctx.model.train()
+        loader, marks = self.data.train_loader(self.number, range(iterations), True, memory.files), []
+        for batch in itertools.islice(loader, iterations):
+            losses = training.iterate(batch)
+            sum(value.item() for value in losses.values())
+            marks.append(time.monotonic())
+        return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"step {self.number}: {text}", highlight=False, soft_wrap=True)
+
+    def _models(self) -> tuple[Segmenter, Segmenter | None]:
+        """The network to train, its new head added, and the frozen previous one."""
+        config, new = self.config.model, len(self.run.task.new(self.number))
+        if self.number == 0:
+            layout = self.method.layout
+            return Segmenter(config.backbone, [new], config.output_stride, config.pretrained, layout), None
+        previous = self.run.step_dir(self.number - 1)
+        model, _ = checkpoint.load_model(previous)
+        self.method.load_state_dict(checkpoint.load_bank(previous))
+        old = copy.deepcopy(model).requires_grad_(False)
+        model.add_head(new)
+        return model, old
+
+    def _memory(self, old: Segmenter | None) -> Memory:
+        """The step's exemplar memory, chosen with the previous step's model."""
+        size, previous = self.config.memory.size, self.run.step_dir(self.number - 1)
+        if not size or old is None:
+            return Memory()
+        data = self.data
+
+        def found(earlier: int) -> Tensor:
+            loader = data.train_loader(earlier, ["memory"], drop_last=False)
+            batches = self._scan(old, loader, f"step {self.number} scan for exemplars")
+            return self.all_reduce_sum(
+                confident_classes(old, batches, data.positions(earlier, "train"), self.method.confident)
+            )
+
+        with torch.no_grad():
+            seed = sample_seed(self.config.seed, self.number, "memory")
+            memory = choose_memory(data, self.number, size, previous, seed, found)
+        self._say(f"{len(memory.files)} old images as exemplars")
+        return memory
+
+    def _context(self) -> tuple[StepContext, Memory]:
+        """What the method is told of the step, and the step's exemplar memory."""
+        fabric, step, seed = self.fabric, self.number, self.config.seed
+        seed_everything(sample_seed(seed, step) % 2**32, verbose=False)
+        model, old = self._models()
+        if fabric.global_rank:
+            seed_everything(sample_seed(seed, step, fabric.global_rank) % 2**32, verbose=False)
+        device = fabric.device
+        old = old.to(device) if old else None
+        memory = self._memory(old)
+        generator = torch.Generator(device).manual_seed(sample_seed(seed, step, "method"))
+        context = StepContext(
+            task=self.run.task,
+            step=step,
+            dataset=self.data.dataset.key,
+            published=self.config.compat == "published",
+            model=model.to(device),
+            old_model=old,
+            iterations=self.data.samples(step, len(memory.files)) // self.config.train.batch_size,
+            scan=lambda name: self._scan(
+                model,
+                self.data.train_loader(step, [name], drop_last=False, exemplars=memory.files),
+                f"step {step} scan {name}",
+            ),
+            generator=generator,
+            all_reduce_sum=self.all_reduce_sum,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
+        )
+        return context, memory
+
+    def _scan(self, model: Segmenter, loader: LoaderEpoch, title: str) -> Iterator[Batch]:
+        for batch in track(self.console, title, loader, len(loader)):
+            yield to_device(batch, model)
+
+    def _begin(self, ctx: StepContext, epochs: int, lr: float) -> StepTraining:
+        """All that precedes the first iteration of a step."""
+        with torch.no_grad():
+            self.method.init_heads(ctx)
+        self.method.freeze(ctx)
+        synchronise_norm(ctx.model.train(), self.fabric)
+        ctx.model.eval()
+        clock = Clock(self.fabric.device)
+        with torch.no_grad(), clock.time("statistics"):
+            self.method.begin_step(ctx)
+        self.fabric.strategy.precision.load_state_dict(self.loss_scale)
+        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock)
+
+    def _find_state(self) -> TrainingState | None:
+        """The state to resume from; None if the step starts from its beginning.
+
+        Damaged files, and the logs of a step none of whose states is intact, are renamed and kept.
+
+        Raises:
+            UserError: the step was started with other images.
+        """
+        found = read_state(self.folder)
+        if found.state:
+            self._check_images(found.state)
+        self.fabric.barrier()  # All processes have read the files, which are renamed now.
+        logs = self.folder / "logs"
+        if found.damaged and not found.state:
+            kept = f"; the logs are kept as {set_aside(logs).name}" if self.leader and logs.is_dir() else ""
+            self._say(f"no intact training state; restarting step {self.number} from its beginning{kept}")
+        elif not found.state and self.leader:
+            shutil.rmtree(logs, ignore_errors=True)
+        if self.leader:
+            for path, reason in found.damaged.items():
+                self._say(f"{path}: {reason}; it is kept as {set_aside(path).name}")
+        return found.state
+
+    def _check_images(self, state: TrainingState) -> None:
+        # Exemplars are left out: another device may choose others.
+        if state.images not in (None, self.data.digest(self.number)):
+            raise UserError(
+                f"{self.folder / CURRENT}: step {self.number} was started with other training images than "
+                f"{self.data.dataset.root} has now; restore the list of images, give another directory with --out, or "
+                f"remove {self.folder} to restart the step"
+            )
+
+    def _fit(self, training: StepTraining, memory: Memory, guard: Guard, state: TrainingState | None) -> float:
+        """Train, from ``state`` on; the seconds spent before."""
+        spent = state.seconds if state else 0.0
+        if state:
+            reset = training.restore(state)
+            self._say(f"resuming at iteration {training.iteration} of {training.total}")
+            if reset:
+                self.console.print(f"[yellow]note:[/] saved on another device; reset: {', '.join(reset)}")
+        purge = training.iteration if state else None
+        logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="", purge_step=purge)
+        epochs = range(training.epochs)
+        loader = self.data.train_loader(self.number, epochs, True, memory.files, start=training.iteration)
+        save = self._saver(training, spent)
+        with bar(self.console, f"step {self.number}", len(loader)) as shown, guard.saving():
+            training.run(loader, shown, logger, guard, save)
+        logger.finalize("success")
+        return spent
+
+    def _saver(self, training: StepTraining, spent: float) -> Callable[[], None]:
+        """What saves the state, as every process calls it."""
+        start, images = time.monotonic(), self.data.digest(self.number)
+
+        def save() -> None:
+            state = training.capture(spent + time.monotonic() - start, images)
+            if self.leader:
+                write_state(self.folder, state)
+
+        return save
+
+    def _log_times(self, training: StepTraining) -> None:
+        """Write to the step's logs where its time went."""
+        if self.leader:
+            logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="")
+            logger.log_metrics(training.clock.scalars(), step=training.iteration)
+            logger.finalize("success")
+
+    def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
+        task, loader = self.run.task, self.data.test_loader(self.number)
+        batches = track(self.console, f"step {self.number} test", loader, len(loader))
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.all_reduce_sum)
+        confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
+        names = task.class_names(self.number)
+        return {
+            "step": self.number,
+            "new_classes": [task.label(c) for c in task.new(self.number)],
+            **summarize(confusion, names, task.base, ctx.published),
+            "confusion": confusion.tolist(),
+        }
