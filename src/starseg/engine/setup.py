@@ -18,6 +18,7 @@ from starseg.engine.run_data import RunData, open_data
 from starseg.engine.rundir import resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
+from starseg.methods.recipes import find_recipe
 from starseg.tasks import TaskSequence
 
 
@@ -108,8 +109,9 @@ def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
     Raises:
         UserError: :func:`check_method` refuses the configuration.
     """
-    method = make_method(config)
-    return resolve(config, method.defaults(config.data.dataset, config.task.name)), method
+    check_method(config)
+    resolved = resolve(config)
+    return resolved, make_method(resolved)
 
 
 def prepare(config: RunConfig, console: Console, steps: range | None = None, *, training: bool = False) -> PreparedRun:
@@ -132,7 +134,7 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None, *, 
         if resolved.train.compile:
             refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
-    notes = method.notes(data.dataset.key)
+    notes = method.notes(find_recipe(resolved, type(method)))
     if training:
         for note in notes:
             console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
+from starseg.config import choices_for
 from starseg.data.loader import LoaderEpoch
 from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
@@ -176,8 +177,7 @@ class Step:
         context = StepContext(
             task=self.run.task,
             step=step,
-            dataset=self.data.dataset.key,
-            published=self.config.compat == "published",
+            choices=choices_for(self.config.compat),
             model=model.to(device),
             old_model=old,
             iterations=self.data.samples(step, len(memory.files)) // self.config.train.batch_size,
@@ -281,12 +281,19 @@ class Step:
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         task, loader = self.run.task, self.data.test_loader(self.number)
         batches = track(self.console, f"step {self.number} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.all_reduce_sum)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum)
         confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
-        names = task.class_names(self.number)
+        choices = ctx.choices
+        scores = summarize(
+            confusion,
+            task.class_names(self.number),
+            task.base,
+            iou_epsilon=choices.iou_epsilon,
+            absent_as_zero=choices.absent_as_zero,
+        )
         return {
             "step": self.number,
             "new_classes": [task.label(c) for c in task.new(self.number)],
-            **summarize(confusion, names, task.base, ctx.published),
+            **scores,
             "confusion": confusion.tolist(),
         }
