@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from starseg.config import dump_config, load_config, parse_config
+from starseg.data.datasets import DATASETS, data_root
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
-from starseg.tasks import published_tasks
 
 TASK = {"task": {"name": "15-1"}}
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
     config = load_config(path)
     method = METHODS[config.method](method_options(config.method, config))
-    dataset, task = path.parent.name, published_tasks(path.parent.name)[path.stem]
+    dataset, task = path.parent.name, DATASETS[path.parent.name].tasks[path.stem]
     assert (config.data.dataset, config.task.name, config.task.setting) == (dataset, path.stem, "overlap")
     assert config.method == ("joint" if path.stem == "joint" else "star")
     assert sum(map(len, task)) == {"voc": 20, "ade": 150}[dataset]
@@ -79,7 +79,7 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
         "voc": ("datasets/PascalVOC2012", (60, 1e-3), (60, 1e-4), 0.0, 4.0),
         "ade": ("datasets/ADE20K", (100, 2.5e-3), (100, 2.5e-4), 0.2, 30.0),
     }[dataset]
-    assert config.data.folder == Path(root)
+    assert data_root(config.data) == Path(root)
     defaults = method.defaults(dataset)
     base, later = ((p.epochs, p.lr) for p in (defaults.base, defaults.later))
     assert [base, later, defaults.warmup, defaults.pos_weight] == schedule
@@ -94,4 +94,4 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
 def test_every_published_protocol_is_shipped() -> None:
     for dataset in ("voc", "ade"):
         shipped = {path.stem for path in (ROOT / "configs" / dataset).glob("*.yaml")}
-        assert shipped == {name for name in published_tasks(dataset) if "_" not in name} - {"1-1"}
+        assert shipped == {name for name in DATASETS[dataset].tasks if "_" not in name} - {"1-1"}

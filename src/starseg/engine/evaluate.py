@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig, change_config, load_config
-from starseg.data.datasets.base import open_dataset
+from starseg.data.datasets import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch

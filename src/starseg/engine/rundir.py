@@ -12,6 +12,7 @@ from weakref import WeakSet
 import yaml
 
 from starseg.config import RunConfig, dump_config
+from starseg.data.datasets import data_root
 from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
@@ -74,7 +75,7 @@ def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
     if "pos_weight" in options and options["pos_weight"] is None:
         options["pos_weight"] = schedule.pos_weight
     # Absolute, so that the run is scored and shown from any folder.
-    data = config.data.model_copy(update={"root": config.data.folder.absolute()})
+    data = config.data.model_copy(update={"root": data_root(config.data).absolute()})
     return config.model_copy(update={"data": data, "train": resolved, "memory": memory, method.section: options})
 
 
