@@ -1,8 +1,8 @@
 """Task sequences: which classes are learnt in which step, and the two kinds of class ids.
 
 *Dataset ids* are the class ids of a data set's spec (0 background, 255 ignore), to which its label map translates the
-values in mask files where they differ. *Training ids* number the classes 1..K in the order of learning, so that everything
-inside starseg is independent of the class order. This module is the only place that translates between them.
+values in mask files where they differ. *Training ids* number the classes 1..K in the order of learning, so that
+everything inside starseg is independent of the class order. This module is the only place that translates between them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Class index: how many pixels of each class every mask holds.
 
-Every file is read once, in parallel, and its pixels of every id on disk are cached. The label map is applied to what the
-cache holds, so changing the map needs no new scan.
+Every file is read once, in parallel, and its pixels of every id on disk are cached. The label map is applied to the
+cached counts, so changing the map needs no new scan.
 """
 
 from __future__ import annotations
