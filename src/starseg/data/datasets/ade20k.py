@@ -78,7 +78,8 @@ def open_ade(root: Path) -> Dataset:
     Raises:
         UserError: the folder has another layout.
     """
-    return ADE.dataset(root, read_split(root, "training"), read_split(root, "validation"), read_names(root))
+    names = read_names(root)
+    return ADE.dataset(root, read_split(root, "training"), read_split(root, "validation"), names)
 
 
 _ORDER = range(1, 1 + ADE_CLASSES)
