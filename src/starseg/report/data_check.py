@@ -183,9 +183,10 @@ def _comparison(report: Report) -> list[str]:
         against = f"; published: {known:,}" + (f", {missing:,} missing" if missing else "") if known else ""
         lines.append(f"{name}: {len(split):,} images{against}")
     if any(map(report.missing, dataset.splits)):
-        lines.append("A subset can be used, but its figures do not compare with published ones. The rest comes from")
-        lines += [f"  {source}" for source in find_dataset(dataset.key).sources]
-        lines.append("  (docs/datasets.md says what goes where)")
+        sources = find_dataset(dataset.key).sources
+        rest = " The rest comes from" if sources else ""
+        lines.append(f"A subset can be used, but its figures do not compare with published ones.{rest}")
+        lines += [f"  {source}" for source in sources]
     return lines
 
 

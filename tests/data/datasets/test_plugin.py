@@ -1,7 +1,9 @@
 """A data set of one's own: examples/cityscapes.py, read through the environment, on a generated miniature."""
 
+import dataclasses
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,6 +91,14 @@ def test_the_example_is_short() -> None:
     lines = EXAMPLE.read_text().split("NAMES = {")
     beside_names = lines[0].split('"""')[2] + lines[1].split("}\n", 1)[1]
     assert sum(bool(line.strip()) for line in beside_names.splitlines()) <= 40
+
+
+def test_the_page_s_code_is_the_example_s() -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "new-dataset.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2 and all(block in EXAMPLE.read_text() for block in blocks)
+    fields = {f.name for f in dataclasses.fields(DatasetSpec)}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == fields
 
 
 def test_the_layout_of_the_example(miniature: Path) -> None:

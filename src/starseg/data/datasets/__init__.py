@@ -64,8 +64,13 @@ def find_dataset(key: str) -> DatasetSpec:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The configured data set's folder, `data.root` or the default."""
-    return config.root or find_dataset(config.dataset).root
+    """The configured data set's folder, `data.root` or the default.
+
+    Raises:
+        UserError: an unknown data set.
+    """
+    default = find_dataset(config.dataset).root
+    return config.root or default
 
 
 def list_dataset(config: DataConfig) -> Dataset:

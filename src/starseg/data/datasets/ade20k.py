@@ -98,6 +98,9 @@ ADE = register_dataset(
             **{name: split_classes(_ORDER, name) for name in ("100-50", "100-10", "100-5", "50-50")},
         },
         images={"training": 20_210, "test": 2_000},
-        sources=("http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",),
+        sources=(
+            "http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",
+            "(docs/datasets.md says what goes where)",
+        ),
     )
 )

@@ -30,7 +30,7 @@ class DatasetSpec:
         tasks: published tasks, class ids of each step by name.
         settings: the settings in which tasks can be run.
         images: published number of images by split ("training", "test").
-        sources: where to get it, a line each.
+        sources: where to get it, as lines of text.
     """
 
     key: str

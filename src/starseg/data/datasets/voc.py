@@ -120,6 +120,7 @@ VOC = register_dataset(
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
             "https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip",
             "https://github.com/cvlab-yonsei/DKD/releases/download/v1.0/train_aug.txt",
+            "(docs/datasets.md says what goes where)",
         ),
     )
 )
