@@ -245,7 +245,7 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         ([], "usage: scripts/train.sh DATASET SETTING TASK"),
-        (["voc", "overlap", "77-1"], "unknown task '77-1'; this data set's are: 1-1, 10-1, "),
+        (["voc", "overlap", "77-1"], "unknown task '77-1' for data set 'voc'; known: 1-1, 10-1, "),
         (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade"),
     ],
 )
