@@ -38,25 +38,27 @@ class LabelMap:
         return cls(classes, frozenset({IGNORE, *ignored}))
 
     @cached_property
-    def _changed(self) -> dict[int, int]:
-        """Class ids of the ids on disk that they differ from, 255 included."""
-        found = {**self.classes, **dict.fromkeys(self.ignored, IGNORE)}
-        return {value: class_id for value, class_id in found.items() if value != class_id}
+    def _class_ids(self) -> dict[int, int]:
+        """Class id, or 255, of every known id on disk."""
+        return {**self.classes, **dict.fromkeys(self.ignored, IGNORE)}
+
+    @cached_property
+    def _identity(self) -> bool:
+        return all(value == class_id for value, class_id in self._class_ids.items())
 
     def compose(self, table: np.ndarray) -> np.ndarray:
-        """Look up ids on disk in a table by class id.
+        """Make a table by class id one by id on disk.
 
         Args:
             table: [256] uint8 by class id, such as :meth:`starseg.tasks.TaskSequence.relabelling`.
 
         Returns:
-            [256] uint8 by id on disk; ``table`` itself where ids on disk are class ids.
+            [256] uint8 by id on disk, unknown ids ignored; ``table`` itself where ids on disk are class ids.
         """
-        if not self._changed:
+        if self._identity:
             return table
-        lookup = np.arange(256)
-        lookup[self.unknown(np.ones(256, np.int32))] = IGNORE
-        lookup[list(self._changed)] = list(self._changed.values())
+        lookup = np.full(256, IGNORE)
+        lookup[list(self._class_ids)] = list(self._class_ids.values())
         return table[lookup]
 
     def class_pixels(self, pixels: np.ndarray) -> np.ndarray:
@@ -68,17 +70,17 @@ class LabelMap:
         Returns:
             [..., 256] by class id, without the unknown ids; ``pixels`` itself where ids on disk are class ids.
         """
-        if not self._changed:
+        if self._identity:
             return pixels
         counted = np.zeros_like(pixels)
-        for value, class_id in {**self.classes, **dict.fromkeys(self.ignored, IGNORE)}.items():
+        for value, class_id in self._class_ids.items():
             counted[..., class_id] += pixels[..., value]
         return counted
 
     def unknown(self, pixels: np.ndarray) -> np.ndarray:
         """Which ids on disk occur, [..., 256] pixels, but are neither a class nor ignored: [..., 256] bool."""
         known = np.zeros(256, bool)
-        known[[*self.classes, *self.ignored]] = True
+        known[list(self._class_ids)] = True
         return (pixels > 0) & ~known
 
     def __str__(self) -> str:
