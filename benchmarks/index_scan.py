@@ -15,11 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from starseg.data.datasets.base import Dataset, Split
-from starseg.data.datasets.voc import VOC_NAMES
+from starseg.data.datasets.base import Split
+from starseg.data.datasets.voc import VOC, VOC_NAMES
 from starseg.data.index import class_index
 from starseg.data.selection import select_images
-from starseg.tasks import make_task
 
 
 def main(archive: Path, ids: Path) -> None:
@@ -31,14 +30,14 @@ def main(archive: Path, ids: Path) -> None:
         stems = tuple(ids.read_text().split())
         masks = tuple(root / "SegmentationClassAug" / f"{stem}.png" for stem in stems)
         split = Split(masks, masks, stems)
-        dataset = Dataset("voc", root, tuple(VOC_NAMES), split, split, 0)
+        dataset = VOC.dataset(root, split, split)
         for name in ("first scan", "cached start"):
             start = time.perf_counter()
             pixels = class_index(dataset, split)
             print(f"{name} of {len(masks)} masks: {time.perf_counter() - start:.2f} s")
     for name in ("19-1", "15-5", "15-1", "10-1", "5-3"):
         for setting in ("overlap", "disjoint"):
-            task = make_task("voc", VOC_NAMES, name, setting=setting)
+            task = VOC.task(VOC_NAMES, name, setting=setting)
             counts = [len(select_images(pixels, task, t, "train")) for t in range(len(task))]
             print(f"{name:5} {setting:9} {', '.join(map(str, counts))}")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from starseg.data.annotations.photos import save_mask
 from starseg.data.datasets.base import Dataset, Split
-from starseg.data.datasets.folder import save_mask
 from starseg.data.datasets.voc import open_voc
 from starseg.data.images import read_mask
 from starseg.data.index import class_index

@@ -14,9 +14,9 @@ python=${PYTHON:-python}
 if [[ $dataset == ade ]]; then gpu=0,1 bs=12 init_lr=0.0025 lr=0.00025; else gpu=0 bs=24 init_lr=0.001 lr=0.0001; fi
 steps=$("$python" -c '
 import sys
-from starseg.tasks import published_tasks
+from starseg.data.datasets import DATASETS
 dataset, task = sys.argv[1:]
-tables = published_tasks(dataset)
+tables = DATASETS[dataset].tasks if dataset in DATASETS else {}
 if not tables:
     sys.exit(f"scripts/train.sh: unknown data set {dataset!r}; known: voc, ade")
 if task not in tables:

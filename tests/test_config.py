@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from starseg.config import dump_config, load_config, parse_config
+from starseg.data.datasets import DATASETS, data_root
 from starseg.engine.rundir import resolve
 from starseg.engine.setup import check_method
 from starseg.errors import UserError
 from starseg.methods import method_options
-from starseg.tasks import published_tasks
 
 TASK = {"task": {"name": "15-1"}}
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
     config = load_config(path)
-    dataset, task = path.parent.name, published_tasks(path.parent.name)[path.stem]
+    dataset, task = path.parent.name, DATASETS[path.parent.name].tasks[path.stem]
     assert (config.data.dataset, config.task.name, config.task.setting) == (dataset, path.stem, "overlap")
     assert config.method == ("joint" if path.stem == "joint" else "star")
     assert sum(map(len, task)) == {"voc": 20, "ade": 150}[dataset]
@@ -73,7 +73,7 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
         "voc": ("datasets/PascalVOC2012", (60, 1e-3), (60, 1e-4), 0.0, 4.0),
         "ade": ("datasets/ADE20K", (100, 2.5e-3), (100, 2.5e-4), 0.2, 30.0),
     }[dataset]
-    assert config.data.folder == Path(root)
+    assert data_root(config.data) == Path(root)
     resolved = resolve(config)
     base, later = ((p.epochs, p.lr) for p in (resolved.train.base, resolved.train.later))
     pos_weight = resolved.method_section(config.method)["pos_weight"]
@@ -89,4 +89,4 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
 def test_every_published_protocol_is_shipped() -> None:
     for dataset in ("voc", "ade"):
         shipped = {path.stem for path in (ROOT / "configs" / dataset).glob("*.yaml")}
-        assert shipped == {name for name in published_tasks(dataset) if "_" not in name} - {"1-1"}
+        assert shipped == {name for name in DATASETS[dataset].tasks if "_" not in name} - {"1-1"}

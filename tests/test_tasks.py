@@ -6,19 +6,20 @@ from hypothesis import strategies as st
 from starseg.errors import UserError
 from starseg.tasks import TaskSequence, make_task
 
+TABLES = {"15-1": ((1, 2), (3,)), "joint": ((1, 2, 3, 4, 5),)}
 NAMES = ("background", "ant", "bee", "cat", "dog", "eel")
 
 
 def test_names_and_ids_give_the_same_task() -> None:
-    by_name = make_task("voc", NAMES, steps=[["dog", "ant"], ["bee"]])
-    assert by_name == make_task("voc", NAMES, steps=[[4, 1], [2]])
+    by_name = make_task(TABLES, NAMES, steps=[["dog", "ant"], ["bee"]])
+    assert by_name == make_task(TABLES, NAMES, steps=[[4, 1], [2]])
     assert by_name.class_names(1) == ("background", "dog", "ant", "bee")
     assert by_name.dataset_ids(1) == (0, 4, 1, 2)
     assert by_name.base == 2
 
 
 def test_joint_exists_for_every_data_set() -> None:
-    assert make_task("folder", NAMES, "joint").steps == ((1, 2, 3, 4, 5),)
+    assert make_task({}, NAMES, "joint").steps == ((1, 2, 3, 4, 5),)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_joint_exists_for_every_data_set() -> None:
 )
 def test_bad_tasks_are_refused(name: str | None, steps: list | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_task("voc", NAMES, name, steps)
+        make_task(TABLES, NAMES, name, steps)
 
 
 @given(st.permutations(range(1, 21)), st.lists(st.integers(1, 6), min_size=1, max_size=8), st.data())

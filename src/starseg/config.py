@@ -34,17 +34,15 @@ def _no_path(name: str) -> str:
 Label = Annotated[str, AfterValidator(_no_path)]
 """Text that a folder is named by, so that it cannot lead out of the folder above."""
 
-_ROOTS = {"voc": Path("./datasets/PascalVOC2012"), "ade": Path("./datasets/ADE20K"), "folder": Path("./learn")}
-
 
 class DataConfig(Strict):
     """`data`: which images and how they are read."""
 
-    dataset: Literal["voc", "ade", "folder"] = "voc"
-    """Layout of the data on disk (docs/datasets.md); "folder": what `starseg learn` prepares (docs/learn.md)."""
+    dataset: Label = "voc"
+    """A registered data set: "voc", "ade" (docs/datasets.md), "folder" (what `starseg learn` prepares, docs/learn.md),
+    or one of your own (docs/new-dataset.md)."""
     root: Path | None = None
-    """The data set's folder; by default ./datasets/PascalVOC2012, ./datasets/ADE20K or ./learn; read it from
-    `folder`."""
+    """The data set's folder; by default ./datasets/PascalVOC2012, ./datasets/ADE20K, ./learn, or what its spec says."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
     lists: Path | None = None
@@ -56,11 +54,6 @@ class DataConfig(Strict):
     cache: Literal["off", "auto", "ram"] = "off"
     """Keep decoded training images and masks in memory: "auto" if they take at most half of what is available; "ram"
     refuses to start where they do not fit. It never changes a result."""
-
-    @property
-    def folder(self) -> Path:
-        """The data set's folder, given or by default."""
-        return self.root or _ROOTS[self.dataset]
 
 
 class TaskConfig(Strict):

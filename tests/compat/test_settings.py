@@ -8,9 +8,9 @@ import pytest
 from starseg.compat import commands
 from starseg.compat.settings import parse_published, read_published, set_key
 from starseg.config import load_config
+from starseg.data.datasets import DATASETS
 from starseg.engine.setup import resolve_config
 from starseg.errors import UserError
-from starseg.tasks import published_tasks
 
 ROOT = Path(__file__).parents[2]
 README = {"voc": (1e-3, 1e-4, 24), "ade": (2.5e-3, 2.5e-4, 24)}
@@ -27,7 +27,7 @@ def _resolved(config: object) -> dict:
 @pytest.mark.parametrize("setting", ["overlap", "disjoint"])
 @pytest.mark.parametrize(
     ("dataset", "task"),
-    [(d, t) for d in README for t in published_tasks(d) if "_" not in t and t not in ("1-1", "joint")],
+    [(d, t) for d in README for t in DATASETS[d].tasks if "_" not in t and t not in ("1-1", "joint")],
 )
 def test_yaml_and_json_with_the_readmes_flags_are_the_same_run(dataset: str, task: str, setting: str) -> None:
     first, later, batch = README[dataset]

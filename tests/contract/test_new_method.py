@@ -17,8 +17,9 @@ from starseg.data.samples import Batch
 from starseg.engine.setup import check_method
 from starseg.errors import UserError
 from starseg.losses.star import upsample
-from starseg.methods import METHODS, SigmoidMethod, StepContext, load_files, register_method
+from starseg.methods import METHODS, SigmoidMethod, StepContext, register_method
 from starseg.methods.protocol import Network
+from starseg.utils.plugins import load_files
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
 
@@ -42,10 +43,10 @@ def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, m
     path = tmp_path / "own_method.py"
     monkeypatch.setenv("STARSEG_METHODS", str(path))
     with pytest.raises(UserError, match=r"own_method\.py is no Python file"):
-        load_files()
+        load_files("STARSEG_METHODS")
     path.write_text("import nothing_of_that_name")
     with pytest.raises(UserError, match=r"own_method\.py cannot be loaded: ModuleNotFoundError"):
-        load_files()
+        load_files("STARSEG_METHODS")
     path.write_text(
         "from starseg.methods import SigmoidMethod, register_method\n"
         "register_method('own')(type('Own', (SigmoidMethod,), {}))"

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from starseg.config import DataConfig
 from starseg.data import index as index_module
-from starseg.data.datasets.base import Split, open_dataset
+from starseg.data.datasets import Split, open_dataset
 from starseg.data.datasets.voc import open_voc
 from starseg.data.images import image_tensor
 from starseg.data.index import cache_dir, class_index

@@ -103,12 +103,13 @@ def test_a_base_step_with_other_heads_is_refused(shapes: Path, tmp_path: Path) -
 def test_broken_entry_points_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
-    from starseg import methods
+    from starseg.methods import ENTRY_POINTS
+    from starseg.utils import plugins
 
-    broken = EntryPoint("mine", "no_such_module_of_mine", methods.ENTRY_POINTS)
-    monkeypatch.setattr(methods, "entry_points", lambda group: [broken])
+    broken = EntryPoint("mine", "no_such_module_of_mine", ENTRY_POINTS)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [broken])
     with pytest.raises(UserError, match="method 'mine' of the installed package"):
-        methods.load_entry_points()
+        plugins.load_entry_points(ENTRY_POINTS, "method")
 
 
 def test_memories_and_groups_of_the_methods() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.data.annotations.classlist import read_classes
-from starseg.data.datasets.folder import pair_files
+from starseg.data.annotations.photos import pair_files
 from starseg.data.images import read_mask
 from starseg.engine.checkpoint import load_info
 from starseg.errors import UserError

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.data.annotations.classlist import read_classes
-from starseg.data.datasets.folder import open_folder, read_indices, split_images
+from starseg.data.annotations.photos import read_indices, split_images
+from starseg.data.datasets.folder import open_folder
 from starseg.data.images import read_mask
 from starseg.data.palette import IGNORE_COLOUR, paint
 from starseg.data.samples import Batch

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.data.annotations.classlist import read_classes
-from starseg.data.datasets.folder import pair_files, read_indices
+from starseg.data.annotations.photos import pair_files, read_indices
 from starseg.errors import UserError
 from starseg.finetuning.prepare import LearnRequest, prepare_step
 from starseg.finetuning.run import learn

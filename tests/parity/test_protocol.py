@@ -8,12 +8,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from parity.golden import arrays, cases, document, tensors
+from starseg.data.datasets import DATASETS
 from starseg.data.selection import select_images
 from starseg.engine.fit import lr_factor
 from starseg.engine.metrics import summarize
 from starseg.methods import METHODS
 from starseg.models.prediction import LargestLogit
-from starseg.tasks import TaskSequence, published_tasks
+from starseg.tasks import TaskSequence
 
 FIGURES = {
     "Pixel_Accuracy": "pixel_accuracy",
@@ -78,7 +79,7 @@ def test_schedule(case: str) -> None:
 
 def test_tasks() -> None:
     for dataset, want in document("tasks").items():
-        got = {name: {str(i): list(s) for i, s in enumerate(t)} for name, t in published_tasks(dataset).items()}
+        got = {name: {str(i): list(s) for i, s in enumerate(t)} for name, t in DATASETS[dataset].tasks.items()}
         assert got == want
 
 

@@ -24,7 +24,7 @@ from torchvision.transforms import functional as F
 from starseg.bench.run import alternate
 from starseg.config import DataConfig
 from starseg.data.cache import ImageCache, decoded_shapes
-from starseg.data.datasets.base import Split
+from starseg.data.datasets import Split, data_root
 from starseg.data.images import read_image, read_mask
 from starseg.data.loader import collate
 from starseg.data.palette import voc_palette
@@ -48,7 +48,7 @@ def write_files(folder: Path, count: int) -> tuple[Split, str]:
     Returns:
         The files, and what they are.
     """
-    root = DataConfig().folder
+    root = data_root(DataConfig())
     found = sorted(root.glob("SegmentationClass/*.png"))[:count]
     images, masks = [folder / f"{i}.jpg" for i in range(count)], [folder / f"{i}.png" for i in range(count)]
     for i, (image_file, mask_file) in enumerate(zip(images, masks, strict=True)):

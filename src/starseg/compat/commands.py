@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
+from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
 from starseg.utils.terminal import reporting_errors, resumable
 
-_NAMES = {"voc": "PASCAL VOC 2012", "ade": "ADE20K"}
 # Flags of training that set a key of the configuration.
 _KEYS: dict[tuple[str, ...], tuple[str, type]] = {
     ("--dist_url",): ("dist_url", str),
@@ -47,7 +47,7 @@ _EVAL_FLAGS = ("--dist_url", "--save_dir", "--name", "--data_root")
 
 def _parser(dataset: str, training: bool) -> argparse.ArgumentParser:
     what = "Train one step of" if training else "Evaluate a checkpoint of"
-    parser = argparse.ArgumentParser(description=f"{what} STAR on {_NAMES[dataset]} (docs/published.md).")
+    parser = argparse.ArgumentParser(description=f"{what} STAR on {DATASETS[dataset].title} (docs/published.md).")
     add = parser.add_argument
     add("-c", "--config", type=Path, help=f"JSON configuration, such as configs/config_{dataset}.json")
     add("-r", "--resume", type=Path, help="checkpoint-epoch<E>.pth, with its config.json beside it")
@@ -122,7 +122,7 @@ def _config(args: argparse.Namespace, dataset: str) -> PublishedConfig:
     config = parse_published(tree, str(source))
     if config.dataset != dataset:
         other = f"{Path(sys.argv[0]).stem.split('_')[0]}_{config.dataset}.py"
-        raise UserError(f"{source}: data_loader.type is for {_NAMES[config.dataset]}; take {other}")
+        raise UserError(f"{source}: data_loader.type is for {DATASETS[config.dataset].title}; take {other}")
     return config
 
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starseg.config import Label, RunConfig, explain, parse_config
+from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
-from starseg.tasks import published_tasks
 
-# What classes not learnt yet become in test labels.
-TEST_FILL = {"voc": 0, "ade": 255}
+_DATASETS = {"VOCIncrementalDataLoader": "voc", "ADEIncrementalDataLoader": "ade"}
+"""Our data set of each published loader."""
 
 
 class _Keys(BaseModel):
@@ -159,8 +159,8 @@ class PublishedConfig(_Keys):
     """Ours: "published" restores the published code's numerical choices (docs/fidelity.md)."""
 
     @property
-    def dataset(self) -> Literal["voc", "ade"]:
-        return "ade" if self.data_loader.type.startswith("ADE") else "voc"
+    def dataset(self) -> str:
+        return _DATASETS[self.data_loader.type]
 
     @property
     def task(self) -> Task:
@@ -234,7 +234,7 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
         raise UserError(f"{source}:\n{explain(error, PublishedConfig)}") from error
     args = config.data_loader.args
     crop = args.train.args.transform_args.crop_size
-    fill = TEST_FILL[config.dataset]
+    fill = DATASETS[config.dataset].test_fill
     for key, given, wanted in (
         ("data_loader.args.train.args.masking_value", args.train.args.masking_value, 0),
         ("data_loader.args.val.args.masking_value", args.val.args.masking_value, fill),
@@ -244,7 +244,7 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
     ):
         if given != wanted:
             raise UserError(f"{source}:\n{key}: expected {wanted}, as published for this data set, got {given}")
-    steps = published_tasks(config.dataset).get(config.task.name)
+    steps = DATASETS[config.dataset].tasks.get(config.task.name)
     if steps and config.task.step >= len(steps):
         raise UserError(
             f"{source}:\ndata_loader.args.task.step (--task_step): expected less than {len(steps)}, as task "

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starseg.compat.settings import TEST_FILL, PublishedConfig, parse_published, published_tree
+from starseg.compat.settings import PublishedConfig, parse_published, published_tree
 from starseg.config import RunConfig
-from starseg.data.datasets.base import list_dataset
-from starseg.data.datasets.voc import VOC_NAMES
+from starseg.data.datasets import DATASETS, list_dataset
 from starseg.engine.checkpoint import StepInfo
 from starseg.errors import UserError
 from starseg.models import Segmenter
 from starseg.replay.bank import PrototypeBank
-from starseg.tasks import make_task
 from starseg.utils.files import write_atomic
 
 _HEADS = {"cls.": "heads."}
@@ -70,7 +68,7 @@ def _class_names(run: RunConfig) -> tuple[str, ...]:
     try:
         return list_dataset(run.data).names
     except UserError:
-        return tuple(VOC_NAMES) if run.data.dataset == "voc" else ("other", *map(str, range(1, 151)))
+        return DATASETS[run.data.dataset].names
 
 
 def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, StepInfo]:
@@ -88,7 +86,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
     sizes = [len(state[f"cls.{t}.weight"]) for t in range(heads) if f"cls.{t}.weight" in state]
     run = config.to_run()
     dataset = run.data.dataset
-    task = make_task(dataset, _class_names(run), config.task.name, setting=config.task.setting)
+    task = DATASETS[dataset].task(_class_names(run), config.task.name, setting=config.task.setting)
     step = len(sizes) - 1
     expected = [len(task.new(t)) for t in range(len(task))][: step + 1]
     if not sizes or sizes != expected:
@@ -115,7 +113,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         compat=config.compat,
         base=task.base,
         crop=run.data.crop,
-        test_fill=TEST_FILL[dataset],
+        test_fill=DATASETS[dataset].test_fill,
     )
     return model.eval().to(memory_format=torch.channels_last), info
 

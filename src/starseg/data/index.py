@@ -1,4 +1,8 @@
-"""Class index: how many pixels of each id every mask holds; every file read once in parallel, counts cached on disk."""
+"""Class index: how many pixels of each class every mask holds.
+
+Every file is read once, in parallel, and its pixels of every id on disk are cached. The label map is applied to the
+cached counts, so changing the map needs no new scan.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from rich.console import Console
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
-from starseg.tasks import IGNORE
 from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
 
@@ -64,35 +67,28 @@ def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> n
         return np.stack(list(pool.map(_count, masks, beside, chunksize=max(1, min(256, len(masks) // 8)))))
 
 
-def unknown_ids(pixels: np.ndarray, classes: int) -> np.ndarray:
-    """Which ids are neither one of ``classes`` (the background included) nor 255: [..., 256] bool."""
-    known = np.zeros(256, bool)
-    known[:classes] = known[IGNORE] = True
-    return (pixels > 0) & ~known
-
-
 def class_index(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels of every id in every mask of a split.
+    """Pixels of every class in every mask of a split.
 
     Returns:
-        [len(split), 256] int32; ``index > 0`` is the presence matrix.
+        [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix.
 
     Raises:
-        UserError: an image or mask is unreadable, their sizes differ, or a mask holds ids outside the class list.
+        UserError: an image or mask is unreadable, their sizes differ, or a mask holds ids outside the label map.
     """
     pixels = _cached_scan(dataset, split)
-    unknown = unknown_ids(pixels, len(dataset.names))
+    unknown = dataset.labels.unknown(pixels)
     if (wrong := np.flatnonzero(unknown.any(1))).size:
         raise UserError(
             f"{split.masks[wrong[0]]}: ids {np.flatnonzero(unknown[wrong[0]]).tolist()} are no classes of this data "
-            f"set (0 to {len(dataset.names) - 1}, and 255 for ignored pixels); {wrong.size} of {len(split)} masks hold "
-            "such ids: mend them, or name the classes; `starseg data check` lists them"
+            f"set ({dataset.labels}); {wrong.size} of {len(split)} masks hold such ids: mend them, or name the "
+            "classes; `starseg data check` lists them"
         )
-    return pixels
+    return dataset.labels.class_pixels(pixels)
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
-    """Scan the files, or take the counts from the cache, keyed by their list with sizes and modification times."""
+    """Pixels by id on disk, from the files or the cache, keyed by their list with sizes and modification times."""
     path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing, or damaged in one of many ways
         return file["pixels"]

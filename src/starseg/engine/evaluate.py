@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig, choices_for
-from starseg.data.datasets.base import open_dataset
+from starseg.data.datasets import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch

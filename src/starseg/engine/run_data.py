@@ -15,7 +15,7 @@ from rich.console import Console
 
 from starseg.config import RunConfig
 from starseg.data.cache import make_cache
-from starseg.data.datasets.base import NO_FILES, Dataset, Split, open_dataset
+from starseg.data.datasets import NO_FILES, Dataset, Split, find_dataset, open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PREFETCH, LoaderEpoch, PersistentLoader
 from starseg.data.samples import EpochSampler, StepDataset, extra_map
@@ -23,7 +23,7 @@ from starseg.data.selection import Kind, select_images
 from starseg.errors import UserError
 from starseg.methods import Method
 from starseg.replay.memory import MemoryRule
-from starseg.tasks import TaskSequence, make_task
+from starseg.tasks import TaskSequence
 from starseg.utils.machine import cores, free_shared_memory
 
 # An image, its mask and its saliency map.
@@ -123,7 +123,8 @@ class RunData:
         Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
         """
         seed, kept = (self.config.seed, step), len(exemplars)
-        table = self.task.relabelling(step, "train")
+        labels = self.dataset.labels
+        table = labels.compose(self.task.relabelling(step, "train"))
         all_seen = self.memory is not None and self.memory.labels == "seen"
         split, positions = self.dataset.train, self.positions(step, "train")
         crops = StepDataset(
@@ -133,7 +134,7 @@ class RunData:
             self.config.data.crop,
             seed,
             kept,
-            self.task.relabelling(step, "test") if all_seen else table,
+            labels.compose(self.task.relabelling(step, "test")) if all_seen else table,
             self.maps,
         )
         size, batch = self.samples(step, kept), self.config.train.batch_size
@@ -148,7 +149,7 @@ class RunData:
 
     def test_loader(self, step: int) -> LoaderEpoch:
         full = self.config.eval.image == "full"
-        table = self.task.relabelling(step, "test", self.dataset.test_fill)
+        table = self.dataset.labels.compose(self.task.relabelling(step, "test", self.dataset.test_fill))
         crop = None if full else self.config.data.crop
         images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
         batch = self.world if full else self.config.eval.batch_size
@@ -164,7 +165,7 @@ def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSe
 def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
     """The steps in which ``method`` learns the configured task on a data set."""
     task = config.task
-    return method.sequence(make_task(dataset.key, dataset.names, task.name, task.steps, task.setting))
+    return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
 
 
 def open_data(

@@ -12,6 +12,7 @@ from weakref import WeakSet
 import yaml
 
 from starseg.config import RunConfig, dump_config, parse_config
+from starseg.data.datasets import data_root
 from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
@@ -61,7 +62,8 @@ def resolve(config: RunConfig) -> RunConfig:
     method = METHODS[config.method]
     resolved = apply_recipe(config, method, method_options(config.method, config))
     # Absolute, so that the run is scored and shown from any folder.
-    return resolved.model_copy(update={"data": config.data.model_copy(update={"root": config.data.folder.absolute()})})
+    data = config.data.model_copy(update={"root": data_root(config.data).absolute()})
+    return resolved.model_copy(update={"data": data})
 
 
 def _resolved_tree(tree: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 from starseg.config import RunConfig, load_config
 from starseg.data.annotations.classlist import ClassList, read_classes
 from starseg.data.annotations.coco import Coco, read_coco
-from starseg.data.datasets.folder import Photo, convert_masks, pair_files, split_images, write_list
+from starseg.data.annotations.photos import Photo, convert_masks, pair_files, split_images
+from starseg.data.datasets.folder import write_list
 from starseg.data.samples import sample_seed
 from starseg.engine import checkpoint
 from starseg.errors import UserError

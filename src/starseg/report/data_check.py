@@ -16,25 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from starseg.config import RunConfig
-from starseg.data.datasets.base import Split, list_dataset
-from starseg.data.datasets.voc import VOC_NAMES
+from starseg.data.datasets import Split, find_dataset, list_dataset
 from starseg.data.images import read_image, read_mask, refuse_other_size
-from starseg.data.index import pixels_per_id, unknown_ids
+from starseg.data.index import pixels_per_id
+from starseg.data.labels import LabelMap
 from starseg.engine.run_data import RunData, task_on
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
 from starseg.utils.machine import cores
 from starseg.utils.progress import bar
-
-_PUBLISHED = {"voc": {"training": 10_582, "test": 1_449}, "ade": {"training": 20_210, "test": 2_000}}
-_SOURCES = {
-    "voc": (
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
-        "https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip",
-        "https://github.com/cvlab-yonsei/DKD/releases/download/v1.0/train_aug.txt",
-    ),
-    "ade": ("http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",),
-}
 
 
 @dataclass(frozen=True)
@@ -71,9 +61,7 @@ class Report:
 
     def published(self, split: str) -> int | None:
         """How many images a split of the published data set has; None for a data set with classes of its own."""
-        dataset = self.data.dataset
-        own_classes = dataset.key == "voc" and dataset.names != tuple(VOC_NAMES)
-        return None if own_classes else _PUBLISHED.get(dataset.key, {}).get(split)
+        return self.data.dataset.published.get(split)
 
     def missing(self, split: str) -> int:
         """How many images a split has fewer than the published one."""
@@ -116,8 +104,8 @@ class Report:
         }
 
 
-def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tuple[Path, str]]]:
-    """Read a pair: the mask's pixels of every id, [256] int32, and what is wrong with either file."""
+def _inspect(image: Path, mask: Path, labels: LabelMap) -> tuple[np.ndarray, list[tuple[Path, str]]]:
+    """Read a pair: the mask's pixels of every class, [256] int32, and what is wrong with either file."""
     counts, problems, sizes = np.zeros(256, np.int32), [], []
     try:
         sizes.append(read_image(image).shape[1:])
@@ -125,9 +113,10 @@ def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tu
         problems.append((image, str(error)))
     try:
         ids = read_mask(mask)
-        counts = pixels_per_id(ids)
-        if (unknown := np.flatnonzero(unknown_ids(counts, classes))).size:
-            problems.append((mask, f"ids {unknown.tolist()} are no classes (0 to {classes - 1}, 255 ignored)"))
+        on_disk = pixels_per_id(ids)
+        counts = labels.class_pixels(on_disk)
+        if (unknown := np.flatnonzero(labels.unknown(on_disk))).size:
+            problems.append((mask, f"ids {unknown.tolist()} are no classes ({labels})"))
         if sizes:
             refuse_other_size(sizes[0], ids.shape, mask)
     except UserError as error:
@@ -135,13 +124,13 @@ def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tu
     return counts, [(path, reason.removeprefix(f"{path}: ")) for path, reason in problems]
 
 
-def _read(split: Split, name: str, classes: int, console: Console) -> Iterator[tuple[np.ndarray, list[BrokenFile]]]:
+def _read(split: Split, name: str, labels: LabelMap, console: Console) -> Iterator[tuple[np.ndarray, list[BrokenFile]]]:
     """Inspect every pair of a split, on all cores."""
     with (
         ProcessPoolExecutor(cores()) as pool,
         bar(console, f"reading {name} files", len(split)) as shown,
     ):
-        for counts, problems in pool.map(_inspect, split.images, split.masks, [classes] * len(split), chunksize=16):
+        for counts, problems in pool.map(_inspect, split.images, split.masks, [labels] * len(split), chunksize=16):
             shown.advance()
             yield counts, [BrokenFile(name, path, reason) for path, reason in problems]
 
@@ -162,7 +151,7 @@ def check_data(config: RunConfig, console: Console) -> Report:
     pixels, broken = {}, []
     for name, split in dataset.splits.items():
         rows = np.zeros((len(split), 256), np.int32)
-        for row, (counts, problems) in zip(rows, _read(split, name, len(dataset.names), console), strict=True):
+        for row, (counts, problems) in zip(rows, _read(split, name, dataset.labels, console), strict=True):
             row[:] = counts
             broken += problems
         pixels[name] = rows
@@ -194,9 +183,10 @@ def _comparison(report: Report) -> list[str]:
         against = f"; published: {known:,}" + (f", {missing:,} missing" if missing else "") if known else ""
         lines.append(f"{name}: {len(split):,} images{against}")
     if any(map(report.missing, dataset.splits)):
-        lines.append("A subset can be used, but its figures do not compare with published ones. The rest comes from")
-        lines += [f"  {source}" for source in _SOURCES[dataset.key]]
-        lines.append("  (docs/datasets.md says what goes where)")
+        sources = find_dataset(dataset.key).sources
+        rest = " The rest comes from" if sources else ""
+        lines.append(f"A subset can be used, but its figures do not compare with published ones.{rest}")
+        lines += [f"  {source}" for source in sources]
     return lines
 
 

@@ -71,7 +71,7 @@ class TestSet:
 
     def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Test crops [N, 3, H, W] uint8 and their truth [N, H, W] uint8 training ids."""
-        table = self.task.relabelling(self.last, "test", self.dataset.test_fill)
+        table = self.dataset.labels.compose(self.task.relabelling(self.last, "test", self.dataset.test_fill))
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
         return torch.stack([b.images for b in batch]), torch.stack([b.labels for b in batch])

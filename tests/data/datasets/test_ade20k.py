@@ -10,12 +10,11 @@ from rich.console import Console
 
 import starseg
 from starseg.config import DataConfig, parse_config
-from starseg.data.datasets.ade20k import open_ade, read_names, read_split
-from starseg.data.datasets.base import Split, open_dataset
+from starseg.data.datasets import Split, open_dataset
+from starseg.data.datasets.ade20k import ADE, open_ade, read_names, read_split
 from starseg.data.index import scan_masks
 from starseg.data.samples import StepDataset
 from starseg.errors import UserError
-from starseg.tasks import make_task
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_the_layout(ade_shapes: Path) -> None:
     assert dataset.train.ids[:2] == ("train_00000", "train_00001") and dataset.test.ids[-1] == "val_00011"
     for split in (dataset.train, dataset.test):
         assert [p.stem for p in split.images] == [p.stem for p in split.masks] == list(split.ids)
-    assert [len(step) for step in make_task("ade", dataset.names, "100-10").steps] == [100, 10, 10, 10, 10, 10]
+    assert [len(step) for step in ADE.task(dataset.names, "100-10").steps] == [100, 10, 10, 10, 10, 10]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_star_trains_on_it_with_its_own_defaults(ade_shapes: Path, tmp_path: Pat
 
 def test_later_classes_are_ignored_in_tests(ade_shapes: Path) -> None:
     dataset = open_ade(ade_shapes)
-    task = make_task("ade", dataset.names, "tiny", [["disc", 2, 3], ["hexagon"], ["heart"]])
+    task = ADE.task(dataset.names, "tiny", [["disc", 2, 3], ["hexagon"], ["heart"]])
     table = task.relabelling(0, "test", dataset.test_fill)
     assert table[:7].tolist() == [0, 1, 2, 3, 255, 255, 255] and table[255] == 255
 
@@ -139,7 +138,7 @@ def test_the_real_sample(ade_sample: Path) -> None:
     assert isinstance(split, Split) and split.ids == tuple(f"ADE_val_{i:08d}" for i in (1, 2, 3))
     pixels = scan_masks(split.masks)
     assert pixels[:, 151:].sum() == 0 and pixels[:, 1:151].sum() > 0
-    table = make_task("ade", names, "100-50").relabelling(0, "test", 255)
+    table = ADE.task(names, "100-50").relabelling(0, "test", 255)
     sample = StepDataset(split, np.arange(3), table, None, None)[0, 0]
     assert sample.images.shape == (3, 512, 683) and sample.labels.shape == (512, 683)
     with pytest.raises(UserError, match=r"images/training: this folder is missing; data\.root must be"):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from conftest import SHARED
-from starseg.data.datasets.voc import VOC_NAMES
+from starseg.data.datasets.voc import VOC, VOC_NAMES
 from starseg.data.index import scan_masks
 from starseg.data.selection import select_images
-from starseg.tasks import make_task
 
 TABLE = {
     "19-1": ([10410, 548], [10034, 548]),
@@ -37,7 +36,7 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 @pytest.mark.parametrize("setting", ["overlap", "disjoint"])
 @pytest.mark.parametrize("name", TABLE)
 def test_images_per_step(pixels: np.ndarray, name: str, setting: str) -> None:
-    task = make_task("voc", VOC_NAMES, name, setting=setting)
+    task = VOC.task(VOC_NAMES, name, setting=setting)
     counts = [len(select_images(pixels, task, t, "train")) for t in range(len(task))]
     assert counts == TABLE[name][setting == "disjoint"]
     assert len(pixels) == 10582

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from starseg.data.annotations.classlist import ClassList, is_background
+from starseg.data.annotations.photos import Photo, check_unique_stems
 from starseg.data.datasets.base import distinct
-from starseg.data.datasets.folder import Photo, check_unique_stems
 from starseg.data.images import refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND

@@ -1,1 +1,93 @@
-"""Data set layouts on disk."""
+"""Data sets: a registry of specs, and the layouts on disk.
+
+The modules of this package register their own. Other packages add theirs through entry points of the group
+``starseg.datasets``, each naming a module (or an object in it) that registers data sets when it is imported. A single
+file is named by the environment: ``STARSEG_DATASETS=cityscapes.py``, several with ``:`` between them
+(docs/new-dataset.md).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from starseg.config import DataConfig
+from starseg.data.datasets import ade20k, folder, voc  # noqa: F401 - they register their data sets
+from starseg.data.datasets.base import NO_FILES, Dataset, Split, read_lines, refuse_missing
+from starseg.data.datasets.spec import DATASETS, DatasetSpec, register_dataset
+from starseg.errors import UserError
+from starseg.utils.plugins import load_entry_points, load_files
+
+ENTRY_POINTS, FILES = "starseg.datasets", "STARSEG_DATASETS"
+
+__all__ = [
+    "DATASETS",
+    "NO_FILES",
+    "Dataset",
+    "DatasetSpec",
+    "Split",
+    "data_root",
+    "find_dataset",
+    "list_dataset",
+    "load_plugins",
+    "open_dataset",
+    "read_lines",
+    "register_dataset",
+]
+
+
+@cache
+def load_plugins() -> None:
+    """Import, once, what other packages and files register.
+
+    Raises:
+        UserError: one of them cannot be imported.
+    """
+    load_entry_points(ENTRY_POINTS, "data set")
+    load_files(FILES)
+
+
+def find_dataset(key: str) -> DatasetSpec:
+    """The spec of a registered data set.
+
+    Raises:
+        UserError: there is none of that key; lists the known ones.
+    """
+    # Later than this module's import, so that a plug-in may import whatever it likes.
+    load_plugins()
+    if key not in DATASETS:
+        raise UserError(
+            f"data.dataset: unknown data set {key!r}; known: {', '.join(sorted(DATASETS))}; one of your own is "
+            f"named by {FILES}=its_file.py, or by its package (docs/new-dataset.md)"
+        )
+    return DATASETS[key]
+
+
+def data_root(config: DataConfig) -> Path:
+    """The configured data set's folder, `data.root` or the default.
+
+    Raises:
+        UserError: an unknown data set.
+    """
+    default = find_dataset(config.dataset).root
+    return config.root or default
+
+
+def list_dataset(config: DataConfig) -> Dataset:
+    """The configured data set as its lists say, whether or not the files exist.
+
+    Raises:
+        UserError: an unknown data set, or the folder has another layout.
+    """
+    return find_dataset(config.dataset).open(data_root(config))
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """The configured data set.
+
+    Raises:
+        UserError: an unknown data set, another layout, or a missing file.
+    """
+    dataset = list_dataset(config)
+    refuse_missing(dataset)
+    return dataset

@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from starseg.data.datasets.base import Dataset, Split, read_lines
+from starseg.data.datasets.spec import DatasetSpec, register_dataset
 from starseg.errors import UserError
+from starseg.tasks import IGNORE, split_classes
 
 ADE_CLASSES = 150
 _UNPACKED = "ADEChallengeData2016"
@@ -77,4 +79,28 @@ def open_ade(root: Path) -> Dataset:
         UserError: the folder has another layout.
     """
     names = read_names(root)
-    return Dataset("ade", root, names, read_split(root, "training"), read_split(root, "validation"), test_fill=255)
+    return ADE.dataset(root, read_split(root, "training"), read_split(root, "validation"), names)
+
+
+_ORDER = range(1, 1 + ADE_CLASSES)
+
+ADE = register_dataset(
+    DatasetSpec(
+        key="ade",
+        title="ADE20K",
+        root=Path("./datasets/ADE20K"),
+        open=open_ade,
+        # Where the data set is not at hand: the names come with it.
+        names=("other", *map(str, _ORDER)),
+        test_fill=IGNORE,
+        tasks={
+            "joint": (tuple(_ORDER),),
+            **{name: split_classes(_ORDER, name) for name in ("100-50", "100-10", "100-5", "50-50")},
+        },
+        images={"training": 20_210, "test": 2_000},
+        sources=(
+            "http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",
+            "(docs/datasets.md says what goes where)",
+        ),
+    )
+)

@@ -1,14 +1,14 @@
-"""What every data set layout delivers: two lists of image and mask files, and the class names."""
+"""A data set on disk: two lists of image and mask files, the class names, and how masks are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from starseg.config import DataConfig
+from starseg.data.labels import LabelMap
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
 
@@ -43,13 +43,15 @@ class Dataset:
     """A data set on disk.
 
     Attributes:
-        key: its layout ("voc", "ade", "folder"), which also names its published tasks and defaults.
+        key: of its spec (:class:`starseg.data.datasets.spec.DatasetSpec`).
         root: its folder.
-        names: class names by dataset id, the background first.
+        names: class names by class id, the background first.
         train: training files.
         test: files of the validation split, on which results are reported.
         test_fill: what classes not learnt yet become in test labels: 0 or 255.
-        unlabelled: dataset ids of classes that masks leave to the background wherever they are; they are not scored.
+        labels: class ids by id on disk.
+        unlabelled: class ids that masks leave to the background wherever they are; they are not scored.
+        published: published number of images by split; empty where these are not the published classes.
     """
 
     key: str
@@ -58,7 +60,9 @@ class Dataset:
     train: Split
     test: Split
     test_fill: int
+    labels: LabelMap
     unlabelled: frozenset[int] = frozenset()
+    published: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -70,7 +74,7 @@ class Dataset:
 
         Args:
             confusion: [1 + C, 1 + C], rows the labels, columns the predictions.
-            dataset_ids: by row, the background first.
+            dataset_ids: class ids by row, the background first.
         """
         hidden = np.isin(dataset_ids, list(self.unlabelled))
         folded = confusion.copy()
@@ -119,27 +123,3 @@ def refuse_missing(dataset: Dataset) -> None:
                     f"{len(missing)} of {len(files)} {name} {kind} are missing, the first is {missing[0]}; "
                     "`starseg data check` lists them, docs/datasets.md says where to get them"
                 )
-
-
-def list_dataset(config: DataConfig) -> Dataset:
-    """The configured data set as its lists say, whether or not the files are there.
-
-    Raises:
-        UserError: the folder has another layout.
-    """
-    from starseg.data.datasets.ade20k import open_ade
-    from starseg.data.datasets.folder import open_folder
-    from starseg.data.datasets.voc import open_voc
-
-    return {"voc": open_voc, "ade": open_ade, "folder": open_folder}[config.dataset](config.folder)
-
-
-def open_dataset(config: DataConfig) -> Dataset:
-    """The configured data set.
-
-    Raises:
-        UserError: the folder has another layout, or a file is missing.
-    """
-    dataset = list_dataset(config)
-    refuse_missing(dataset)
-    return dataset
