@@ -1,4 +1,4 @@
-"""The shortcuts of the loss path and of the evaluation give what the dense, literal path gives."""
+"""The optimised loss path and evaluation give the results of literal implementations at image size."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from starseg.bench.dense import dense_bce, dense_old_prediction
+from oracles import dense
 from starseg.losses.star import bce_per_class
 from starseg.models.prediction import LargestLogit, predict_upsampled
 from starseg.ops.bilinear import largest, resize, resize_at_support, subsample_to_support
@@ -57,7 +57,7 @@ def test_base_loss_and_its_gradient(
     weights = torch.rand(maps[1], generator=draw)
     small, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
     loss = bce_per_class(small, labels, first_id, pos_weight, published)
-    want = dense_bce(resize(wide, size), labels, first_id, pos_weight, published)
+    want = dense.base_loss(dense.upsample(wide, size), labels, first_id, pos_weight, published)
     (loss @ weights).backward()
     (want @ weights.double()).backward()
     # A weight in the resize is rounded relative to 1 where the literal path here is in float64.
@@ -116,7 +116,7 @@ def test_old_prediction(seed: int, shape: tuple[int, int, int, int], stride: int
     ).abs().max() <= 8 * EPS * logits.abs().max()
     got, want = (
         old_prediction(logits, size, cells, threshold),
-        subsample_to_support(dense_old_prediction(whole, threshold), cells),
+        subsample_to_support(dense.old_model_labels(whole, threshold), cells),
     )
     best = whole.topk(min(2, shape[1]), 1).values
     margin = (best[:, 0] - threshold).abs()
@@ -134,7 +134,7 @@ def thin_maps(maps: Tensor, cells: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("old_classes", [15, 100])
 def test_old_prediction_of_a_training_batch(old_classes: int) -> None:
     logits = 2 * torch.randn(2, old_classes, 32, 32, generator=torch.Generator().manual_seed(0)) - 3
-    want = subsample_to_support(dense_old_prediction(resize(logits, (512, 512))), (32, 32))
+    want = subsample_to_support(dense.old_model_labels(resize(logits, (512, 512))), (32, 32))
     assert torch.equal(old_prediction(logits, (512, 512), (32, 32)), want)
 
 

@@ -1,4 +1,4 @@
-"""The lean layers against torch's own."""
+"""The fused layers give the outputs and gradients of torch's own layers."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from starseg.bench.dense import unfused
+from starseg.bench.reference import unfused
 from starseg.models import Segmenter
 from starseg.ops.fused_layers import BatchNorm2d, Conv2d
 

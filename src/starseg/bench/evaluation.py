@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from starseg.bench.dense import dense_confusion, unfused
+from starseg.bench.reference import dense_confusion, unfused
 from starseg.bench.run import alternate
 from starseg.bench.step import BACKBONE
 from starseg.config import TrainConfig

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from starseg.bench.dense import dense_base, dense_later
+from starseg.bench.reference import dense_base, dense_later
 from starseg.data.samples import Batch
 from starseg.methods import METHODS, StepContext
 from starseg.methods.star import Star, StarOptions

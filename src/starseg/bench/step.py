@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from starseg.bench.dense import DenseStep
+from starseg.bench.reference import DenseStep
 from starseg.bench.run import Case, LossPath, alternate, beside_dense, mega, peak_bytes
 from starseg.config import TrainConfig
 from starseg.engine.fit import StepTraining
