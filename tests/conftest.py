@@ -20,6 +20,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _any_cpu() -> Iterator[None]:
+    """``train.precision: auto`` chooses float32, as on a CPU that is slow at bf16, whatever this one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -83,7 +91,12 @@ def tiny_tree(shapes: Path) -> dict:
         "data": {"root": str(shapes), "crop": 64},
         "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
+        "train": {
+            "batch_size": 4,
+            "base": {"epochs": 1, "lr": 0.01},
+            "later": {"epochs": 1, "lr": 0.001},
+            "precision": "32",
+        },
     }
 
 

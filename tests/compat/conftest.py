@@ -30,6 +30,7 @@ def published(twenty_classes: Path, tmp_path: Path) -> Path:
     args["train"]["batch_size"] = 4
     args |= {"root": str(twenty_classes), "task": {"name": "5-3", "step": 0, "allow_absent": True}}
     tree["arch"]["args"] |= {"backbone": "test_resnet", "backbone_pretrained": False}
+    tree["use_amp"] = False  # float32, whatever the CPU
     tree["trainer"] |= {"epochs": 2, "save_dir": str(tmp_path / "saved")}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tree))

@@ -204,17 +204,10 @@ DATA: dict[str, tuple[Change, str]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a finished step 0."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    tree = {
-        "out": str(out),
-        "data": {"root": str(shapes), "crop": 64},
-        "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
-        "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
-    }
-    return train(parse_config(tree), range(1), Console(quiet=True))
+    return train(parse_config({**tiny_tree, "out": str(out)}), range(1), Console(quiet=True))
 
 
 # Rows of (kind, exit code, message); whatever stands here wrote nothing.

@@ -106,7 +106,8 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = demo.demo_settings()
     settings["shapes"] |= {"train": 56, "val": 14, "size": 64}
     settings["data"]["crop"] = 64
-    settings["train"] |= {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}}
+    tiny = {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}}
+    settings["train"] |= tiny | {"precision": "32"}
     monkeypatch.setattr(demo, "demo_settings", lambda: settings)
     console = Console(record=True, width=120)
     runs = demo.run_demo(tmp_path / "demo", console)

@@ -97,7 +97,7 @@ def _run(root: Path, out: Path) -> dict:
         "data": {"dataset": "ade", "root": str(root), "crop": 64},
         "task": {"name": "tiny", "steps": [["disc", 2, 3], ["hexagon"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1}, "later": {"epochs": 1}},
+        "train": {"batch_size": 4, "base": {"epochs": 1}, "later": {"epochs": 1}, "precision": "32"},
     }
 
 
