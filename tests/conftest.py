@@ -7,6 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; torch reads it when it is imported, in child processes too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 SHARED = Path(os.environ.get("STARSEG_SHARED") or Path(__file__).parents[2] / "shared")
