@@ -1,4 +1,4 @@
-"""The command line: commands only, the work is done elsewhere."""
+"""Commands of the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_d
 
 
 def _in_a_folder(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    """Refuse an output file that cannot be written, before the work starts."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
     return path
@@ -157,7 +157,7 @@ def evaluate(
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
-    """IoU per class and means of a trained step, on the test split of its data set."""
+    """Evaluate a trained step on the test split of its data set: IoU per class and means."""
     from starseg.engine.evaluate import evaluate_model, open_weights
     from starseg.report.tables import figures_table
     from starseg.utils.files import write_json
@@ -183,7 +183,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
-    """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
+    """Predict masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
 
     By default an image is resized so that its short side is the training
     crop's, and the logits are brought back to its size. The --json file
@@ -210,7 +210,7 @@ def export(
         Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
     ] = None,
 ) -> None:
-    """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
+    """Export to ONNX (compared with torch), or as a folder with weights and model card for a model hub."""
     if out is None and hub is None:
         raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
     if not out and (int8 or images):
@@ -231,7 +231,7 @@ def serve(
     other: Annotated[Path | None, typer.Option("--compare", help="Another, beside it.", show_default=False)] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
 ) -> None:
-    """A page for this machine alone: drop an image and see what each step makes of it."""
+    """Serve a local page: drop an image and see the prediction of each step."""
     from starseg.inference.app import serve
 
     serve([run, other] if other else [run], port, console)
@@ -244,7 +244,7 @@ def report(
         "report"
     ),
 ) -> None:
-    """Tables, pictures and one self-contained HTML page of one or several runs."""
+    """Report one or several runs: tables, figures and a self-contained HTML page."""
     from starseg.engine.checkpoint import read_results
     from starseg.report.facts import shown_names
     from starseg.report.page import refuse_target, write_report
@@ -269,7 +269,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
 ) -> None:
-    """Train several methods and seeds alike and compare them; called again, it adds methods or seeds to the table."""
+    """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
     from starseg.experiments.compare import make_plan, run_plan, write_comparison
 
@@ -289,7 +289,7 @@ def compare(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
-    """STAR, fine-tuning and joint training on a small drawn data set: a few minutes on a CPU, nothing to download."""
+    """Run STAR, fine-tuning and joint training on a small synthetic data set: minutes on a CPU, no downloads."""
     from starseg.experiments.demo import run_demo
 
     with resumable():
@@ -301,7 +301,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time and memory of training and evaluation, beside the same written densely."""
+    """Benchmark time and memory of training and evaluation against a dense reference."""
     from starseg.bench.run import bench as run
     from starseg.utils.files import write_json
 
@@ -316,7 +316,7 @@ def methods(
         str | None, typer.Argument(help="Of one of them.", autocompletion=complete_methods, show_default=False)
     ] = None,
 ) -> None:
-    """The methods a configuration can name; with a NAME, all about one."""
+    """List the methods that a configuration can name; with a NAME, show one in detail."""
     if name:
         show_method(name, console)
     else:
@@ -345,7 +345,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @data_app.command(epilog=examples("check"))
 def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Read every image and mask, list every broken file, count classes.
+    """Read every image and mask, list broken files, count classes.
 
     Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
     """

@@ -1,4 +1,4 @@
-"""The published JSON configuration: its keys, what each means here, and which values are refused."""
+"""Published JSON configuration: its keys, their meaning here, and the values that are refused."""
 
 from __future__ import annotations
 
@@ -168,11 +168,11 @@ class PublishedConfig(_Keys):
 
     @property
     def run_dir(self) -> Path:
-        """<save_dir>/models/<setting>_<task>_<name>, which holds step_<k>."""
+        """Run directory ``<save_dir>/models/<setting>_<task>_<name>``, which holds step_<k>."""
         return self.trainer.save_dir / "models" / f"{self.task.setting}_{self.task.name}_{self.name}"
 
     def to_run(self, devices: int = 1, gpu: bool = True) -> RunConfig:
-        """The same run in our terms.
+        """Convert to starseg's configuration.
 
         Args:
             devices: processes; with ``multiprocessing_distributed`` the batch size is that of each.
@@ -256,7 +256,7 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
 
 
 def read_published(path: Path) -> dict[str, Any]:
-    """A published JSON configuration as nested dictionaries.
+    """Read a published JSON configuration as nested dictionaries.
 
     Raises:
         UserError: missing, or not a JSON object.
@@ -273,7 +273,7 @@ def read_published(path: Path) -> dict[str, Any]:
 
 
 def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, Any], Path]:
-    """The configuration of a command: that beside the checkpoint, its sections replaced by those of ``config``.
+    """Return a command's configuration: that next to the checkpoint, with the sections of ``config`` replacing its own.
 
     Returns:
         The nested dictionaries, and the file to name in errors.
@@ -296,7 +296,7 @@ def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, 
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a nested dictionary, making sections on the way."""
+    """Set a dotted key of a nested dictionary, creating sections as needed."""
     *parents, leaf = key.split(".")
     for part in parents:
         tree = tree.setdefault(part, {})

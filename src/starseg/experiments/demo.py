@@ -1,4 +1,4 @@
-"""The demo: STAR, fine-tuning and joint training on a small drawn data set, on a CPU, with nothing to download."""
+"""Demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, without downloads."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ METHODS = ("star", "finetune", "joint")
 
 
 def demo_settings() -> dict[str, Any]:
-    """What demo.yaml says."""
+    """Read demo.yaml."""
     return yaml.safe_load(files("starseg.experiments").joinpath("demo.yaml").read_text())
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Path]:
-    """Write the data, run the three methods, print the comparison and draw the pictures.
+    """Write the data, run the three methods, print the comparison and draw the figures.
 
     Fine-tuning takes its step 0 from STAR, as both train it alike.
 

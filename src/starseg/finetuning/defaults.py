@@ -1,4 +1,4 @@
-"""What `starseg learn` chooses where nothing is asked for, for folders of ten to thousands of photos.
+"""Default hyper-parameters of `starseg learn`, for folders of ten to thousands of images.
 
 The published schedule is made for 10,000 photos: 60 epochs of batches of 24, so 720 iterations or more even for the
 smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder is passed through oftener, but in
@@ -46,17 +46,17 @@ LATER = FolderSchedule(iterations=400, lr_budget=0.125, rates=(1e-4, 1e-3))
 
 
 def batch_size(images: int) -> int:
-    """A quarter of the training images."""
+    """Return a quarter of the number of training images, within bounds."""
     least, most = BATCH
     return max(least, min(most, images // 4))
 
 
 def crop_size(short_sides: Sequence[int], stride: int) -> int:
-    """The photos' median short side, in whole feature cells."""
+    """Return the images' median short side, rounded to whole feature cells."""
     least, most = CROP
     return int(min(max(round(median(short_sides) / stride) * stride, least), most))
 
 
 def replay_share(stored: float, cells: int) -> float:
-    """The share of the stored cells of old classes to replay beside new images of so many cells."""
+    """Return the fraction of the stored cells of old classes to replay with new images of so many cells."""
     return float(f"{min(1.0, OLD_SHARE * cells / max(stored, 1.0)):.3g}")

@@ -1,4 +1,4 @@
-"""BCE of upsampled logits without the upsampled logits (the base loss; REFERENCE, "Training one step").
+"""Binary cross-entropy of upsampled logits that are never stored (the base loss).
 
 Shape letters: N images, K classes, H W pixels, h w feature cells; n, k those of a chunk.
 """
@@ -21,7 +21,7 @@ _LINEAR = 40.0
 
 
 class UpsampledBce(torch.autograd.Function):
-    """Sums over the pixels of BCE with logits, per class: ``apply(logits, labels, first_id, pos_weight, published)``.
+    """Sum over pixels of each class's BCE with logits: ``apply(logits, labels, first_id, pos_weight, published)``.
 
     Args:
         logits: [N, K, h, w] floats; a pixel's is their bilinear interpolation.
@@ -74,12 +74,12 @@ def _slices(length: int, most: int) -> Iterator[slice]:
 
 
 def _losses(signed_logits: Tensor, positive: Tensor, pos_weight: float) -> Tensor:
-    """Sums [k] of the losses of logits [n, k, H, W] whose sign is turned where ``positive``."""
+    """Return the summed losses [k] of logits [n, k, H, W] whose sign is flipped where ``positive``."""
     loss = F.softplus(signed_logits, threshold=_LINEAR)
     return loss.addcmul_(positive, loss, value=pos_weight - 1).sum((0, 2, 3))
 
 
 def _grad_logits_(signed_logits: Tensor, positive: Tensor, pos_weight: float) -> Tensor:
-    """Their gradients [n, k, H, W] with respect to the logits, in the place of ``turned``."""
+    """Overwrite ``signed_logits`` with the gradients [n, k, H, W] with respect to the logits."""
     slope = signed_logits.sigmoid_()
     return slope.addcmul_(positive, slope, value=-1 - pos_weight)

@@ -1,4 +1,4 @@
-"""Verify a data set before hours are spent on it: every image and mask is read, every class counted."""
+"""Data set check before training: read every image and mask, count every class."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class BrokenFile:
-    """A file that a run could not use, and why."""
+    """File that a run could not use, with the reason."""
 
     split: str
     file: Path
@@ -48,7 +48,7 @@ class BrokenFile:
 
 @dataclass(frozen=True)
 class Report:
-    """What `starseg data check` found.
+    """Result of `starseg data check`.
 
     Attributes:
         data: the data set and its class counts; a file that cannot be read counts nothing.
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def task_problem(self) -> str | None:
-        """Why the task cannot be trained on what was read, if so."""
+        """Reason why the task cannot be trained on these files; None if it can."""
         try:
             self.data.check()
         except UserError as error:
@@ -70,17 +70,17 @@ class Report:
         return None
 
     def published(self, split: str) -> int | None:
-        """How many images a split of the published data set has; None for a data set with classes of its own."""
+        """Return the number of images in a split of the published data set; None for a data set with other classes."""
         dataset = self.data.dataset
         own_classes = dataset.key == "voc" and dataset.names != tuple(VOC_NAMES)
         return None if own_classes else _PUBLISHED.get(dataset.key, {}).get(split)
 
     def missing(self, split: str) -> int:
-        """How many images a split has fewer than the published one."""
+        """Return how many images of the published split are missing."""
         return max(0, (self.published(split) or 0) - len(self.data.dataset.splits[split]))
 
     def counts(self, step: int) -> dict[str, Any]:
-        """Images of a step in both splits, and per new class the images that show it and its pixels."""
+        """Count a step's images in both splits, and per new class the images that show it and its pixels."""
         chosen = {
             "training": self.data.train_pixels[self.data.positions(step, "train")],
             "test": self.data.test_pixels[self.data.positions(step, "test")],
@@ -99,7 +99,7 @@ class Report:
         }
 
     def as_data(self) -> dict[str, Any]:
-        """Everything, for a JSON file."""
+        """Return the whole report as plain data for a JSON file."""
         dataset = self.data.dataset
         return {
             "dataset": dataset.key,
@@ -117,7 +117,7 @@ class Report:
 
 
 def _inspect(image: Path, mask: Path, classes: int) -> tuple[np.ndarray, list[tuple[Path, str]]]:
-    """Read a pair: the mask's pixels of every id, [256] int32, and what is wrong with either file."""
+    """Read a pair: return the number of mask pixels per id, [256] int32, and the problems of both files."""
     counts, problems, sizes = np.zeros(256, np.int32), [], []
     try:
         sizes.append(read_image(image).shape[1:])
@@ -187,7 +187,7 @@ def _steps_table(report: Report) -> Table:
 
 
 def _comparison(report: Report) -> list[str]:
-    """What is there against what was published, in sentences."""
+    """Compare the image counts with the published ones, in sentences."""
     dataset, lines = report.data.dataset, []
     for name, split in dataset.splits.items():
         known, missing = report.published(name), report.missing(name)
@@ -201,7 +201,7 @@ def _comparison(report: Report) -> list[str]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the counts, what is missing, and every broken file."""
+    """Print the counts, missing images and every broken file."""
     dataset, task = report.data.dataset, report.data.task
 
     def say(line: str) -> None:

@@ -15,7 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 40
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """Line of a chart.
 
     Attributes:
         name: for the tooltip and the legend.
@@ -36,7 +36,7 @@ def _ticks(low: float, high: float, integer: bool = False) -> list[float]:
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> Markup:
-    """A chart from y = 0 upwards, as wide as its container.
+    """Draw a line chart that starts at y = 0 and is as wide as its container.
 
     Args:
         lines: what to draw, the last on top.

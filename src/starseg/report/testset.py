@@ -1,4 +1,4 @@
-"""A run's test images, and what the models of its steps make of them."""
+"""Test images of a run and the predictions of its steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step_number(folder: Path) -> int:
 
 
 def finished_steps(run: Path) -> list[Path]:
-    """The run's finished step directories, in order.
+    """Return the run's finished step directories, in order.
 
     Raises:
         UserError: there is none.
@@ -45,7 +45,7 @@ def finished_steps(run: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class TestSet:
-    """The test images of a run's last finished step.
+    """Test images of a run's last finished step.
 
     Attributes:
         config, method, dataset, task: of the run.
@@ -69,7 +69,7 @@ class TestSet:
     network: Callable[[Path], Segmenter]
 
     def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Test crops [N, 3, H, W] uint8 and their truth [N, H, W] uint8 training ids."""
+        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids."""
         table = self.task.relabelling(self.last, "test", self.dataset.test_fill)
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
@@ -77,7 +77,7 @@ class TestSet:
 
     @torch.inference_mode()
     def predict(self, folder: Path, images: Tensor) -> Tensor:
-        """[N, H, W] uint8 training ids of [N, 3, H, W] uint8 images by a step's model."""
+        """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
         model = self.network(folder)
         rule = self.method.rule(self.config.compat == "published")
         parts = []
@@ -87,7 +87,7 @@ class TestSet:
 
 
 def run_data(run: Path) -> tuple[RunConfig, Method, Dataset, TaskSequence]:
-    """The configuration of a run with its method, data set and task.
+    """Open the configuration, method, data set and task of a run.
 
     Raises:
         UserError: no config.yaml, or the data set is not where it says.

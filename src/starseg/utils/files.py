@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON files."""
+"""Atomic writes and JSON files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starseg.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new.
+    """Write a file atomically: ``path`` holds either its old content or all of ``data``.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -39,7 +39,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours.
+    """Parse a JSON file that starseg wrote.
 
     Raises:
         UserError: missing or damaged.

@@ -1,4 +1,4 @@
-"""What a command does with errors and signals: a message and an exit code."""
+"""Translation of errors and signals into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starseg.errors import Stopped, message
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end with exit code 143 and 130 and say how to go on."""
+    """Exit with code 143 on SIGTERM and 130 on Ctrl-C, with a message on how to resume."""
     try:
         yield
     except (KeyboardInterrupt, Stopped) as stop:
@@ -24,7 +24,7 @@ def resumable() -> Iterator[None]:
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
-    """What a user can mend is one message and exit code 2; with ``debug`` a traceback."""
+    """Report errors that a user can fix as one message with exit code 2, or as a traceback if ``debug``."""
     try:
         yield
     except Exception as error:
