@@ -1,4 +1,4 @@
-"""Task sequences: which classes are learnt in which step, and the two kinds of class ids.
+"""Task sequences: the classes learnt in each step, and the two kinds of class ids.
 
 *Dataset ids* are the values found in mask files (0 background, 255 ignore). *Training ids* number the classes 1..K in
 the order of learning, so that everything inside starseg is independent of the class order. This module is the only

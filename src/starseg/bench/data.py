@@ -80,7 +80,7 @@ def _drawn(generator: torch.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def published(image_file: Path, mask_file: Path, crop: int) -> tuple[Tensor, Tensor]:
-    """Prepare a sample in the published order: PIL crops, floats normalised on the CPU, a Python function for each label."""
+    """Prepare a sample as published: PIL crops, floats normalised on the CPU, a Python function per label."""
     image, mask = Image.open(image_file).convert("RGB"), Image.open(mask_file)
     box = RandomResizedCrop.get_params(image, [0.5, 2.0], [3 / 4, 4 / 3])
     image = F.resized_crop(image, *box, [crop, crop], F.InterpolationMode.BILINEAR)

@@ -1,7 +1,7 @@
 """Dense reference implementation of loss path, step and evaluation that `starseg bench` compares with.
 
-Every logit of every class is brought to image size, one-hot targets are made there, and autograd keeps what it needs;
-vectorised, float32. The formulas are those of REFERENCE, "Each iteration", by default (not ``published``) and for one
+Every logit of every class is upsampled to image size, one-hot targets are made there, and autograd stores what it
+needs; vectorised, float32. The formulas are those of docs/reference/star.md without ``compat: published``, for one
 process. Shape letters: N images, K classes, H W pixels, h w feature cells, D feature channels.
 """
 
@@ -127,6 +127,7 @@ class DenseStep:
         self.optimizer = SGD(trained, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def __call__(self, raw: Batch) -> Tensor:
+        """Train on a batch and return its loss."""
         images = self.new.normalize(raw.images)
         batch = replace(raw, images=images, labels=raw.labels.to(images.device))
         replayed = self.bank.draw(self.plan.rows, self.ctx.generator, self.options.norm_noise)
@@ -141,8 +142,10 @@ class DenseStep:
 
 
 def dense_confusion(model: Segmenter, rule: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Tensor:
-    """[1 + C, 1 + C] confusion, image by image, every class at full size; see
-    :func:`starseg.engine.evaluate.confusion_matrix`."""
+    """Compute the confusion matrix [1 + C, 1 + C], image by image with every class at full size.
+
+    See :func:`starseg.engine.evaluate.confusion_matrix`.
+    """
     classes = 1 + sum(model.head_sizes)
     total = torch.zeros(classes, classes, dtype=torch.int64)
     for batch in batches:

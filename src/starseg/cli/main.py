@@ -42,7 +42,7 @@ JsonFile = Annotated[
 
 
 def _steps(text: str | None) -> range | None:
-    """ "2" or "0-2" as a range."""
+    """Parse a step ("2") or a range of steps ("0-2")."""
     if text is None:
         return None
     first, _, last = text.partition("-")
@@ -52,7 +52,7 @@ def _steps(text: str | None) -> range | None:
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
-    """ "0.75,1" as numbers."""
+    """Parse comma-separated numbers ("0.75,1")."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
@@ -66,7 +66,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def options(  # noqa: D103 (its docstring would replace the program's help)
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None: ...

@@ -152,8 +152,10 @@ def _set_address(config: PublishedConfig, given: bool) -> None:
 
 
 def train(dataset: str, argv: list[str] | None = None) -> None:
-    """One step of a published task, from the results of the step before, into
-    ``<save_dir>/models/<setting>_<task>_<name>/step_<k>``."""
+    """Train one step of a published task on top of the step before.
+
+    The results go to ``<save_dir>/models/<setting>_<task>_<name>/step_<k>``.
+    """
 
     def run(args: argparse.Namespace, console: Console) -> None:
         _refuse_what_training_has_not(args, dataset)

@@ -47,10 +47,12 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def checkpoint_name(epoch: int) -> str:
+    """Return the file name of a published checkpoint."""
     return f"checkpoint-epoch{epoch}.pth"
 
 
 def prototypes_name(epoch: int) -> str:
+    """Return the file name of published prototypes."""
     return f"prototypes-epoch{epoch}.pth"
 
 

@@ -215,6 +215,7 @@ def latex(rows: Sequence[dict[str, str]]) -> str:
 
 
 def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
+    """Format a table as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,8 +1,8 @@
 """Default hyper-parameters of `starseg learn`, for folders of ten to thousands of images.
 
 The published schedule is made for 10,000 photos: 60 epochs of batches of 24, so 720 iterations or more even for the
-smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder is passed through oftener, but in
-fewer iterations; what they lack is made up by a higher rate (docs/learn.md).
+smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder gets more epochs but fewer
+iterations, and a higher learning rate to compensate (docs/learn.md).
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ BATCH = (2, 16)
 EPOCHS = (10, 100)
 CROP = (128, 512)
 OLD_SHARE = 5
-"""Cells of old classes that are replayed for each cell of the new images, at most."""
+"""Maximum number of replayed cells of old classes per cell of the new images."""
 
 
 @dataclass(frozen=True)
 class FolderSchedule:
-    """Attributes:
-    iterations: at least so many, unless that takes more epochs than ``EPOCHS`` allows.
-    lr_budget: learning rate times iterations.
-    rates: bounds of the learning rate.
+    """Schedule of a step, as a function of the number of images.
+
+    Attributes:
+        iterations: minimum number of iterations, unless that takes more epochs than ``EPOCHS`` allows.
+        lr_budget: learning rate times iterations.
+        rates: bounds of the learning rate.
     """
 
     iterations: int
@@ -31,10 +33,12 @@ class FolderSchedule:
     rates: tuple[float, float]
 
     def epochs(self, images: int) -> int:
+        """Return the number of epochs for a number of training images."""
         least, most = EPOCHS
         return min(most, max(least, -(-self.iterations // (images // batch_size(images)))))
 
     def learning_rate(self, iterations: int) -> float:
+        """Return the learning rate for a number of iterations."""
         least, most = self.rates
         return float(f"{min(most, max(least, self.lr_budget / iterations)):.2g}")
 
@@ -52,7 +56,7 @@ def batch_size(images: int) -> int:
 
 
 def crop_size(short_sides: Sequence[int], stride: int) -> int:
-    """Return the images' median short side, rounded to whole feature cells."""
+    """Return the images' median short side, rounded to whole feature cells, within bounds."""
     least, most = CROP
     return int(min(max(round(median(short_sides) / stride) * stride, least), most))
 

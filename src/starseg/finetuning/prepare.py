@@ -102,6 +102,7 @@ class PreparedStep:
 
     @property
     def new(self) -> list[int]:
+        """Dataset ids of the new classes."""
         return self.steps[-1]
 
     @property

@@ -34,9 +34,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @property
     def constant(self) -> bool:
-        """Whether the layer is a fixed scale and shift: its statistics and parameters are frozen, or no gradient is needed.
+        """Whether this is a fixed scale and shift: statistics and parameters are frozen, or nothing is trained.
 
-        Not in an export to ONNX, which joins them in the file itself.
+        False in an export to ONNX, where the file's graph fuses them.
         """
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
@@ -48,6 +48,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [N, C, H, W], or return it if the convolution before has done so."""
         return x if self.fused and self.constant else super().forward(x)
 
 
@@ -61,6 +62,7 @@ class Conv2d(nn.Conv2d):
     norm: tuple[BatchNorm2d, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [N, C, H, W] and apply the fused batch norm."""
         weight, bias = self.weight, self.bias
         for norm in self.norm:
             if norm.constant:
@@ -130,7 +132,7 @@ def _weight_grad(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """Return the gradient [O, C, *, *] of a convolution's weights, given that of its output [N, O, h, w] and its input."""
+    """Return the gradient [O, C, *, *] of a convolution's weights from its output's [N, O, h, w] and its input."""
     grad_output, x = grad_output.movedim(1, -1), x.movedim(1, -1)
     found = torch.zeros_like(weight.movedim(1, -1), memory_format=torch.contiguous_format)
     taps = [
@@ -149,7 +151,10 @@ def _weight_grad(
 
 
 def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice]:
-    """Return the output positions o along an axis at which a tap reads the image, and the positions stride * o + offset."""
+    """Return the output positions o along an axis at which a tap reads the image, and those it reads there.
+
+    It reads the input at stride * o + offset.
+    """
     first, last = max(0, -(offset // stride)), min(outputs - 1, (inputs - 1 - offset) // stride)
     if first > last:
         return slice(0, 0), slice(0, 0)
@@ -159,8 +164,8 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
 def fuse_batch_norm(network: nn.Module, channels: int) -> None:
     """Replace the plain convolutions and batch norms of a network by those of this module.
 
-    A batch norm is joined to the convolution before it where nobody else reads the convolution's output; which these
-    are, the graph of one small pass tells.
+    A batch norm is fused with the convolution before it if nothing else reads the convolution's output, which the
+    autograd graph of one small forward pass shows.
 
     Args:
         network: maps [N, channels, H, W] to a map or a list of maps.

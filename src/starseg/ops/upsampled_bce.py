@@ -31,12 +31,13 @@ class UpsampledBce(torch.autograd.Function):
         published: ignored pixels are negatives; else they add nothing.
 
     Returns:
-        [K] sums. Their gradient with respect to the small logits is formed along with them, chunk by chunk: what is
-        kept has the logits' size, and what is needed meanwhile does not grow with the number of classes.
+        [K] sums. Their gradient with respect to the logits is computed along with them, chunk by chunk: the stored
+        tensor has the logits' size, and temporary memory does not grow with the number of classes.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, published: bool) -> Tensor:
+        """Compute the sums [K] and, chunk by chunk, their gradient."""
         (_, height, width), device = labels.shape, logits.device
         images, classes = logits.shape[:2]
         ids = torch.arange(first_id, first_id + classes, device=device, dtype=logits.dtype)[:, None, None]
@@ -64,6 +65,7 @@ class UpsampledBce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the stored gradient by the incoming one, [K]."""
         (gradient,) = ctx.saved_tensors
         return gradient * weights[:, None, None], None, None, None, None
 

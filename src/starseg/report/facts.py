@@ -32,6 +32,7 @@ class Forgetting:
 
     @property
     def lost(self) -> float:
+        """Best earlier IoU minus the final one."""
         return self.best - self.final
 
 
@@ -105,6 +106,7 @@ class Storage:
 
     @property
     def kept(self) -> int:
+        """Bytes of the method's state and of the exemplars."""
         return self.bank + self.exemplar_bytes
 
 
@@ -177,6 +179,7 @@ class Facts:
 
     @property
     def seconds(self) -> float:
+        """Seconds of all steps."""
         return sum(step["seconds"] for step in self.steps)
 
 

@@ -41,7 +41,8 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_
     Args:
         lines: what to draw, the last on top.
         title: read out instead of the picture.
-        x_label, y_label: of the axes; x is whole numbers.
+        x_label: label of the x axis, whose values are whole numbers.
+        y_label: label of the y axis.
         y_max: top of the chart; by default the largest y.
     """
     xs = [x for line in lines for x, _ in line.points]

@@ -13,10 +13,12 @@ GROUPS = ("old", "new", "all", "harmonic")
 
 
 def percent(value: float | None) -> str:
+    """Format a percentage; "-" for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
 def kilobytes(size: int) -> str:
+    """Format bytes as kilobytes; "-" for 0."""
     return f"{size / 1024:,.1f} KB" if size else "-"
 
 

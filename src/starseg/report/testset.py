@@ -28,6 +28,7 @@ _BATCH = 8
 
 
 def step_number(folder: Path) -> int:
+    """Return the number of a step directory."""
     return int(folder.name.split("_")[1])
 
 

@@ -35,6 +35,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file, atomically."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -24,9 +24,9 @@ class Bar:
     """Progress of one phase of work.
 
     Args:
-        console: where to.
-        title: what is being done.
-        total: how many pieces.
+        console: prints the bar or the lines.
+        title: name of the phase.
+        total: number of units of work.
     """
 
     def __init__(self, console: Console, title: str, total: int) -> None:
@@ -45,6 +45,7 @@ class Bar:
             self.task = self.live.add_task(title, total=total, note="")
 
     def advance(self) -> None:
+        """Count one unit of work as done."""
         self.done += 1
         if self.live:
             self.live.update(self.task, completed=self.done)
