@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def twenty_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_shapes(tmp_path_factory.mktemp("twenty") / "data", train=90, val=20, size=64)
+    root = write_shapes(tmp_path_factory.mktemp("twenty") / "data", train=60, val=12, size=64)
     names = root.joinpath("classes.txt").read_text().split()
     root.joinpath("classes.txt").write_text("\n".join([*names, *(f"absent{i}" for i in range(11, 21))]))
     return root

@@ -54,9 +54,16 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three steps. Not to be changed."""
+    return train(parse_config(tiny_tree | {"out": str(tmp_path_factory.mktemp("trained") / "run")}), console=QUIET)
+
+
 @pytest.fixture
-def run(tiny: dict) -> Path:
-    return train(parse_config(tiny), console=QUIET)
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Its copy, to be changed at will."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_forgetting_is_the_best_earlier_iou_minus_the_last() -> None:
