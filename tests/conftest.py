@@ -49,7 +49,7 @@ def voc_subset() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny drawn data set of 5 classes."""
+    """A tiny synthetic data set of 5 classes."""
     from starseg.data.shapes import write_shapes
 
     return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=48, val=12, size=64, classes=5)
@@ -57,7 +57,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ade_shapes(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn data set in the ADE20K layout: its 5 classes are ids 1 to 5 of 150."""
+    """The synthetic data set in the ADE20K layout: its 5 classes are ids 1 to 5 of 150."""
     root = tmp_path_factory.mktemp("ade_shapes")
     for name, stem, masks in (
         ("training", "train", "SegmentationClassAug"),
@@ -90,7 +90,7 @@ def ade_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tree(shapes: Path) -> dict:
-    """Settings of a run that takes seconds, but for its folder: see :func:`tiny`. Not to be changed."""
+    """Settings, without the folder, of a run that takes seconds; see :func:`tiny`. Not to be changed."""
     return {
         "method": "star",
         "data": {"root": str(shapes), "crop": 64},

@@ -120,7 +120,7 @@ def test_every_command_has_examples_that_fit_a_terminal() -> None:
         ("compare x.yaml --methods star,mi", {"star,mib"}),
     ],
 )
-def test_the_tab_key_completes(
+def test_tab_completion(
     typed: str, offered: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("_STARSEG_COMPLETE", "complete_bash")
@@ -131,6 +131,6 @@ def test_the_tab_key_completes(
     assert set(capsys.readouterr().out.split()) == offered
 
 
-def test_completed_method_names_are_those_there_are() -> None:
+def test_all_method_names_are_completed() -> None:
     own = {name for name, method in METHODS.items() if method.__module__.startswith("starseg.methods.")}
     assert set(complete_methods("")) == own

@@ -1,4 +1,4 @@
-"""A drawn data set that published VOC tasks fit: 10 of 20 classes are shown, so 5-3 has images in steps 0 to 3."""
+"""A synthetic data set for published VOC tasks: 10 of 20 classes occur, so that 5-3 has images in steps 0 to 3."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The command line as a person uses it."""
+"""The command line as a user types it."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_train_eval_report(starter: Starter, tiny: dict, tmp_path: Path) -> None
         (["report", "/nowhere"], "/nowhere/results.json: cannot read it"),
     ],
 )
-def test_mistakes_are_one_message(
+def test_a_mistake_gives_one_message(
     tiny: dict,
     tmp_path: Path,
     args: list[str],
@@ -83,7 +83,7 @@ def test_mistakes_are_one_message(
     assert not Path(tiny["out"]).exists()
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_says_how_to_resume(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def interrupted(*args: object) -> None:
@@ -123,7 +123,7 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))
 
 
-def test_the_demo_goes_among_nobodys_files(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(UserError, match="holds something that `starseg demo` did not make"):
         demo.run_demo(tmp_path, Console(quiet=True))
@@ -133,7 +133,7 @@ def test_the_demo_goes_among_nobodys_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
 )
-def test_lack_of_memory_names_what_takes_less(error: Exception, capsys: pytest.CaptureFixture) -> None:
+def test_out_of_memory_names_settings_that_need_less(error: Exception, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit), reporting_errors(debug=False):
         raise error
     said = capsys.readouterr().err

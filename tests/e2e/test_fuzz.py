@@ -1,4 +1,4 @@
-"""Mutated configurations and files: each is taken or refused with a UserError, nothing else, and nothing is written.
+"""Mutated configurations and files are accepted or refused with a UserError, and nothing is written.
 
 By default a sample; `pytest -m slow tests/e2e/test_fuzz.py` runs 2,000 configurations and 540 files.
 """

@@ -1,4 +1,4 @@
-"""One process and two give the same: bank, losses, weights, confusion matrix."""
+"""One process and two give the same bank, losses, weights and confusion matrix."""
 
 import os
 import socket

@@ -85,7 +85,7 @@ def test_losses_of_frozen_logits_need_no_gradient() -> None:
 
 @given(seed=seeds, cells=st.tuples(sides, sides), stride=st.integers(1, 17), extra=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_thinned_masks_resize_to_the_same(seed: int, cells: tuple[int, int], stride: int, extra: int) -> None:
+def test_subsampled_masks_resize_to_the_same(seed: int, cells: tuple[int, int], stride: int, extra: int) -> None:
     size = tuple(c * stride + extra for c in cells)
     labels = random_labels(torch.Generator().manual_seed(seed), (2, *size), 3)
     few = subsample_to_support(labels, cells)
@@ -152,7 +152,7 @@ def test_the_largest_of_parts_is_that_of_the_whole(seed: int, parts: list[int]) 
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("classes", [1, 20, 150])
 @pytest.mark.parametrize("shift", [0, -20, -40, -80])
-def test_evaluation_of_what_can_win(classes: int, shift: float, published: bool, channels_last: bool) -> None:
+def test_evaluation_of_candidate_classes_only(classes: int, shift: float, published: bool, channels_last: bool) -> None:
     """The same predictions, saturated sigmoids included, with channels that have no say."""
     logits = 12 * torch.randn(2, 1 + classes, 8, 8, generator=torch.Generator().manual_seed(classes)) + shift
     if channels_last:

@@ -1,4 +1,4 @@
-"""A published checkpoint with the golden weights, read by its own names (golden README, section 5)."""
+"""A published checkpoint with the golden weights is read and written under its own names (golden README, section 5)."""
 
 from pathlib import Path
 

@@ -43,7 +43,9 @@ def _run(tests: list[str], variable: str, folder: Path) -> subprocess.CompletedP
         ("STARSEG_GOLDEN", golden.FOLDER, ["test_losses.py", "test_train_step.py"]),
     ],
 )
-def test_another_folder_is_read(variable: str, folder: Path, tests: list[str], tmp_path: Path) -> None:
+def test_the_folder_named_by_the_environment_is_read(
+    variable: str, folder: Path, tests: list[str], tmp_path: Path
+) -> None:
     same, other = tmp_path / "same", tmp_path / "other"
     for copied in (same, other):
         shutil.copytree(folder, copied)

@@ -1,3 +1,5 @@
+"""ADE20K: its layout, class table and ids, and a run on it."""
+
 import json
 import shutil
 from pathlib import Path
