@@ -96,7 +96,7 @@ def test_ctrl_c_says_how_to_resume(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
 
 
 def test_a_mistake_shows_no_traceback(starter: Starter) -> None:

@@ -119,7 +119,7 @@ def test_a_signal_saves_the_state_before_the_run_ends(
         os.kill(int(process), number)
     done = starter.wait()
     assert done.returncode == 128 + number, done
-    assert "the same command goes on from there" in done.stderr and "Traceback" not in done.stderr
+    assert "rerun the same command to resume" in done.stderr and "Traceback" not in done.stderr
     again = starter.run("train", config, "--steps", "1")
     assert again.returncode == 0 and "going on," in again.stdout
     assert not state.is_file()

@@ -359,8 +359,8 @@ def test_two_images_are_too_few_and_three_are_enough(folder: Folder, tmp_path: P
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--new", "step"], "give a step directory to go on from, or --new"),
-        ([], "give a step directory to go on from, or --new"),
+        (["--new", "step"], "give a step directory to continue from, or --new"),
+        ([], "give a step directory to continue from, or --new"),
         (["step", "--backbone", "test_resnet"], "only with --new"),
         (["--new", "--method", "mib"], "expected star or finetune"),
     ],

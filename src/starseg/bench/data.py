@@ -43,7 +43,7 @@ def write_files(folder: Path, count: int) -> tuple[Split, str]:
 
     Args:
         folder: where to.
-        count: how many; photographs of the data set in `data.root`'s default folder as far as there are, else drawn.
+        count: number of images; photographs from `data.root`'s default folder if it has enough, otherwise synthetic.
 
     Returns:
         The files, and what they are.
@@ -60,7 +60,7 @@ def write_files(folder: Path, count: int) -> tuple[Split, str]:
             image, mask = _drawn(torch.Generator().manual_seed(i))
         image.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC).save(image_file, quality=95)
         mask.resize((_WIDTH, _HEIGHT), Image.Resampling.NEAREST).save(mask_file)
-    kind = f"photographs of {root}" if len(found) == count else "drawn images"
+    kind = f"photographs of {root}" if len(found) == count else "synthetic images"
     return Split(tuple(images), tuple(masks), tuple(map(str, range(count)))), kind
 
 

@@ -62,7 +62,7 @@ def measure_eval(
     """Measure images per second of starseg and of the dense reference.
 
     Raises:
-        RuntimeError: their figures differ by more than pixels in which two classes tie up to rounding.
+        RuntimeError: the results differ in more than pixels where two classes tie up to rounding.
     """
     path = EvalPath(classes, shown, images, side, backbone)
     lean, dense = path.lean(), path.dense()

@@ -37,7 +37,7 @@ def _in_a_folder(path: Path | None) -> Path | None:
 
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write what was found here.", callback=_in_a_folder, show_default=False),
+    typer.Option("--json", help="Also write the results to this file.", callback=_in_a_folder, show_default=False),
 ]
 
 
@@ -108,7 +108,7 @@ def learn(
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
     step_dir: Annotated[
-        Path | None, typer.Argument(help="The step_<t> directory to go on from.", show_default=False)
+        Path | None, typer.Argument(help="The step_<t> directory to continue from.", show_default=False)
     ] = None,
     classes: Annotated[
         str | None,
@@ -137,7 +137,7 @@ def learn(
     from starseg.finetuning.run import learn as run
 
     if new == (step_dir is not None):
-        raise UserError("learn: give a step directory to go on from, or --new for a first step")
+        raise UserError("learn: give a step directory to continue from, or --new for a first step")
     if step_dir and (backbone or pretrained):
         raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
     if method not in ("star", "finetune"):
@@ -228,7 +228,9 @@ def export(
 @app.command(name="app", epilog=examples("app"))
 def serve(
     run: Annotated[Path, typer.Argument(help="A run directory, or one step_<t> of it.", show_default=False)],
-    other: Annotated[Path | None, typer.Option("--compare", help="Another, beside it.", show_default=False)] = None,
+    other: Annotated[
+        Path | None, typer.Option("--compare", help="Another run, shown next to it.", show_default=False)
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
 ) -> None:
     """Serve a local page: drop an image and see the prediction of each step."""

@@ -30,7 +30,7 @@ class LearnRequest:
     """Arguments of `starseg learn`; None: chosen from the data or the source's run.
 
     Attributes:
-        source: step directory to go on from; None for a first step.
+        source: step directory to continue from; None for a first step.
         images: a folder.
         masks: a folder, or a COCO file.
         classes: a file or names, see :func:`~starseg.data.annotations.classlist.read_classes`; None: the
@@ -65,7 +65,7 @@ class SourceStep:
     Attributes:
         folder, info: of the step.
         bank: None where the method keeps none.
-        config: of its run, where that lies beside it.
+        config: configuration of its run, if that is next to it.
     """
 
     folder: Path
@@ -120,7 +120,7 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
     """Open the step that learning continues from.
 
     Raises:
-        UserError: no finished step, or one that ``method`` cannot go on from.
+        UserError: no finished step, or one that ``method`` cannot continue from.
     """
     info = checkpoint.load_info(folder)
     if is_export(folder):
@@ -133,7 +133,7 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
     layout = METHODS[method].layout
     if (info.lead, info.conv_heads) != (list(layout.lead), layout.conv):
         raise UserError(
-            f"{folder}: a step of {info.method} has heads that {method} cannot go on from; train it with STAR"
+            f"{folder}: a step of {info.method} has heads that {method} cannot continue from; train it with STAR"
         )
     bank = None
     if method == "star":

@@ -194,7 +194,9 @@ def _comparison(report: Report) -> list[str]:
         against = f"; published: {known:,}" + (f", {missing:,} missing" if missing else "") if known else ""
         lines.append(f"{name}: {len(split):,} images{against}")
     if any(map(report.missing, dataset.splits)):
-        lines.append("A subset can be used, but its figures do not compare with published ones. The rest comes from")
+        lines.append(
+            "A subset can be used, but its results are not comparable with published ones. The rest is available from"
+        )
         lines += [f"  {source}" for source in _SOURCES[dataset.key]]
         lines.append("  (docs/datasets.md says what goes where)")
     return lines
@@ -217,6 +219,6 @@ def print_report(report: Report, console: Console) -> None:
     if report.broken:
         say(f"{len({b.file for b in report.broken})} broken files: mend them before training")
     if report.task_problem:
-        say(f"the task cannot be trained on what was read: {report.task_problem}")
+        say(f"the task cannot be trained on these files: {report.task_problem}")
     elif not report.broken:
         say("usable: no file is broken")

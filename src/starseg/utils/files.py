@@ -29,8 +29,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot write it ({error.strerror}); what was there before is intact. "
-            "Mend that and give the same command again"
+            f"{path}: cannot write it ({error.strerror}); the previous file is intact. "
+            "Fix the cause and rerun the same command"
         ) from error
 
 

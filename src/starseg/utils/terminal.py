@@ -18,7 +18,7 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Stopped) as stop:
-        Console(stderr=True).print("stopped; what was done is kept, the same command goes on from there")
+        Console(stderr=True).print("stopped; progress is saved, rerun the same command to resume")
         raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
 
 
