@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest lint bench docs clean
+.PHONY: help demo test test-all test-oldest lint bench docs docs-tables clean
 
 help: ## print this list
 	@echo 'Pass arguments to demo, bench or a test target with ARGS: make test ARGS="-k foo"'
@@ -14,8 +14,11 @@ help: ## print this list
 demo: $(VENV)/.installed ## run `starseg demo`
 	$(BIN)/starseg demo $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## run all groups of tests (default, slow, kill, processes, browser, gpu)
+	$(BIN)/python scripts/test_all.py $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## run the numerical tests with the oldest supported dependencies
 	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity)
@@ -31,6 +34,9 @@ bench: $(VENV)/.installed ## run `starseg bench`
 
 docs: $(VENV)/.installed-dev ## build the documentation into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+docs-tables: $(VENV)/.installed-dev ## write the tables of options in docs/ from the code
+	$(BIN)/python scripts/option_tables.py
 
 clean: ## remove caches and build output (.venv, .venv-oldest and runs/ stay)
 	rm -rf dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

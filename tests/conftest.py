@@ -7,6 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; torch reads it when it is imported, in child processes too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 SHARED = Path(os.environ.get("STARSEG_SHARED") or Path(__file__).parents[2] / "shared")
@@ -17,6 +22,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For the session, because fixtures of modules train too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _any_cpu() -> Iterator[None]:
+    """``train.precision: auto`` chooses float32, as on a CPU that is slow at bf16, whatever this one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
         yield
 
 
@@ -36,7 +49,7 @@ def voc_subset() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny drawn data set of 5 classes."""
+    """A tiny synthetic data set of 5 classes."""
     from starseg.data.shapes import write_shapes
 
     return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=48, val=12, size=64, classes=5)
@@ -44,7 +57,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ade_shapes(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn data set in the ADE20K layout: its 5 classes are ids 1 to 5 of 150."""
+    """The synthetic data set in the ADE20K layout: its 5 classes are ids 1 to 5 of 150."""
     root = tmp_path_factory.mktemp("ade_shapes")
     for name, stem, masks in (
         ("training", "train", "SegmentationClassAug"),
@@ -77,13 +90,18 @@ def ade_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tree(shapes: Path) -> dict:
-    """Settings of a run that takes seconds, but for its folder: see :func:`tiny`. Not to be changed."""
+    """Settings, without the folder, of a run that takes seconds; see :func:`tiny`. Not to be changed."""
     return {
         "method": "star",
         "data": {"root": str(shapes), "crop": 64},
         "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
+        "train": {
+            "batch_size": 4,
+            "base": {"epochs": 1, "lr": 0.01},
+            "later": {"epochs": 1, "lr": 0.001},
+            "precision": "32",
+        },
     }
 
 

@@ -1,3 +1,5 @@
+"""Configurations: validation, overrides and the shipped files."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type is what the program takes."""
+"""The documentation agrees with the program: commands are accepted, tables of options are the current ones."""
 
 import re
 import shlex
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import typer
 
+import option_tables
 from starseg.cli.help import EXAMPLES, complete_methods
 from starseg.cli.main import app
-from starseg.config import load_config
+from starseg.config import RunConfig, load_config
 from starseg.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,24 @@ def test_documented_commands_are_accepted(line: str, capsys: pytest.CaptureFixtu
         assert set(params["methods"].split(",")) <= set(METHODS)
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_tables_of_options_are_generated_from_the_code(page: Path) -> None:
+    text = page.read_text()
+    assert option_tables.fill(text) == text, f"{page} is out of date; run `make docs-tables`"
+
+
+def test_every_option_is_in_a_table() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    placed = set(re.findall(r"<!-- begin generated: (\S+) -->", text))
+    sections = {name for name, field in RunConfig.model_fields.items() if isinstance(field.annotation, type(RunConfig))}
+    own = {m for m in METHODS.values() if m.__module__.startswith("starseg.methods.") and m.Options.model_fields}
+    assert placed == {
+        *("config.run", "config.train.base"),
+        *(f"config.{name}" for name in sections),
+        *(f"options.{method.section}" for method in own),
+    }
+
+
 def test_every_command_has_examples_that_fit_a_terminal() -> None:
     names = {name for name, _ in _leaves(typer.main.get_command(app), "")}
     assert names | {"starseg"} == set(EXAMPLES)
@@ -101,7 +120,7 @@ def test_every_command_has_examples_that_fit_a_terminal() -> None:
         ("compare x.yaml --methods star,mi", {"star,mib"}),
     ],
 )
-def test_the_tab_key_completes(
+def test_tab_completion(
     typed: str, offered: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("_STARSEG_COMPLETE", "complete_bash")
@@ -112,6 +131,6 @@ def test_the_tab_key_completes(
     assert set(capsys.readouterr().out.split()) == offered
 
 
-def test_completed_method_names_are_those_there_are() -> None:
+def test_all_method_names_are_completed() -> None:
     own = {name for name, method in METHODS.items() if method.__module__.startswith("starseg.methods.")}
     assert set(complete_methods("")) == own

@@ -1,3 +1,5 @@
+"""Task sequences: classes, training ids and labels."""
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Entry point of ``python -m starseg``."""
+
 from starseg.cli.main import main
 
 main()

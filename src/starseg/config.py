@@ -20,7 +20,7 @@ from starseg.errors import UserError
 
 
 class Strict(BaseModel):
-    """A section whose unknown keys are errors."""
+    """Section in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -32,65 +32,67 @@ def _no_path(name: str) -> str:
 
 
 Label = Annotated[str, AfterValidator(_no_path)]
-"""Text that a folder is named by, so that it cannot lead out of the folder above."""
+"""Text that becomes part of a folder's name, and so must not contain path separators."""
 
 
 class DataConfig(Strict):
-    """`data`: which images and how they are read."""
+    """Section `data`: images, and how they are read."""
 
     dataset: Label = "voc"
-    """A registered data set: "voc", "ade" (docs/datasets.md), "folder" (what `starseg learn` prepares, docs/learn.md),
+    """Registered data set: `voc`, `ade` (docs/datasets.md), `folder` (as `starseg learn` prepares it, docs/learn.md),
     or one of your own (docs/new-dataset.md)."""
     root: Path | None = None
-    """The data set's folder; by default ./datasets/PascalVOC2012, ./datasets/ADE20K, ./learn, or what its spec says."""
+    """Folder of the data set; by default `./datasets/PascalVOC2012`, `./datasets/ADE20K`, `./learn`, or what the data
+    set's spec says."""
     crop: int = Field(512, gt=0)
-    """Side of the square training and test crops, in pixels; a multiple of the model's output stride."""
+    """Side of the square training and test crops in pixels, a multiple of the model's output stride."""
     lists: Path | None = None
-    """Folder of published image lists, <dataset>/<setting>_<task>_<train|test>_<step>.npy; one that is there replaces
-    the choice of images by their masks."""
+    """Folder of published image lists, `<dataset>/<setting>_<task>_<split>_<step>.npy` (docs/published.md); an existing
+    list replaces the selection of images by their masks."""
     workers: int | Literal["auto"] = Field("auto")
-    """Loader processes; "auto": with a GPU up to 8 for each process, as cores and /dev/shm allow; none on a CPU, whose
-    cores the network needs. They never change a result."""
+    """Loader workers. `auto`: with a GPU up to 8 per process, limited by the number of cores and the size of
+    `/dev/shm`; 0 on a CPU. The number never changes a result."""
     cache: Literal["off", "auto", "ram"] = "off"
-    """Keep decoded training images and masks in memory: "auto" if they take at most half of what is available; "ram"
-    refuses to start where they do not fit. It never changes a result."""
+    """Keep decoded training images and masks in memory: `auto` if they take at most half of the available memory; `ram`
+    refuses to start if they do not fit. It never changes a result (docs/performance.md)."""
 
 
 class TaskConfig(Strict):
-    """`task`: which classes are learnt when."""
+    """Section `task`: the classes learnt in each step."""
 
     name: Label | None = None
-    """A published task ("15-1", "joint", ...), or a free label beside `steps`."""
+    """Published task (`15-1`, `joint`, ...), or a label for `task.steps`."""
     steps: list[list[int | str]] | None = None
     """Classes of each step, by name or dataset id."""
     setting: Literal["overlap", "disjoint"] = "overlap"
-    """Which training images a step may see."""
+    """Training images of a step: `disjoint` leaves out those that show classes of later steps (docs/protocol.md)."""
     allow_absent: bool = False
-    """Train although no image shows some class in its step: its logit then learns from negatives alone."""
+    """Train even if no image shows some class in its step; its logit then learns from negatives only."""
 
 
 class ModelConfig(Strict):
-    """`model`: the network."""
+    """Section `model`: the network."""
 
     backbone: str = "resnet101.tv_in1k"
     """Any timm backbone with `features_only`."""
     output_stride: Literal[8, 16] = 16
-    """Pixels per feature cell."""
+    """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
-    """ImageNet weights, none, or a file with the backbone's weights."""
+    """`true`: ImageNet weights (those of `tf_efficientnet_lite0` come with the extra `lite` and need no download);
+    `false`: random weights; or a file with the backbone's weights."""
 
 
 class PhaseConfig(Strict):
-    """`train.base` and `train.later`."""
+    """Sections `train.base` and `train.later`."""
 
     epochs: int | None = Field(None, gt=0)
-    """Passes over the step's images; by default the recipe's."""
+    """Number of epochs; by default the recipe's."""
     lr: float | None = Field(None, gt=0)
-    """Base learning rate of the backbone; by default the recipe's."""
+    """Base learning rate, that of the backbone; by default the recipe's."""
 
 
 class TrainConfig(Strict):
-    """`train`: optimizer, schedule, machine."""
+    """Section `train`: optimizer, schedule, hardware."""
 
     batch_size: int = Field(24, gt=0)
     """Images per optimizer step, over all processes."""
@@ -99,45 +101,46 @@ class TrainConfig(Strict):
     later: PhaseConfig = PhaseConfig()
     """Every later step."""
     warmup: float | None = Field(None, ge=0, lt=1)
-    """Share of the iterations with a linear warm-up; by default the recipe's."""
+    """Fraction of the iterations with a linear warm-up; by default the recipe's."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Of SGD (momentum 0.9, Nesterov)."""
+    """Weight decay of SGD (momentum 0.9, Nesterov)."""
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
-    """"auto": bf16 where the hardware is fast at it, fp16 on older GPUs, else float32."""
+    """`auto`: bf16 where the hardware is fast at it, fp16 on older GPUs, otherwise float32. `32` and every evaluation
+    use float32 without TF32."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute."""
+    """Hardware to compute on."""
     devices: int = Field(1, gt=0)
-    """Processes on each node, one per GPU (also --devices)."""
+    """Processes per node, one per GPU (also `--devices`)."""
     num_nodes: int = Field(1, gt=0)
-    """Nodes (also --num-nodes)."""
+    """Number of nodes (also `--num-nodes`)."""
     compile: bool = False
-    """torch.compile of both networks: minutes at the start of each step; on a CPU it needs a C++ compiler
-    (docs/performance.md)."""
+    """Apply `torch.compile` to both networks: takes minutes at the start of each step, and on a CPU needs a C++
+    compiler (docs/performance.md)."""
     accumulate: int = Field(1, gt=0)
-    """Parts in which a batch goes through the network, to fit into memory: the same losses and gradients for one more
-    forward pass; trained batch norm sees a part at a time."""
+    """Number of micro-batches into which a batch is split to save memory: same losses and gradients at the cost of one
+    more forward pass; batch norm in training mode sees one micro-batch at a time (docs/performance.md)."""
     save_minutes: float = Field(10, gt=0)
-    """Longest time between two saves of a step's state, which is also saved at each epoch's end."""
+    """Maximum time in minutes between two saves of the training state, which is also saved after each epoch."""
     deterministic: bool = False
-    """Deterministic algorithms on a GPU too (also --deterministic); a CPU is always bitwise repeatable."""
+    """Deterministic algorithms on a GPU, too (also `--deterministic`); runs on a CPU are always bitwise repeatable."""
 
 
 class MemoryConfig(Strict):
-    """`memory`: old images kept as exemplars."""
+    """Section `memory`: old images kept as exemplars."""
 
     size: int | None = Field(None, ge=0)
-    """Old images kept as exemplars; by default the recipe's (star 0, star-m 50)."""
+    """Number of old images kept as exemplars; by default the recipe's (`star` 0, `star-m` 50)."""
     copy_files: bool = Field(False, alias="copy")
-    """Copy them into the run directory, which then does not need the old data set."""
+    """Copy the exemplars into the run directory, so that later steps do not need the old data set."""
 
 
 class EvalConfig(Strict):
-    """`eval`: how a step is scored."""
+    """Section `eval`: evaluation of a step."""
 
     image: Literal["crop", "full"] = "crop"
-    """"crop": short side resized to the crop size, centre crop (the published protocol); "full": whole images."""
+    """`crop`: short side resized to the crop size, then centre crop (the published protocol); `full`: whole images."""
     batch_size: int = Field(16, gt=0)
-    """Images per forward pass; 1 with `image: full`."""
+    """Images per forward pass; always 1 with `eval.image: full`."""
 
 
 @dataclass(frozen=True)
@@ -204,22 +207,22 @@ def choices_for(compat: str | None) -> Choices:
 
 
 class RunConfig(BaseModel):
-    """A whole run. A section named like a method ("star: ...") holds that method's options."""
+    """Configuration of a run; a section with the name of a method (`star: ...`) holds that method's options."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     method: str = "star"
-    """A registered method."""
+    """Registered method (`starseg methods` lists them)."""
     out: Path | None = None
-    """Run directory; by default runs/<data>_<task>_<setting>_<method>_seed<seed>."""
+    """Run directory (also `--out`); by default `runs/<data>_<task>_<setting>_<method>_seed<seed>`."""
     seed: int = Field(0, ge=0)
-    """Of initialisation, order, augmentation and replay."""
+    """Seed of initialisation, sample order, augmentation and replay."""
     compat: Literal["published"] | None = None
-    """"published" restores the numerical choices of the published implementation (docs/fidelity.md, rows marked P)."""
+    """`published` restores numerical choices of the published code (docs/fidelity.md, rows marked P)."""
     recipe: str | None = None
     """Data set whose recipe for the method is used; by default the run's own."""
     start_from: Path | None = None
-    """Step directory of another run, taken as this run's step 0 instead of training one."""
+    """Finished step directory of another run, used as step 0 instead of training one."""
     data: DataConfig = DataConfig()
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()

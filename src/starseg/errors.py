@@ -1,4 +1,4 @@
-"""What ends a command early."""
+"""Errors that end a command early, and their messages."""
 
 import errno
 import re
@@ -12,16 +12,16 @@ class UserError(ValueError):
 
 
 class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C; what is worth keeping has been saved. The exit code is 128 + the signal's number."""
+    """SIGTERM or Ctrl-C, raised once the state is saved; the exit code is 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 def message(error: Exception) -> str | None:
-    """What a user is told of an error; None where only a traceback helps.
+    """Return the message for a user; None if only a traceback helps.
 
-    Beside :class:`UserError`, a file that the system refuses, a full disk and a lack of memory are a user's to mend.
+    Besides :class:`UserError`, users can fix a file that the system refuses, a full disk and a lack of memory.
     """
     if isinstance(error, MemoryError) or _NO_MEMORY.search(f"{type(error).__name__}: {error}"):
         said = ". ".join(str(error).split(". ")[:2])

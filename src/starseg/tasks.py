@@ -1,4 +1,4 @@
-"""Task sequences: which classes are learnt in which step, and the two kinds of class ids.
+"""Task sequences: the classes learnt in each step, and the two kinds of class ids.
 
 *Dataset ids* are the class ids of a data set's spec (0 background, 255 ignore), to which its label map translates the
 values in mask files where they differ. *Training ids* number the classes 1..K in the order of learning, so that

@@ -1,4 +1,4 @@
-"""The bench compares like with like, and its memory counter counts."""
+"""The benchmark compares equal computations and measures memory correctly."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from starseg.cli.main import main
 
 
 @pytest.mark.parametrize("name", loss_cases(128))
-def test_both_ways_give_the_same_loss_and_gradients(name: str) -> None:
+def test_both_implementations_give_the_same_loss_and_gradients(name: str) -> None:
     path = LossPath(loss_cases(128)[name])
     lean = path.lean()
     reached = [leaf for leaf in path.leaves if leaf.grad is not None]
@@ -24,7 +24,7 @@ def test_both_ways_give_the_same_loss_and_gradients(name: str) -> None:
         assert (got - leaf.grad).abs().max() <= 1e-5 * leaf.grad.abs().max()
 
 
-def test_peak_of_what_is_freed_meanwhile() -> None:
+def test_peak_memory_excludes_what_is_freed_before_the_peak() -> None:
     def path() -> torch.Tensor:
         first = torch.ones(1000, 1000)
         second = first + 1
@@ -34,7 +34,7 @@ def test_peak_of_what_is_freed_meanwhile() -> None:
     assert 8e6 <= peak_bytes(path) < 8.2e6
 
 
-def test_memory_hardly_grows_with_the_old_classes() -> None:
+def test_memory_hardly_grows_with_the_number_of_old_classes() -> None:
     """What grows are the gradients of the networks' outputs, which weigh more in a small crop."""
     found = measure_growth(Case(1, 2, 2, 256, "ade"))
     assert found["growth"] < 1.25 < 3 < found["dense_growth"]

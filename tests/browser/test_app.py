@@ -79,7 +79,9 @@ def test_classes_and_steps_change_the_picture(visit: Any, address: str, photo: P
     assert page.locator("tr", has_text="cow").locator("td").all_inner_texts()[1:] == ["not learnt", "not learnt"]
 
 
-def test_what_is_no_image_is_said_on_the_page(visit: Any, address: str, photo: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_reported_on_the_page(
+    visit: Any, address: str, photo: Path, tmp_path: Path
+) -> None:
     page = visit(address)
     (tmp_path / "text.jpg").write_text("no image")
     page.locator("input[type=file]").set_input_files(tmp_path / "text.jpg")
@@ -91,7 +93,9 @@ def test_what_is_no_image_is_said_on_the_page(visit: Any, address: str, photo: P
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_sticks_out(visit: Any, address: str, photo: Path, screenshots: Path, width: int, scheme: str) -> None:
+def test_the_page_fits_every_width(
+    visit: Any, address: str, photo: Path, screenshots: Path, width: int, scheme: str
+) -> None:
     page = visit(address, width, scheme)
     _dropped(page, photo)
     _picture(page)

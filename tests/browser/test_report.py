@@ -44,7 +44,7 @@ def test_the_slider_wipes_by_keyboard_and_by_mouse(visit: Any, report: str) -> N
     assert 70 < int(slider.input_value()) < 90
 
 
-def test_tab_reaches_what_can_be_used_and_shows_where_it_is(visit: Any, report: str) -> None:
+def test_tab_visits_every_control_with_a_visible_focus(visit: Any, report: str) -> None:
     page = visit(report)
     reached: set[str] = set()
     for _ in range(page.locator("a, summary, input, .scroll").count()):
@@ -64,7 +64,7 @@ def test_the_details_open_by_keyboard(visit: Any, report: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_sticks_out_and_every_picture_shows(
+def test_the_page_fits_every_width_and_shows_every_picture(
     visit: Any, report: str, screenshots: Path, width: int, scheme: str
 ) -> None:
     page = visit(report, width, scheme)

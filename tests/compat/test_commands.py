@@ -73,7 +73,7 @@ def test_steps_their_files_and_their_evaluation(
     assert np.array_equal(*masks)
 
 
-def test_a_step_goes_on_from_published_files_as_from_our_own(train: Train, tmp_path: Path) -> None:
+def test_a_step_continues_from_published_files_as_from_our_own(train: Train, tmp_path: Path) -> None:
     train(0)
     train(1)
     theirs = _folder(tmp_path, 0, "Theirs")
@@ -102,7 +102,7 @@ def _refused(run: Callable[[], None], capsys: pytest.CaptureFixture, *messages: 
     assert stopped.value.code == 2 and all(m in error for m in messages), error
 
 
-def test_a_finished_step_keeps_its_values(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_finished_step_keeps_its_options(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     short = ("--ep", "1", "--lr", "0.001")
     train(0, *short)
     first, run = _files(_folder(tmp_path, 0)), (tmp_path / "saved/models/overlap_5-3_STAR/config.yaml").read_bytes()
@@ -120,7 +120,7 @@ def test_a_finished_step_keeps_its_values(train: Train, tmp_path: Path, capsys: 
     assert "finished already" in capsys.readouterr().out and _files(_folder(tmp_path, 0)) == first
 
 
-def test_a_step_of_starseg_train_keeps_its_values(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_step_of_starseg_train_keeps_its_options(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It has no config.json: the run's configuration says what it was trained with."""
     train(0, "--ep", "1")
     folder = _folder(tmp_path, 0)
@@ -131,7 +131,7 @@ def test_a_step_of_starseg_train_keeps_its_values(train: Train, tmp_path: Path, 
     assert (folder / "checkpoint-epoch1.pth").is_file() and (folder / "config.json").is_file()
 
 
-def test_a_broken_step_goes_on_with_its_own_values_alone(
+def test_an_interrupted_step_resumes_only_with_its_own_options(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(0, "--ep", "1")
@@ -188,7 +188,7 @@ class _Trap:
         return exec, ("raise SystemError('code in a checkpoint ran')",)
 
 
-def test_what_is_no_checkpoint_says_so(
+def test_files_that_are_not_checkpoints_are_refused(
     train: Train, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def refused(run: Callable[[], None], *messages: str) -> None:
@@ -249,7 +249,7 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
         (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade"),
     ],
 )
-def test_a_launch_script_says_what_it_wants(argv: list[str], message: str) -> None:
+def test_a_launch_script_prints_its_usage(argv: list[str], message: str) -> None:
     command = [str(ROOT / "scripts" / "train.sh"), *argv]
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

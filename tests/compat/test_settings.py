@@ -1,4 +1,4 @@
-"""The published flags and JSON configurations, in our terms."""
+"""Published flags and JSON configurations are converted to starseg's configuration."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page on writing a method holds what it says: its code runs, and the suite finds faults."""
+"""The page on writing a method is correct: its code runs, and the contract finds faults."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def _known_methods() -> Iterator[None]:
     METHODS.update(known)
 
 
-def test_the_page_s_code_runs_and_keeps_the_contract() -> None:
+def test_the_code_of_the_page_runs_and_passes_the_contract() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert len(code.splitlines()) <= 45
     exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
@@ -56,7 +56,7 @@ def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, m
     assert "own" in done.stdout
 
 
-def test_the_suite_finds_a_group_left_out() -> None:
+def test_the_suite_finds_a_missing_parameter_group() -> None:
     @register_method("faulty-groups")
     class Faulty(SigmoidMethod):
         def param_groups(self, ctx: StepContext) -> list:
@@ -66,7 +66,7 @@ def test_the_suite_finds_a_group_left_out() -> None:
         gradients_reach_what_learns(MethodHarness("faulty-groups"))
 
 
-def test_the_suite_finds_a_mean_of_one_process() -> None:
+def test_the_suite_finds_a_mean_over_one_process() -> None:
     @register_method("faulty-mean")
     class Faulty(SigmoidMethod):
         def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def test_the_suite_finds_a_mean_of_one_process() -> None:
         shares_of_a_batch_give_the_loss_of_the_whole(MethodHarness("faulty-mean"))
 
 
-def test_the_suite_finds_what_is_lost_when_a_step_breaks_off(shapes: Path, tmp_path: Path) -> None:
+def test_the_suite_finds_state_that_an_interruption_loses(shapes: Path, tmp_path: Path) -> None:
     @register_method("faulty-memory")
     class Faulty(SigmoidMethod):
         seen = 0

@@ -1,4 +1,4 @@
-"""Train methods one after another in two processes, which are started once: two_processes.py DATA OUT NAMES..."""
+"""Train methods one after another in two processes that are started once: two_processes.py DATA OUT NAMES..."""
 
 import sys
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The image cache: what it keeps, and that it changes no sample."""
+
 import shutil
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def _batches(split: Split, cache: ImageCache | None, workers: int, epochs: range
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_later_epochs_and_loaders_get_the_same_without_the_files(split: Split, workers: int) -> None:
+def test_later_epochs_and_loaders_read_from_the_cache(split: Split, workers: int) -> None:
     want = _batches(split, None, 0, range(3))
     cache = ImageCache(decoded_shapes(split))
     got = _batches(split, cache, workers, range(2))
@@ -46,7 +48,7 @@ def test_later_epochs_and_loaders_get_the_same_without_the_files(split: Split, w
     assert len(got) == len(want) and all(map(torch.equal, got, want))
 
 
-def test_other_files_are_read_as_they_are(split: Split, shapes: Path) -> None:
+def test_files_outside_the_cache_are_read_from_disk(split: Split, shapes: Path) -> None:
     cache = ImageCache(decoded_shapes(split))
     other = open_voc(shapes).train
     assert torch.equal(cache.image(other.images[-1]), read_image(other.images[-1]))
@@ -56,7 +58,7 @@ def test_other_files_are_read_as_they_are(split: Split, shapes: Path) -> None:
         cache.mask(Path("none.png"))
 
 
-def test_a_turned_photograph_and_a_palette_keep_their_shapes(tmp_path: Path) -> None:
+def test_a_rotated_photograph_and_a_palette_image_keep_their_shapes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: turn by 90 degrees to view
     image, mask = tmp_path / "i.jpg", tmp_path / "m.png"
@@ -79,14 +81,14 @@ def test_a_turned_photograph_and_a_palette_keep_their_shapes(tmp_path: Path) -> 
         ("ram", 3 * DECODED, 3, True),
     ],
 )
-def test_what_is_kept(
+def test_the_cache_setting_decides_what_is_kept(
     setting: str, available: int, processes: int, kept: bool, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "available_memory", lambda: available)
     assert (make_cache(setting, split, processes, Console(quiet=True)) is not None) == kept
 
 
-def test_what_cannot_be_kept_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_does_not_fit_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "available_memory", lambda: 2 * DECODED - 1)
     with pytest.raises(UserError, match=r"data\.cache: 8 decoded images .* each of 2 process\(es\); set it to off"):
         make_cache("ram", split, 2, Console(quiet=True))

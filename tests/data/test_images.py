@@ -1,3 +1,5 @@
+"""Images and masks of every kind of file are read alike, and damaged files are named."""
+
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("palette", [False, True])
-def test_what_is_transparent_becomes_white(tmp_path: Path, palette: bool) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path, palette: bool) -> None:
     if palette:
         image, options = Image.new("P", (4, 4), 1), {"transparency": 1}
         image.putpalette([0, 0, 0, 10, 20, 30])

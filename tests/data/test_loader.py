@@ -1,4 +1,4 @@
-"""A run's workers serve one pass over data after another."""
+"""The workers of a run serve one epoch after another."""
 
 import itertools
 import multiprocessing
@@ -43,7 +43,7 @@ def test_workers_are_started_once_and_end_with_the_run(shapes: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_an_unfinished_pass_ordered_is_not_seen_by_the_next(shapes: Path, workers: int) -> None:
+def test_batches_of_an_unfinished_epoch_do_not_reach_the_next(shapes: Path, workers: int) -> None:
     loading = PersistentLoader(workers)
     broken = iter(_pass(loading, shapes, 1))
     next(broken)
@@ -54,7 +54,7 @@ def test_what_an_unfinished_pass_ordered_is_not_seen_by_the_next(shapes: Path, w
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_pass_can_be_repeated_and_draws_no_random_number(shapes: Path, workers: int) -> None:
+def test_an_epoch_can_be_repeated_and_leaves_the_global_generator_alone(shapes: Path, workers: int) -> None:
     loading = PersistentLoader(workers)
     batches, state = _pass(loading, shapes, 1), torch.get_rng_state()
     assert len(batches) == 8 and torch.equal(_images(batches), _images(batches))
@@ -64,7 +64,7 @@ def test_a_pass_can_be_repeated_and_draws_no_random_number(shapes: Path, workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_cannot_be_read_is_the_message(shapes: Path, tmp_path: Path, workers: int) -> None:
+def test_the_error_of_a_worker_names_the_file(shapes: Path, tmp_path: Path, workers: int) -> None:
     good, lost = open_voc(shapes).train, tmp_path / "lost.jpg"
     split = Split((*good.images[:3], lost), good.masks[:4], good.ids[:4])
     loading = PersistentLoader(workers)

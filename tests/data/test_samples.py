@@ -1,3 +1,5 @@
+"""Samples, batches and the class index: reproducible crops, aligned masks, selection of images."""
+
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def _plain_transform(image: torch.Tensor, mask: torch.Tensor, crop: int) -> tupl
 
 @pytest.mark.parametrize("size", [(375, 500), (61, 47), (1, 9), (256, 256)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_crops_are_those_of_the_plain_transforms(size: tuple[int, int], channels_last: bool) -> None:
+def test_crops_equal_those_of_the_plain_transforms(size: tuple[int, int], channels_last: bool) -> None:
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     if channels_last:
         image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -97,7 +99,7 @@ def test_crops_are_those_of_the_plain_transforms(size: tuple[int, int], channels
         assert all(map(torch.equal, *made))
 
 
-def test_a_sample_is_what_the_plain_order_gives(shapes: Path) -> None:
+def test_a_sample_equals_that_of_the_plain_order_of_operations(shapes: Path) -> None:
     split, table = open_voc(shapes).train, np.random.default_rng(0).permutation(256).astype(np.uint8)
     for index in range(6):
         got = StepDataset(split, np.arange(6), table, 96, (5, 1))[3, index]
@@ -197,5 +199,5 @@ def test_selection_of_the_real_subset(voc_subset: Path) -> None:
     assert crop.images.shape == (3, 192, 192) and set(crop.labels.unique().tolist()) <= {0, 1, 2, 3, 4, 5, 6, 255}
 
 
-def test_no_images_are_no_batches() -> None:
+def test_an_empty_split_has_no_batches() -> None:
     assert list(EpochSampler(0, 4, [0])) == [] and len(EpochSampler(0, 4, [0])) == 0

@@ -1,3 +1,5 @@
+"""The synthetic data set: its layout, classes and reproducibility."""
+
 import json
 from pathlib import Path
 

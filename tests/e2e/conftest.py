@@ -1,3 +1,5 @@
+"""Fixtures of the end-to-end tests."""
+
 from collections.abc import Iterator
 
 import pytest

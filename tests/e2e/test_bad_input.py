@@ -1,4 +1,4 @@
-"""Bad input: one readable message, exit code 2, nothing written, before anything is trained.
+"""Bad input gives one readable message and exit code 2 before training, and nothing is written.
 
 What the cases damage are copies of a data set and of a finished step. `pytest -rP tests/e2e/test_bad_input.py` prints
 the table, under the last test.
@@ -204,17 +204,10 @@ DATA: dict[str, tuple[Change, str]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a finished step 0."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    tree = {
-        "out": str(out),
-        "data": {"root": str(shapes), "crop": 64},
-        "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
-        "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
-    }
-    return train(parse_config(tree), range(1), Console(quiet=True))
+    return train(parse_config({**tiny_tree, "out": str(out)}), range(1), Console(quiet=True))
 
 
 # Rows of (kind, exit code, message); whatever stands here wrote nothing.
@@ -358,7 +351,7 @@ def test_a_folder_that_cannot_be_made(
         main()
 
 
-def test_a_file_system_without_locks(
+def test_a_file_system_without_locks_is_reported(
     tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unlockable(*_: object) -> None:
@@ -373,7 +366,7 @@ def test_a_file_system_without_locks(
     _refused("no locks", ["train", str(config)], message, tmp_path, capsys, monkeypatch)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_a_cache_that_cannot_be_written_is_not_needed(
     tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "c.yaml"

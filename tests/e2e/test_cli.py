@@ -1,4 +1,4 @@
-"""The command line as a person uses it."""
+"""The command line as a user types it."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from e2e.kill_at import Starter
 from starseg.cli.main import main
 from starseg.errors import UserError
 from starseg.experiments import demo
@@ -21,22 +22,23 @@ def _starseg(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "starseg", *args], capture_output=True, text=True, timeout=300)
 
 
-def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
+def test_train_eval_report(starter: Starter, tiny: dict, tmp_path: Path) -> None:
+    """The first command in an interpreter of its own, as a user starts it; the others in forks, which start faster."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny))
     trained = _starseg("train", str(config), "--steps", "0-1")
     assert trained.returncode == 0, trained.stderr
     run = Path(tiny["out"])
     assert "step 1" in trained.stdout and str(run / "pictures.png") in trained.stdout
-    again = _starseg("train", str(config), "--steps", "0-1")
+    again = starter.run("train", str(config), "--steps", "0-1")
     assert again.stdout.count("finished already") == 2
-    scored = _starseg("eval", str(run / "step_1"), "--json", str(tmp_path / "e.json"))
+    scored = starter.run("eval", str(run / "step_1"), "--json", str(tmp_path / "e.json"))
     assert scored.returncode == 0 and "mean all" in scored.stdout and (tmp_path / "e.json").is_file()
-    whole = _starseg("eval", str(run / "step_1"), "eval.image=full")
+    whole = starter.run("eval", str(run / "step_1"), "eval.image=full")
     assert whole.returncode == 0, whole.stderr
-    other = _starseg("eval", str(run / "step_1"), "model.backbone=resnet18")
+    other = starter.run("eval", str(run / "step_1"), "model.backbone=resnet18")
     assert other.returncode == 2 and "only data.*, eval.* and train.accelerator" in other.stderr
-    drawn = _starseg("report", str(run), "--out", str(tmp_path / "report"))
+    drawn = starter.run("report", str(run), "--out", str(tmp_path / "report"))
     assert drawn.returncode == 0
     for name in ("iou.png", "pictures.png"):
         with Image.open(tmp_path / "report" / name) as picture:
@@ -63,7 +65,7 @@ def test_train_eval_report(tiny: dict, tmp_path: Path) -> None:
         (["report", "/nowhere"], "/nowhere/results.json: cannot read it"),
     ],
 )
-def test_mistakes_are_one_message(
+def test_a_mistake_gives_one_message(
     tiny: dict,
     tmp_path: Path,
     args: list[str],
@@ -81,7 +83,7 @@ def test_mistakes_are_one_message(
     assert not Path(tiny["out"]).exists()
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_says_how_to_resume(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def interrupted(*args: object) -> None:
@@ -97,8 +99,8 @@ def test_ctrl_c_says_how_to_go_on(
     assert "rerun the same command to resume" in capsys.readouterr().err
 
 
-def test_a_mistake_shows_no_traceback() -> None:
-    result = _starseg("train", "missing.yaml")
+def test_a_mistake_shows_no_traceback(starter: Starter) -> None:
+    result = starter.run("train", "missing.yaml")
     assert result.returncode == 2 and "missing.yaml" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -106,7 +108,9 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = demo.demo_settings()
     settings["shapes"] |= {"train": 56, "val": 14, "size": 64}
     settings["data"]["crop"] = 64
-    settings["train"] |= {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}}
+    del settings["task"]["steps"][2:]
+    tiny = {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}}
+    settings["train"] |= tiny | {"precision": "32"}
     monkeypatch.setattr(demo, "demo_settings", lambda: settings)
     console = Console(record=True, width=120)
     runs = demo.run_demo(tmp_path / "demo", console)
@@ -119,7 +123,7 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))
 
 
-def test_the_demo_goes_among_nobodys_files(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(UserError, match="holds something that `starseg demo` did not make"):
         demo.run_demo(tmp_path, Console(quiet=True))
@@ -129,7 +133,7 @@ def test_the_demo_goes_among_nobodys_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
 )
-def test_lack_of_memory_names_what_takes_less(error: Exception, capsys: pytest.CaptureFixture) -> None:
+def test_out_of_memory_names_settings_that_need_less(error: Exception, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit), reporting_errors(debug=False):
         raise error
     said = capsys.readouterr().err

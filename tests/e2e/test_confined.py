@@ -18,7 +18,7 @@ ESCAPES = ["../x", "/etc/x", "a/../../x", "a\\x", "..\\x", "x\0"]
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_a_task_s_name_is_no_path(name: str) -> None:
+def test_a_task_name_cannot_be_a_path(name: str) -> None:
     with pytest.raises(UserError, match=r"task.name: .*expected one without / and"):
         parse_config({"task": {"name": name, "steps": [["disc"]]}})
     published = read_published(CONFIGS / "config_voc.json")

@@ -1,4 +1,4 @@
-"""A disk that fills up stops a run with its last good state intact."""
+"""A full disk stops a run and leaves its last good state intact."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Mutated configurations and files: each is taken or refused with a UserError, nothing else, and nothing is written.
+"""Mutated configurations and files are accepted or refused with a UserError, and nothing is written.
 
 By default a sample; `pytest -m slow tests/e2e/test_fuzz.py` runs 2,000 configurations and 540 files.
 """
@@ -147,7 +147,7 @@ def files(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     folder = tmp_path_factory.mktemp("files")
     tree = {"data": {"root": str(shapes), "crop": 64}, "task": {"steps": [["disc", "square"], ["heart"]]}}
     tree |= {"model": {"backbone": "test_resnet", "pretrained": False}, "out": str(folder / "run")}
-    tree |= {"train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}}}
+    tree |= {"train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "precision": "32"}}
     step = train(parse_config(tree), range(1), Console(quiet=True)) / "step_0"
     model, bank = load_model(step)[0], PrototypeBank.from_state_dict(load_bank(step))
     save_published(folder, 1, model.state_dict(), bank)

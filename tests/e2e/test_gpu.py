@@ -1,4 +1,4 @@
-"""A run on a GPU is that of a CPU up to rounding, and repeatable where that is asked for."""
+"""A run on a GPU equals one on a CPU up to rounding, and is repeatable on request."""
 
 from pathlib import Path
 

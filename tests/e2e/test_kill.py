@@ -1,4 +1,4 @@
-"""A run killed at any moment ends, with the same command, as one that was never interrupted."""
+"""A run killed at any moment and resumed by the same command gives the results of an uninterrupted run."""
 
 import os
 import random
@@ -101,7 +101,9 @@ def test_twenty_kills(starter: Starter, longer: dict, tmp_path: Path) -> None:
 
 @pytest.mark.kill
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
-def test_a_signal_saves_first(starter: Starter, longer: dict, tmp_path: Path, number: int, workers: int) -> None:
+def test_a_signal_saves_the_state_before_the_run_ends(
+    starter: Starter, longer: dict, tmp_path: Path, number: int, workers: int
+) -> None:
     """Sent to the run alone, and to its loader workers too, as batch systems do; these start in a scan."""
     longer["train"]["later"]["epochs"], longer["data"]["workers"] = 30, workers
     config = str(_config(longer, tmp_path / "run"))
@@ -123,7 +125,7 @@ def test_a_signal_saves_first(starter: Starter, longer: dict, tmp_path: Path, nu
     assert not state.is_file()
 
 
-def test_a_damaged_state_is_named_and_passed_over(starter: Starter, longer: dict, tmp_path: Path) -> None:
+def test_a_damaged_state_is_reported_and_the_previous_one_used(starter: Starter, longer: dict, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = str(_config(longer, out))
     killed = starter.run("train", config, "--steps", "0", kill=("iteration", 24))

@@ -1,4 +1,4 @@
-"""One process and two give the same: bank, losses, weights, confusion matrix."""
+"""One process and two give the same bank, losses, weights and confusion matrix."""
 
 import os
 import socket
@@ -22,14 +22,9 @@ _QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def settings(shapes: Path) -> dict:
+def settings(tiny_tree: dict) -> dict:
     """A run with a batch that two processes can share."""
-    return {
-        "data": {"root": str(shapes), "crop": 64},
-        "task": {"name": "tiny", "steps": [["disc", "square", "triangle"], ["hexagon"], ["heart"]]},
-        "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 6, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
-    }
+    return {**tiny_tree, "train": {**tiny_tree["train"], "batch_size": 6}}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Two processes that want the same run directory at the same moment: one gets it, the other says who has it."""
+"""Of two processes that claim the same run directory at once, one gets it and the other names the owner."""
 
 import multiprocessing
 import signal
@@ -56,7 +56,7 @@ def test_one_of_two_claims_is_granted(tiny: dict, tmp_path: Path) -> None:
         assert {p.name for p in run.iterdir()} == {".lock", "config.yaml"}
 
 
-def test_a_claim_in_another_s_first_moments(tiny: dict, tmp_path: Path) -> None:
+def test_a_claim_just_after_that_of_another_process(tiny: dict, tmp_path: Path) -> None:
     """What lies there before its config.yaml does, even for good because it was killed, does not look foreign."""
     config = _resolved(tiny, tmp_path / "run")
     config.run_dir.mkdir()

@@ -1,4 +1,4 @@
-"""examples/story.sh, at a tiny size."""
+"""examples/story.sh runs at a tiny size."""
 
 import subprocess
 from pathlib import Path
@@ -25,6 +25,6 @@ def test_the_story_runs(voc_subset: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "is there already" in again.stderr
 
 
-def test_the_story_says_how_it_is_called() -> None:
+def test_the_story_prints_its_usage() -> None:
     done = subprocess.run(["bash", STORY], text=True, capture_output=True, timeout=60)
     assert done.returncode == 2 and "examples/story.sh VOC [WORK" in done.stderr

@@ -1,4 +1,4 @@
-"""A batch in parts: the losses and gradients of the whole."""
+"""Gradient accumulation: micro-batches give the losses and gradients of the whole batch."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class _Scaled(Precision):
 @pytest.mark.parametrize(
     ("name", "scale"), [("star", 1), ("dkd", 1), ("dkd", 1024), ("mib", 1), ("plop", 1), ("ssul", 1)]
 )
-def test_parts_give_the_losses_and_gradients_of_the_batch(name: str, scale: float) -> None:
+def test_micro_batches_give_the_losses_and_gradients_of_the_batch(name: str, scale: float) -> None:
     """Batch norm in eval mode: where it is trained, its statistics are those of a part. fp16 scales the gradients."""
     rehearsal = MethodHarness(name)
     rehearsal.walk(1)
@@ -72,7 +72,7 @@ def test_trained_batch_norm_and_dropout() -> None:
     assert len(maps) == 4 and torch.equal(maps[0], maps[2].detach()) and torch.equal(maps[1], maps[3].detach())
 
 
-def test_parts_too_small_for_batch_norm_are_refused() -> None:
+def test_micro_batches_too_small_for_batch_norm_are_refused() -> None:
     tree = {"task": {"name": "15-1"}, "train": {"batch_size": 6, "accumulate": 4}}
     with pytest.raises(UserError, match=r"train.batch_size: .* 4 parts \(train.accumulate\), got 6"):
         parse_config(tree)

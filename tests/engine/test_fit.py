@@ -1,4 +1,4 @@
-"""The loop of one step: its state on another device, and what it reports."""
+"""The training loop of one step: restoring its state on another device, and its reports."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")
 
 
 def _training(*plugins: MixedPrecision, batch_size: int = 4) -> tuple[StepTraining, Batch]:
-    """The first step of a rehearsal, and a batch for it."""
+    """The first step of a method harness, and a batch for it."""
     rehearsal = MethodHarness("finetune")
     method, ctx, _ = rehearsal.enter(0)
     fabric = Fabric(accelerator="cpu", plugins=list(plugins))
@@ -42,7 +42,7 @@ def test_an_iteration_that_overflows_leaves_no_trace() -> None:
     assert momenta and not any(momentum.any() for momentum in momenta)
 
 
-def test_what_fits_is_restored() -> None:
+def test_loss_scale_and_generator_are_restored() -> None:
     before, again = _training(_half())[0], _training(_half())[0]
     before.ctx.generator.manual_seed(5)
     before.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -64,7 +64,7 @@ def test_another_device_resets_what_it_cannot_restore() -> None:
 
 
 @pytest.mark.parametrize("share", [2, 4])
-def test_speed_is_that_of_all_processes(share: int) -> None:
+def test_the_reported_speed_counts_all_processes(share: int) -> None:
     """A process sees its share of every batch."""
     training, batch = _training()
     raw = replace(batch, images=batch.images[:share], labels=batch.labels[:share], indices=batch.indices[:share])

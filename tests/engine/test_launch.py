@@ -1,4 +1,4 @@
-"""Devices and processes: what is set before a run, and what is refused."""
+"""Devices and processes: settings made before a run, and refused configurations."""
 
 import os
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_batch_norm_is_synchronised_on_several_gpus(device: str, world: int, syn
     assert not any(m.training or m.weight.requires_grad for m in norms)
 
 
-def test_frozen_batch_norm_stays_joined_to_its_convolution() -> None:
+def test_frozen_batch_norm_stays_fused_with_its_convolution() -> None:
     """As in later steps, of which some train the batch norms of their new head alone."""
     model = Segmenter("test_resnet", [2, 1], layout=HeadLayout(conv=True))
     fused = [norm.fused for norm in _norms(model.backbone)]
@@ -91,7 +91,7 @@ def test_a_launcher_starts_what_is_configured(
 
 
 @pytest.mark.usefixtures("_algorithms")
-def test_float32_is_no_tf32() -> None:
+def test_float32_does_not_use_tf32() -> None:
     make_fabric(TrainConfig(accelerator="cpu"))
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 

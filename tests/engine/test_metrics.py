@@ -1,3 +1,5 @@
+"""IoU, means and confusion matrices."""
+
 import numpy as np
 import pytest
 import torch
@@ -40,12 +42,12 @@ def test_the_foreground_mean_leaves_out_id_0() -> None:
     assert figures["miou_foreground"]["all"] == pytest.approx((iou["b"] + iou["c"]) / 2)
 
 
-def test_a_step_without_new_classes_has_no_new_figures() -> None:
+def test_a_step_without_new_classes_has_no_new_mean() -> None:
     figures = summarize(np.diag([5, 5]), "ab", 1)
     assert figures["miou"]["new"] is figures["pixel_accuracy"]["new"] is None
 
 
-def test_confusion_is_torchmetrics() -> None:
+def test_the_confusion_matrix_equals_torchmetrics() -> None:
     """Which takes 15 GB for 16 crops and 21 classes where algorithms are to be deterministic."""
     model, method = MethodHarness("star").enter(0)[1].model, METHODS["star"]
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)

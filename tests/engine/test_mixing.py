@@ -1,4 +1,4 @@
-"""What reaches a method beside images and labels: exemplars mixed into batches, saliency maps, notes."""
+"""Exemplars and saliency maps reach a method with the batches; notes reach the results."""
 
 import json
 from pathlib import Path

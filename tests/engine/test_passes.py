@@ -1,4 +1,4 @@
-"""How often a step reads its images for statistics."""
+"""The number of passes over the images for statistics."""
 
 from dataclasses import replace
 

@@ -1,3 +1,5 @@
+"""Runs of several steps: results, resuming, run directories, and refused configurations."""
+
 import itertools
 import json
 import shutil
@@ -86,7 +88,9 @@ def test_old_heads_stay_put_unless_published(tiny: dict, tmp_path: Path) -> None
         assert torch.equal(*heads) == (compat is None)
 
 
-def test_finished_steps_are_skipped_and_a_broken_one_is_run_again(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_steps_are_skipped_and_an_interrupted_one_is_run_again(
+    tiny: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = StepTraining.run
 
     def interrupted(self: StepTraining, *args: object) -> None:
@@ -212,7 +216,7 @@ def test_a_directory_belongs_to_one_configuration(tiny: dict, tmp_path: Path) ->
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
 
 
-def test_a_config_yaml_of_one_s_own_is_not_overwritten(tiny: dict, tmp_path: Path) -> None:
+def test_a_config_yaml_of_the_user_is_not_overwritten(tiny: dict, tmp_path: Path) -> None:
     own = tmp_path / "proj" / "config.yaml"
     own.parent.mkdir()
     own.write_text("# my notes\n" + yaml.safe_dump(tiny))
@@ -233,7 +237,9 @@ def test_a_diverging_loss_stops_with_its_terms(tiny: dict) -> None:
     assert not (Path(tiny["out"]) / "step_0" / "metrics.json").exists()
 
 
-def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_starts_with_the_same_loss_scale(
+    tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that begins in a new process ends as one that follows another."""
 
     def half(config: TrainConfig) -> Fabric:
@@ -249,7 +255,7 @@ def test_a_loss_scale_is_that_of_its_step(tiny: dict, tmp_path: Path, monkeypatc
     assert files[0] == files[1]
 
 
-def test_a_run_keeps_where_its_data_lie(tiny: dict) -> None:
+def test_a_run_stores_the_absolute_path_of_its_data(tiny: dict) -> None:
     """So that it is scored and shown from any folder."""
     config = parse_config({**tiny, "data": {"root": "photos"}})
     assert resolve(config).data.root == Path.cwd() / "photos"

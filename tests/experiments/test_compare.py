@@ -1,4 +1,4 @@
-"""Methods side by side: shared base steps, the table's figures, its forms."""
+"""Comparison of methods: shared base steps, the values of the table, its formats."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ def config(tiny: dict, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_base_step_is_trained_once_where_it_is_the_same(config: Path, tmp_path: Path) -> None:
+def test_methods_share_a_base_step_with_the_same_settings(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plan = compare.make_plan(config, ["finetune", "mib", "joint", "star-m", "ssul"], [3], out, [])
     starts = {run.run_dir.name: run.start_from for run in plan.runs}
@@ -53,7 +53,7 @@ def test_a_base_step_is_trained_once_where_it_is_the_same(config: Path, tmp_path
         compare.make_plan(config, ["nobody"], [0], out, [])
 
 
-def test_what_a_star_stands_for_is_said_once(tmp_path: Path) -> None:
+def test_a_footnote_is_printed_once(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = tmp_path / f"ssul_seed{seed}"
         run.mkdir()
@@ -100,7 +100,7 @@ def test_compare_end_to_end(
         compare.write_comparison(tmp_path / "nothing", Console(quiet=True))
 
 
-def test_a_run_that_fails_leaves_the_others_their_table(
+def test_a_failing_run_does_not_keep_the_others_from_the_table(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     argv = ["starseg", "compare", str(config), "--out", str(tmp_path / "out"), "--methods", "star,finetune"]
@@ -112,7 +112,7 @@ def test_a_run_that_fails_leaves_the_others_their_table(
     assert (tmp_path / "out" / "compare.md").read_text().count("finetune") == 1
 
 
-def test_other_conditions_are_another_comparison(config: Path, tmp_path: Path) -> None:
+def test_runs_under_other_conditions_are_not_compared(config: Path, tmp_path: Path) -> None:
     run = compare.make_plan(config, ["finetune"], [0], tmp_path, []).runs[0]
     run.run_dir.mkdir()
     (run.run_dir / "config.yaml").write_text(dump_config(run))

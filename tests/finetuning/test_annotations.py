@@ -1,4 +1,4 @@
-"""`starseg learn` from what CVAT exports, in its layouts: "COCO 1.0" and "Segmentation mask 1.1"."""
+"""`starseg learn` reads CVAT's exports "COCO 1.0" and "Segmentation mask 1.1"."""
 
 import json
 import sys
@@ -134,7 +134,7 @@ def test_both_exports_give_the_same_masks(segmentation_mask: Path, coco: Path, t
 
 
 @pytest.mark.slow
-def test_a_coco_taught_step_is_a_step_like_any_other(
+def test_a_step_learnt_from_coco_is_a_step_like_any_other(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     images, file = coco / "images" / "default", coco / "annotations" / "instances_default.json"

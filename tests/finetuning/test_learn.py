@@ -1,4 +1,4 @@
-"""`starseg learn`: a folder of photos and masks becomes a step."""
+"""`starseg learn` turns a folder of images and masks into a step."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_a_dry_run_writes_nothing(folder: Folder, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-def test_the_same_request_goes_on_and_another_is_refused(folder: Folder, tmp_path: Path) -> None:
+def test_the_same_request_resumes_and_another_is_refused(folder: Folder, tmp_path: Path) -> None:
     first = _first(folder, tmp_path, "disc", "square")
     request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run", epochs=1)
     done = learn(request, Console(quiet=True))
@@ -134,7 +134,7 @@ def test_the_same_request_goes_on_and_another_is_refused(folder: Folder, tmp_pat
     assert (done / "metrics.json").stat().st_mtime_ns == written
 
 
-def test_a_run_that_learns_is_left_alone(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_progress_is_left_alone(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its first epoch nothing is saved yet, but the data that it reads are not taken from it."""
     request = LearnRequest(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
     request = _with(request, backbone="test_resnet", crop=64)
@@ -155,7 +155,7 @@ def test_a_run_that_learns_is_left_alone(folder: Folder, tmp_path: Path, monkeyp
     assert refused and done is not None and (done / "metrics.json").is_file()
 
 
-def test_a_place_that_was_only_claimed_is_free(folder: Folder, tmp_path: Path) -> None:
+def test_a_folder_with_only_a_lock_file_is_free(folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("1\n")
     request = LearnRequest(None, *folder("heart", count=8), "heart", tmp_path / "run", pretrained=False, epochs=1)
@@ -187,7 +187,7 @@ def test_defaults_fit_the_data(folder: Folder, tmp_path: Path) -> None:
     ],
 )
 def test_schedules(images: int, batch: int, first: tuple[int, float], later: tuple[int, float]) -> None:
-    """Few images are seen oftener, and fewer iterations have a higher rate."""
+    """Fewer images get more epochs, and fewer iterations a higher learning rate."""
     assert batch_size(images) == batch
     for phase, (epochs, rate) in ((FIRST, first), (LATER, later)):
         assert phase.epochs(images) == epochs
@@ -338,7 +338,7 @@ def test_requests_that_are_refused(folder: Folder, tmp_path: Path, step_dir: Pat
 @pytest.mark.parametrize(
     ("changes", "message"), [({"backbone": "nosuchnet"}, "nosuchnet"), ({"pretrained": Path("none.pt")}, "none.pt")]
 )
-def test_a_network_that_cannot_be_had_is_refused_before_a_mask_is_read(
+def test_an_unavailable_network_is_refused_before_a_mask_is_read(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr("starseg.finetuning.run.prepare_step", lambda *_: pytest.fail("reads masks"))
@@ -347,7 +347,7 @@ def test_a_network_that_cannot_be_had_is_refused_before_a_mask_is_read(
         learn(_with(request, **changes), Console(quiet=True))
 
 
-def test_two_images_are_too_few_and_three_enough(folder: Folder, tmp_path: Path) -> None:
+def test_two_images_are_too_few_and_three_are_enough(folder: Folder, tmp_path: Path) -> None:
     request = LearnRequest(None, *folder("heart", count=3), "heart", tmp_path / "run", backbone="test_resnet")
     request = _with(request, pretrained=False)
     assert learn(_with(request, crop=64, epochs=1), Console(quiet=True)) is not None
@@ -360,8 +360,8 @@ def test_two_images_are_too_few_and_three_enough(folder: Folder, tmp_path: Path)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--new", "step"], "give a step directory to go on from, or --new"),
-        ([], "give a step directory to go on from, or --new"),
+        (["--new", "step"], "give a step directory to continue from, or --new"),
+        ([], "give a step directory to continue from, or --new"),
         (["step", "--backbone", "test_resnet"], "only with --new"),
         (["--new", "--method", "nobody"], "--method: expected one of adapter"),
     ],
@@ -374,7 +374,7 @@ def test_commands_that_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_small_folder_replays_a_share_and_carries_the_whole_on(folder: Folder, tmp_path: Path) -> None:
+def test_a_small_folder_replays_a_fraction_and_keeps_the_whole_bank(folder: Folder, tmp_path: Path) -> None:
     first = _first(folder, tmp_path, "disc", "square")
     done = learn(
         LearnRequest(first, *folder("heart", count=6), "heart", tmp_path / "run", epochs=1), Console(quiet=True)

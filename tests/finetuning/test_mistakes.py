@@ -1,4 +1,4 @@
-"""`starseg learn`: what people get wrong about masks, class lists and places, and what they are told."""
+"""`starseg learn` explains common mistakes in masks, class lists and paths."""
 
 import re
 from dataclasses import replace
@@ -41,7 +41,7 @@ def _list(tmp_path: Path, text: str, encoding: str = "utf-8") -> str:
     return str(tmp_path / "classes.txt")
 
 
-def test_black_and_white_masks_are_told_of_colours(request_for: LearnRequest, tmp_path: Path) -> None:
+def test_black_and_white_masks_get_advice_on_colours(request_for: LearnRequest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no mask shows cat; the masks hold only 0 and 255, and 255 is ig") as caught:
         prepare_step(request_for, None, tmp_path / "prepared", QUIET)
     lines = re.findall("'([^']* #[^']*)'", str(caught.value))
@@ -51,7 +51,7 @@ def test_black_and_white_masks_are_told_of_colours(request_for: LearnRequest, tm
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16"])
-def test_masks_in_colour_are_told_of_colours(tmp_path: Path, mode: str) -> None:
+def test_colour_masks_get_advice_on_colours(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / "m.png")
     with pytest.raises(UserError, match=r"8-bit palette or grey .*masks in colour \(RGB, RGBA\) .*'cat #c00080'"):
         read_indices(tmp_path / "m.png", (4, 4), read_classes("cat"))
@@ -67,12 +67,12 @@ def test_transparent_pixels_are_named(tmp_path: Path) -> None:
         read_indices(tmp_path / "m.png", (3, 4), classes)
 
 
-def test_a_class_list_of_a_windows_editor(tmp_path: Path) -> None:
+def test_a_class_list_from_a_windows_editor(tmp_path: Path) -> None:
     assert read_classes(_list(tmp_path, "background\r\ncat\r\n", "utf-8-sig")).names == ("background", "cat")
 
 
 @pytest.mark.parametrize("line", ["cat #c0008", "cat #c00080ff", "cat #fff", "cat #", "cat #c0008g", "# a comment"])
-def test_colours_that_are_none(tmp_path: Path, line: str) -> None:
+def test_invalid_colours_are_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=f"expected 'name', 'name R G B' or 'name #rrggbb', got '{line}'"):
         read_classes(_list(tmp_path, f"background\n{line}\ndog #0000ff\n"))
 

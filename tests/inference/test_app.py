@@ -40,9 +40,7 @@ def test_the_mask_is_the_one_that_predict_writes(random_run: Path, photo: Path, 
     assert sum(seen.percent.values()) == pytest.approx(100)
 
 
-def test_a_step_has_its_own_classes_and_the_nearest_stands_for_one_that_is_not_there(
-    random_run: Path, photo: Path
-) -> None:
+def test_a_missing_step_is_replaced_by_the_nearest_with_its_own_classes(random_run: Path, photo: Path) -> None:
     whole, first = app.open_side(random_run), app.open_side(random_run / "step_0")
     assert list(app.view(whole, photo, 1, CLASSES).percent) == ["background", *CLASSES]
     early, clipped = (app.view(side, photo, number, CLASSES) for side, number in ((whole, 0), (first, 1)))
@@ -68,7 +66,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
         app.view(app.open_side(random_run), large, 1, CLASSES)
 
 
-def test_a_folder_that_is_no_run_is_refused_with_the_runs_in_it(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_with_a_list_of_its_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no finished step in this run directory$"):
         app.serve([tmp_path], 0, Console(quiet=True))
     (tmp_path / "star").mkdir()
@@ -77,7 +75,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_runs_in_it(tmp_path: Path) 
         app.serve([tmp_path], 0, Console(quiet=True))
 
 
-def test_only_this_machine_is_listened_to_and_a_taken_port_is_named() -> None:
+def test_the_page_listens_on_loopback_only_and_names_a_taken_port() -> None:
     with app.listen(0) as here:
         address, port = here.getsockname()
         assert address == "127.0.0.1"
@@ -104,14 +102,14 @@ def _components(page: Any, kind: str) -> list[dict[str, Any]]:
     return [part["props"] for part in page.config["components"] if part["type"] == kind]
 
 
-def test_a_slider_only_where_there_are_steps_and_limits_are_stated(random_run: Path, client: Any) -> None:
+def test_the_slider_needs_several_steps_and_limits_are_stated(random_run: Path, client: Any) -> None:
     pages = [app.build_page([app.open_side(path)]) for path in (random_run, random_run / "step_0")]
     assert [len(_components(page, "slider")) for page in pages] == [1, 0]
     assert [[c[0] for c in _components(p, "checkboxgroup")[0]["choices"]] for p in pages] == [CLASSES, CLASSES[:2]]
     assert "At most 50 MB and 40 megapixels" in _components(pages[0], "markdown")[0]["value"]
 
 
-def test_what_is_served_stays_on_this_machine(
+def test_the_page_loads_nothing_from_other_machines(
     random_run: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))

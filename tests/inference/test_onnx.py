@@ -86,7 +86,7 @@ def test_a_file_that_disagrees_is_not_kept(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_int8_says_how_far_it_is_off(onnxruntime: Any, step_dir: Path, photos: Path, tmp_path: Path) -> None:
+def test_int8_reports_its_deviation(onnxruntime: Any, step_dir: Path, photos: Path, tmp_path: Path) -> None:
     from starseg.inference.onnx import export_onnx
 
     console = Console(record=True, width=200)
@@ -125,7 +125,7 @@ def test_the_example_runs_on_noise_checked_files(
     assert drawn.read_bytes() == b"mine" and not (photos / "2_mask.png").exists()
 
 
-def test_the_example_sees_what_starseg_sees(onnxruntime: Any, tmp_path: Path) -> None:
+def test_the_example_predicts_what_starseg_predicts(onnxruntime: Any, tmp_path: Path) -> None:
     read = runpy.run_path(str(EXAMPLE))["read"]
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), "RGBA")
     paletted = noise.convert("RGB").quantize(16)
@@ -137,7 +137,7 @@ def test_the_example_sees_what_starseg_sees(onnxruntime: Any, tmp_path: Path) ->
         np.testing.assert_array_equal(np.asarray(read(str(tmp_path / "x.png"))), expected)
 
 
-def test_the_example_goes_on_after_what_it_cannot_read(
+def test_the_example_continues_after_an_unreadable_file(
     onnxruntime: Any,
     step_dir: Path,
     photos: Path,
@@ -183,7 +183,7 @@ def test_options_of_onnx_need_its_file(
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_hub_folder_says_what_it_lacks(step_dir: Path, tmp_path: Path) -> None:
+def test_a_hub_folder_names_its_missing_files(step_dir: Path, tmp_path: Path) -> None:
     metrics = summarize(np.diag([5, 4, 3, 0]) + 1, ["background", "cat", "dog", "cow"], 2)
     (step_dir / "metrics.json").write_text(json.dumps({"step": 1, "new_classes": ["cow"], **metrics}))
     hub = write_hub(step_dir, tmp_path / "hub").parent
@@ -211,7 +211,9 @@ def test_hub_folder_predicts_and_describes_itself(step_dir: Path, photos: Path, 
     write_hub(step_dir, tmp_path / "hub")
 
 
-def test_hub_overwrites_only_what_it_made(random_run: Path, step_dir: Path, photos: Path, tmp_path: Path) -> None:
+def test_hub_export_overwrites_only_earlier_exports(
+    random_run: Path, step_dir: Path, photos: Path, tmp_path: Path
+) -> None:
     """A step holds a model.json too; neither it nor a folder with someone's own README is taken for an export."""
     metrics = summarize(np.diag([5, 4, 3, 0]) + 1, ["background", "cat", "dog", "cow"], 2)
     (step_dir / "metrics.json").write_text(json.dumps({"step": 1, "new_classes": ["cow"], **metrics}))

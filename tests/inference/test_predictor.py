@@ -87,7 +87,7 @@ def test_bands_of_rows_change_nothing(predictor: Predictor, monkeypatch: pytest.
     assert (predictor.predict(_array(90, 70)) == whole).mean() > 0.999
 
 
-def test_windows_of_a_translation_invariant_network_are_its_whole_image(
+def test_windows_give_what_the_whole_image_gives_for_a_translation_invariant_network(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every window's cells land where they belong, and overlaps are averaged, not added."""
@@ -130,7 +130,7 @@ def test_mistakes_in_python(predictor: Predictor, image: object, options: dict, 
         predictor.predict(image, **options)  # type: ignore[call-overload]
 
 
-def test_load_says_what_it_has_and_what_is_wrong(step_dir: Path) -> None:
+def test_load_reports_what_it_found_and_what_is_wrong(step_dir: Path) -> None:
     assert starseg.load(str(step_dir)).classes == ["background", "cat", "dog", "cow"]
     with pytest.raises(UserError, match="device: cannot use 'tpu9'"):
         load(step_dir, "tpu9")
@@ -168,7 +168,7 @@ def test_files_that_are_not_read_are_named(photos: Path, capsys: pytest.CaptureF
         find_images([f"{photos}/*.txt"])
 
 
-def test_a_folder_of_folders_is_told_of_the_pattern(photos: Path) -> None:
+def test_a_folder_of_folders_gets_advice_on_the_pattern(photos: Path) -> None:
     for file in photos.glob("*.*"):
         file.unlink()
     with pytest.raises(UserError, match="no image in this folder") as caught:
@@ -177,7 +177,7 @@ def test_a_folder_of_folders_is_told_of_the_pattern(photos: Path) -> None:
     assert pattern == f"{photos}/**/*" and [p.name for p in find_images([pattern])] == ["a.jpg"]
 
 
-def test_same_stems_get_names_of_their_own(tmp_path: Path) -> None:
+def test_images_with_the_same_stem_get_distinct_names(tmp_path: Path) -> None:
     images = [Path("x/a.jpg"), Path("x/A.png"), Path("y/a.jpg"), Path("y/a-2.jpg")]
     names = [t.mask.name for t in plan_targets(images, tmp_path, False)]
     assert names == ["a.png", "A-2.png", "a-3.png", "a-2-2.png"]
@@ -192,7 +192,7 @@ def test_an_image_is_never_overwritten(photos: Path, predictor: Predictor) -> No
     assert (photos / "a.png").read_bytes() == before
 
 
-def test_a_mask_of_ones_own_is_never_overwritten(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
+def test_a_mask_of_the_user_is_never_overwritten(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
     own, out = tmp_path / "own", tmp_path / "out"
     own.mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(own / "a.png")
@@ -209,7 +209,7 @@ def test_a_mask_of_ones_own_is_never_overwritten(tmp_path: Path, photos: Path, p
     assert picture.read_bytes() == (photos / "b.jpg").read_bytes()
 
 
-def test_masks_do_not_go_among_the_photos(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
+def test_masks_are_not_written_into_the_folder_of_photos(tmp_path: Path, photos: Path, predictor: Predictor) -> None:
     (tmp_path / "jpg").mkdir()
     Image.open(photos / "a.png").convert("RGB").save(tmp_path / "jpg" / "a.jpg")
     with pytest.raises(UserError, match="masks in it would pass for images"):

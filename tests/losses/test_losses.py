@@ -1,4 +1,4 @@
-"""What must hold by default, where the golden files hold the published choice."""
+"""Properties of the losses by default, where the golden files hold the published choice."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def test_ignored_pixels_leave_the_base_loss_and_its_mean() -> None:
     assert (bce_per_class(padded, ignored, 5, ignored_as_negatives=True) != bce_per_class(logits, labels, 5)).all()
 
 
-def test_a_batch_of_ignored_pixels_costs_nothing() -> None:
+def test_a_batch_of_ignored_pixels_has_zero_loss() -> None:
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
     loss = bce_per_class(logits, torch.full((1, 4, 4), 255), 1).sum()
     loss.backward()
     assert loss == 0 and logits.grad.abs().max() == 0
 
 
-def test_no_replayed_features_cost_nothing() -> None:
+def test_without_replayed_features_replay_has_no_effect() -> None:
     none, count = negatives_per_class(torch.zeros(0, 3))
     assert count == 0
     assert none.tolist() == [0, 0, 0]
@@ -64,7 +64,7 @@ def test_sad_gradient_is_bounded_at_a_zero_feature() -> None:
 
 
 class _Waits(TorchDispatchMode):
-    """Notes what a GPU would be waited for: results that Python must see, and numbers copied to it from Python."""
+    """Records operations that synchronise with a GPU: results read by Python, and numbers copied from Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class _Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["voc_15-1", "ade_base"])
-def test_an_iteration_of_star_waits_for_nothing(name: str) -> None:
-    """But the first of a step, which counts the replayed features."""
+def test_an_iteration_of_star_does_not_synchronise_with_the_gpu(name: str) -> None:
+    """Except the first of a step, which counts the replayed features."""
     path = LossPath(loss_cases(128)[name])
     path.lean()
     with _Waits() as waits:

@@ -1,3 +1,5 @@
+"""The network: heads, freezing, pretrained weights and the prediction rule."""
+
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from starseg.models.encoders import load_backbone_weights
 from starseg.models.prediction import LargestLogit
 
 
-def test_growing_keeps_the_old_logits() -> None:
+def test_a_new_head_keeps_the_old_logits() -> None:
     model = Segmenter("test_resnet", [3]).eval()
     image = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
@@ -21,7 +23,7 @@ def test_growing_keeps_the_old_logits() -> None:
     torch.testing.assert_close(after[:, :3], before)
 
 
-def test_a_cpu_takes_as_many_images_at_once_as_its_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_processes_as_many_images_at_once_as_its_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = Segmenter("test_resnet", [3]).eval(), []
     images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():

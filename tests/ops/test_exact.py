@@ -1,4 +1,4 @@
-"""The shortcuts of the loss path and of the evaluation give what the dense, literal path gives."""
+"""The optimised loss path and evaluation give the results of literal implementations at image size."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from starseg.bench.dense import dense_bce, dense_old_prediction
+from oracles import dense
 from starseg.losses.star import bce_per_class
 from starseg.models.prediction import LargestLogit, predict_upsampled
 from starseg.ops.bilinear import largest, resize, resize_at_support, subsample_to_support
@@ -57,7 +57,7 @@ def test_base_loss_and_its_gradient(
     weights = torch.rand(maps[1], generator=draw)
     small, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
     loss = bce_per_class(small, labels, first_id, pos_weight, ignored_as_negatives=ignored_as_negatives)
-    want = dense_bce(resize(wide, size), labels, first_id, pos_weight, ignored_as_negatives)
+    want = dense.base_loss(dense.upsample(wide, size), labels, first_id, pos_weight, ignored_as_negatives)
     (loss @ weights).backward()
     (want @ weights.double()).backward()
     # A weight in the resize is rounded relative to 1 where the literal path here is in float64.
@@ -87,7 +87,7 @@ def test_losses_of_frozen_logits_need_no_gradient() -> None:
 
 @given(seed=seeds, cells=st.tuples(sides, sides), stride=st.integers(1, 17), extra=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_thinned_masks_resize_to_the_same(seed: int, cells: tuple[int, int], stride: int, extra: int) -> None:
+def test_subsampled_masks_resize_to_the_same(seed: int, cells: tuple[int, int], stride: int, extra: int) -> None:
     size = tuple(c * stride + extra for c in cells)
     labels = random_labels(torch.Generator().manual_seed(seed), (2, *size), 3)
     few = subsample_to_support(labels, cells)
@@ -118,7 +118,7 @@ def test_old_prediction(seed: int, shape: tuple[int, int, int, int], stride: int
     ).abs().max() <= 8 * EPS * logits.abs().max()
     got, want = (
         old_prediction(logits, size, cells, threshold),
-        subsample_to_support(dense_old_prediction(whole, threshold), cells),
+        subsample_to_support(dense.old_model_labels(whole, threshold), cells),
     )
     best = whole.topk(min(2, shape[1]), 1).values
     margin = (best[:, 0] - threshold).abs()
@@ -136,7 +136,7 @@ def thin_maps(maps: Tensor, cells: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("old_classes", [15, 100])
 def test_old_prediction_of_a_training_batch(old_classes: int) -> None:
     logits = 2 * torch.randn(2, old_classes, 32, 32, generator=torch.Generator().manual_seed(0)) - 3
-    want = subsample_to_support(dense_old_prediction(resize(logits, (512, 512))), (32, 32))
+    want = subsample_to_support(dense.old_model_labels(resize(logits, (512, 512))), (32, 32))
     assert torch.equal(old_prediction(logits, (512, 512), (32, 32)), want)
 
 
@@ -154,7 +154,9 @@ def test_the_largest_of_parts_is_that_of_the_whole(seed: int, parts: list[int]) 
 @pytest.mark.parametrize("of_sigmoids", [False, True])
 @pytest.mark.parametrize("classes", [1, 20, 150])
 @pytest.mark.parametrize("shift", [0, -20, -40, -80])
-def test_evaluation_of_what_can_win(classes: int, shift: float, of_sigmoids: bool, channels_last: bool) -> None:
+def test_evaluation_of_candidate_classes_only(
+    classes: int, shift: float, of_sigmoids: bool, channels_last: bool
+) -> None:
     """The same predictions, saturated sigmoids included, with channels that have no say."""
     logits = 12 * torch.randn(2, 1 + classes, 8, 8, generator=torch.Generator().manual_seed(classes)) + shift
     if channels_last:

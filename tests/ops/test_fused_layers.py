@@ -1,4 +1,4 @@
-"""The lean layers against torch's own."""
+"""The fused layers give the outputs and gradients of torch's own layers."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from starseg.bench.dense import unfused
+from starseg.bench.reference import unfused
 from starseg.models import Segmenter
 from starseg.ops.fused_layers import BatchNorm2d, Conv2d
 
@@ -57,9 +57,7 @@ def test_outputs_gradients_and_statistics(frozen: bool) -> None:
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 6, 6), ((1, 3), (2, 3), (0, 2), 2)]
 )
-def test_gradient_of_weights_by_taps(
-    size: tuple[int, int], kernel: int, stride: int, padding: int, dilation: int
-) -> None:
+def test_weight_gradient_by_taps(size: tuple[int, int], kernel: int, stride: int, padding: int, dilation: int) -> None:
     """Taps that see nothing but padding among them."""
     conv = Conv2d(32, 5, kernel, stride, padding, dilation, bias=False).double()
     plain = copy.deepcopy(conv)
@@ -75,7 +73,7 @@ def test_gradient_of_weights_by_taps(
     torch.testing.assert_close(images[0].grad, images[1].grad)
 
 
-def test_a_frozen_step_keeps_no_map_for_batch_norm() -> None:
+def test_frozen_batch_norm_stores_no_map_for_the_backward_pass() -> None:
     model = network().train()
     every = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
     assert len(every) == sum(len(m.norm) for m in model.modules() if isinstance(m, Conv2d)) and every
@@ -97,7 +95,7 @@ def test_a_frozen_step_keeps_no_map_for_batch_norm() -> None:
     assert kept() < 0.75 * trained
 
 
-def test_replaced_batch_norms_are_not_passed_over() -> None:
+def test_replaced_batch_norms_are_applied() -> None:
     """Several GPUs: the runner replaces them by synchronised ones."""
     model = network().eval()
     image = torch.randn(1, 3, 64, 64).double()

@@ -33,7 +33,7 @@ def generated(key: str, shape: list[int], salt: str) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     return name.replace("heads.", "cls.", 1) if name.startswith("heads.") else name
 
 
@@ -41,7 +41,7 @@ def _published_name(name: str) -> str:
 def model() -> Segmenter:
     keys = document("state_dict_keys")
     network = Segmenter("resnet101", keys["classes"])
-    own = {_published_name(k): v for k, v in network.state_dict().items()}
+    own = {published_name(k): v for k, v in network.state_dict().items()}
     assert {k: list(v.shape) for k, v in own.items()} == {k["name"]: k["shape"] for k in keys["keys"]}
     assert sum(p.numel() for p in network.parameters()) == keys["n_parameters"]
     for entry in keys["keys"]:

@@ -37,7 +37,7 @@ def test_a_memory_is_as_large_as_it_can_be_and_balanced(candidates: list[Exempla
             assert not [e for e in left if c in e.classes]
 
 
-def test_merge_joins_what_is_known_of_an_image() -> None:
+def test_merge_combines_the_classes_of_an_image() -> None:
     assert merge([Exemplar("a", (3,)), Exemplar("b", ()), Exemplar("a", (1, 3))]) == [
         Exemplar("a", (1, 3)),
         Exemplar("b", ()),
@@ -70,7 +70,7 @@ def test_star_m_keeps_images_of_old_classes(star_m: dict) -> None:
     assert copies == sorted(Path(name.split()[0]).name for name, _ in memory["step_2"]["memory_candidates"])
 
 
-def test_the_memory_is_drawn_alike_when_a_step_is_run_alone(star_m: dict, tmp_path: Path) -> None:
+def test_a_step_run_alone_draws_the_same_memory(star_m: dict, tmp_path: Path) -> None:
     whole = train(parse_config(star_m), range(2), Console(quiet=True))
     single = parse_config({**star_m, "out": str(tmp_path / "alone")})
     shutil.copytree(whole / "step_0", tmp_path / "alone" / "step_0")

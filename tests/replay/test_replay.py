@@ -1,3 +1,5 @@
+"""Feature statistics, the prototype bank and the replay plan."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def test_statistics_do_not_depend_on_the_batches(seed: int, cuts: list[int]) -> 
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_statistics_are_the_formulas() -> None:
+def test_statistics_equal_the_formulas() -> None:
     features, labels = 5 * torch.randn(6, 8, 3, 3, dtype=torch.float64), torch.randint(0, 3, (6, 3, 3))
     bank = _measure(features.float(), labels, 2, [2])
     vectors = features.float().double().movedim(1, -1)
@@ -62,7 +64,7 @@ def test_draws_have_the_stored_distribution(norms: str) -> None:
     assert torch.equal(drawn, again)
 
 
-def test_a_bank_is_about_two_kilobytes_a_class() -> None:
+def test_a_bank_takes_about_two_kilobytes_per_class() -> None:
     bank = FeatureStatistics.zeros(20, 256).finish()
     assert bank.nbytes == 4 * (1 + 20 * (1 + 256 + 256 + 2))
 

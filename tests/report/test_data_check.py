@@ -1,3 +1,5 @@
+"""`starseg data check` finds broken files, wrong layouts and tasks that cannot be trained."""
+
 import json
 import shutil
 import sys
@@ -106,7 +108,7 @@ def test_an_exif_rotated_image_matches_its_upright_mask(copy: dict) -> None:
     ]
 
 
-def test_a_task_that_cannot_be_trained_is_no_broken_file(
+def test_a_task_that_cannot_be_trained_is_not_a_broken_file(
     tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     code, found = _check({**tiny, "train": {"batch_size": 48}}, tmp_path, monkeypatch)
@@ -131,7 +133,7 @@ def test_published_counts_belong_to_the_published_classes(copy: dict, ade_shapes
     assert [report.missing("training"), report.missing("test")] == [10_582 - 48, 1_449 - 12]
 
 
-def test_the_real_subset_is_usable_and_known_to_be_one(
+def test_the_real_subset_is_usable_and_recognised_as_a_subset(
     voc_subset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     task = {"steps": [["cat", "cow", "dog"], ["horse"], ["person"], ["sheep"]]}

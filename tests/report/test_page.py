@@ -1,4 +1,4 @@
-"""The HTML report: its figures, its pictures, and the page; tests/browser opens it."""
+"""The HTML report: its values, pictures and page; tests/browser opens it."""
 
 import base64
 import io
@@ -54,9 +54,16 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three steps. Not to be changed."""
+    return train(parse_config(tiny_tree | {"out": str(tmp_path_factory.mktemp("trained") / "run")}), console=QUIET)
+
+
 @pytest.fixture
-def run(tiny: dict) -> Path:
-    return train(parse_config(tiny), console=QUIET)
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Its copy, to be changed at will."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_forgetting_is_the_best_earlier_iou_minus_the_last() -> None:
@@ -136,7 +143,7 @@ def test_loss_curves_come_from_the_logs(run: Path) -> None:
     assert loss_curves(run / "step_1") == {} and set(gather(run).losses) == {0, 2}
 
 
-def test_without_the_data_the_page_says_so(run: Path, tmp_path: Path) -> None:
+def test_a_page_without_the_data_set_says_so(run: Path, tmp_path: Path) -> None:
     config = run / "config.yaml"
     config.write_text(re.sub("root: .*", "root: /nowhere", config.read_text()))
     console = Console(record=True, width=300)
@@ -160,7 +167,7 @@ def test_several_runs_and_names_are_escaped(run: Path, tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "no.html", QUIET)
 
 
-def test_equal_names_are_told_apart_and_missing_steps_said(run: Path, tmp_path: Path) -> None:
+def test_runs_of_equal_name_are_distinguished_and_missing_steps_reported(run: Path, tmp_path: Path) -> None:
     for place in ("a", "b"):
         shutil.copytree(run, tmp_path / place / "star")
     results = tmp_path / "b" / "star" / "results.json"
@@ -174,7 +181,7 @@ def test_equal_names_are_told_apart_and_missing_steps_said(run: Path, tmp_path: 
         shown_names(runs)
 
 
-def test_a_report_goes_among_nobodys_files(tmp_path: Path) -> None:
+def test_a_report_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     photos, run, report, broken = (tmp_path / name for name in ("photos", "run.1", "report", "broken"))
     for folder, name in ((photos, "a.jpg"), (run, "results.json"), (report, "report.html"), (broken, "iou.png")):
         folder.mkdir()
@@ -189,7 +196,7 @@ def test_a_report_goes_among_nobodys_files(tmp_path: Path) -> None:
             refuse_target(tmp_path / name)
 
 
-def test_the_command_looks_at_the_place_first(
+def test_the_command_checks_its_target_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["starseg", "report", str(tmp_path), "--out", str(tmp_path / "page.pdf")])

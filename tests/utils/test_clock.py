@@ -1,3 +1,5 @@
+"""The clock of a step's parts."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ from starseg.utils import clock as module
 from starseg.utils.clock import Clock
 
 
-def test_a_part_within_another_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_parts_are_timed_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 

@@ -1,4 +1,4 @@
-"""What the machine has to offer."""
+"""CPU cores and memory available to a process."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _V1 = "sys/fs/cgroup/memory"
         ("4:cpu,memory:/x\n0::/\n", {f"{_V1}/memory": (7000, 5000, 1000), f"{_V1}/x/memory": (2**63, 1, 0)}, 3000),
     ],
 )
-def test_memory_is_what_the_machine_and_every_control_group_leave(
+def test_available_memory_is_limited_by_the_machine_and_control_groups(
     groups: str, files: dict[str, tuple[int | str, int, int]], want: int, tmp_path: Path
 ) -> None:
     (tmp_path / "proc" / "self").mkdir(parents=True)
@@ -39,5 +39,5 @@ def test_memory_of_this_machine_and_of_one_without_proc(tmp_path: Path) -> None:
     assert 0 < available_memory() <= available_memory(tmp_path)
 
 
-def test_without_shared_memory_of_its_own_a_machine_shares_what_it_has(tmp_path: Path) -> None:
+def test_without_dev_shm_the_available_memory_is_returned(tmp_path: Path) -> None:
     assert free_shared_memory(tmp_path) > 0 and free_shared_memory(tmp_path / "none") > 0

@@ -1,1 +1,1 @@
-"""Time and memory of training and evaluation (`starseg bench`)."""
+"""Benchmarks of the time and memory of training and evaluation (`starseg bench`)."""

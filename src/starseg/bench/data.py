@@ -1,4 +1,4 @@
-"""The data section of `starseg bench`: JPEG and mask files to batches, beside the published order of operations."""
+"""Data loading benchmark: from JPEG and mask files to batches, compared with the published order of operations."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _NEW = 16  # the class of VOC 15-1, step 1
 
 
 def write_files(folder: Path, count: int) -> tuple[Split, str]:
-    """JPEG images of 500 x 375, quality 95, with palette masks.
+    """Write JPEG images of 500 x 375 pixels, quality 95, with palette masks.
 
     Args:
         folder: where to.
-        count: how many; photographs of the data set in `data.root`'s default folder as far as there are, else drawn.
+        count: number of images; photographs from `data.root`'s default folder if it has enough, otherwise synthetic.
 
     Returns:
         The files, and what they are.
@@ -60,12 +60,12 @@ def write_files(folder: Path, count: int) -> tuple[Split, str]:
             image, mask = _drawn(torch.Generator().manual_seed(i))
         image.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC).save(image_file, quality=95)
         mask.resize((_WIDTH, _HEIGHT), Image.Resampling.NEAREST).save(mask_file)
-    kind = f"photographs of {root}" if len(found) == count else "drawn images"
+    kind = f"photographs of {root}" if len(found) == count else "synthetic images"
     return Split(tuple(images), tuple(masks), tuple(map(str, range(count)))), kind
 
 
 def _drawn(generator: torch.Generator) -> tuple[Image.Image, Image.Image]:
-    """Noise in octaves, whose spectrum is about a photograph's, and smooth regions of three ids."""
+    """Draw octave noise with about a photograph's spectrum, and a mask of smooth regions with three ids."""
 
     def noise(channels: int, side: int) -> Tensor:
         small = torch.randn(1, channels, side * 3 // 4, side, generator=generator)
@@ -80,7 +80,7 @@ def _drawn(generator: torch.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def published(image_file: Path, mask_file: Path, crop: int) -> tuple[Tensor, Tensor]:
-    """One sample in the published order: PIL crops, floats normalised on the CPU, a Python function for each label."""
+    """Prepare a sample as published: PIL crops, floats normalised on the CPU, a Python function per label."""
     image, mask = Image.open(image_file).convert("RGB"), Image.open(mask_file)
     box = RandomResizedCrop.get_params(image, [0.5, 2.0], [3 / 4, 4 / 3])
     image = F.resized_crop(image, *box, [crop, crop], F.InterpolationMode.BILINEAR)
@@ -93,7 +93,7 @@ def published(image_file: Path, mask_file: Path, crop: int) -> tuple[Tensor, Ten
 
 
 def measure_data(folder: Path, crop: int, count: int, repeats: int) -> dict[str, Any]:
-    """Seconds of one core for an image, from the files to a batch, and for parts of that."""
+    """Measure seconds per image on one core, from the files to a batch, in total and by part."""
     split, kind = write_files(folder, count)
     table = np.zeros(256, np.uint8)
     table[[_NEW, IGNORE]] = 1, IGNORE
@@ -139,7 +139,7 @@ def measure_data(folder: Path, crop: int, count: int, repeats: int) -> dict[str,
 
 
 def data_section(console: Console, quick: bool) -> dict[str, Any]:
-    """Measure and print.
+    """Measure and print the section "data".
 
     Returns:
         {"pipeline": {"speedup", "seconds", "dense_seconds", "cached_seconds", "parts", "files"}}, seconds of one core

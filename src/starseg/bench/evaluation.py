@@ -1,4 +1,4 @@
-"""What `starseg bench` says of the evaluation, beside one image at a time with every class at full size.
+"""Evaluation benchmark, compared with one image at a time and every class at full size.
 
 Both run the same ResNet-101 in float32 on uint8 images in memory and end in a confusion matrix. The heads are shifted
 so that an image shows a few of the classes: a twentieth of the cells has a positive logit of each of them, and no cell
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from starseg.bench.dense import dense_confusion, unfused
+from starseg.bench.reference import dense_confusion, unfused
 from starseg.bench.run import alternate
 from starseg.bench.step import BACKBONE
 from starseg.config import TrainConfig
@@ -29,7 +29,7 @@ _POSITIVE = 0.05
 
 
 class EvalPath:
-    """Random images in one batch, and a network of ``classes`` of which it sees ``shown``."""
+    """Batch of random images, and a network with ``classes`` classes that predicts ``shown`` of them."""
 
     def __init__(self, classes: int, shown: int, images: int, side: int, backbone: str) -> None:
         torch.manual_seed(0)
@@ -47,22 +47,22 @@ class EvalPath:
                 head.bias -= shift
 
     def lean(self) -> torch.Tensor:
-        """As a run does it."""
+        """Evaluate as a run does."""
         return torch.from_numpy(confusion_matrix(self.model, self.rule, [self.batch]))
 
     @torch.inference_mode()
     def dense(self) -> torch.Tensor:
-        """As it is written down."""
+        """Evaluate with the dense reference."""
         return dense_confusion(self.plain, self.rule, [self.batch])
 
 
 def measure_eval(
     classes: int, shown: int, images: int, side: int, repeats: int, backbone: str = BACKBONE
 ) -> dict[str, float]:
-    """Images a second in both ways.
+    """Measure images per second of starseg and of the dense reference.
 
     Raises:
-        RuntimeError: their figures differ by more than pixels in which two classes tie up to rounding.
+        RuntimeError: the results differ in more than pixels where two classes tie up to rounding.
     """
     path = EvalPath(classes, shown, images, side, backbone)
     lean, dense = path.lean(), path.dense()

@@ -1,4 +1,4 @@
-"""`starseg bench`: what training and evaluation cost, beside the same written densely, in one process.
+"""Benchmark of training and evaluation (`starseg bench`), compared with a dense reference in one process.
 
 Here the loss path: the networks' outputs are random tensors; measured is everything between them and their gradients.
 Times are medians of interleaved repetitions, memory is the peak above what the inputs take.
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from starseg.bench.dense import dense_base, dense_later
+from starseg.bench.reference import dense_base, dense_later
 from starseg.data.samples import Batch
 from starseg.methods import StepContext
 from starseg.methods.star import Star, StarOptions
@@ -35,7 +35,7 @@ _FEW, _MANY = 10, 150
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of a training step: classes known and new, images of a batch, side of a crop; "voc" or "ade"."""
+    """Shapes of a training step: old and new classes, batch size, crop size, and data set ("voc" or "ade")."""
 
     old: int
     new: int
@@ -45,7 +45,7 @@ class Case:
 
 
 def loss_cases(crop: int) -> dict[str, Case]:
-    """The steps whose loss path is measured."""
+    """Return the steps whose loss path is measured, by name."""
     return {
         "voc_15-1": Case(15, 1, 8, crop, "voc"),
         "ade_100-10": Case(100, 10, 4, crop, "ade"),
@@ -54,14 +54,14 @@ def loss_cases(crop: int) -> dict[str, Case]:
 
 
 class _NoNetwork:
-    """What a method asks of the network itself."""
+    """Stand-in with the attributes that a method reads from the network."""
 
     output_stride = _STRIDE
     mean = torch.zeros(1)
 
 
 class LossPath:
-    """Random outputs of the networks in a step of STAR, and its loss with gradients from them in both ways."""
+    """Random network outputs in a step of STAR, with its loss and gradients in both implementations."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
@@ -81,13 +81,13 @@ class LossPath:
         self.method.bank, self.method.plan = self.bank, self.plan
 
     def lean(self) -> Tensor:
-        """As training does it."""
+        """Compute loss and gradients as training does."""
         old = self.previous
         losses = self.method.losses(self.batch, lambda *_: self.output, (lambda *_: old) if old else None)
         return self._backward(torch.stack(list(losses.values())).sum())
 
     def dense(self) -> Tensor:
-        """As it is written down."""
+        """Compute loss and gradients with the dense reference."""
         ctx, options = self.ctx, self.method.options
         if self.previous is None:
             return self._backward(dense_base(ctx, options, self.batch, self.output))
@@ -106,7 +106,7 @@ class LossPath:
 
 
 def _labels(case: Case) -> Tensor:
-    """Patches of 32 pixels: background, new classes, and some ignored ones."""
+    """Draw labels in patches of 32 pixels: background, new classes, and some ignored ones."""
     ids = torch.tensor([0, IGNORE, *range(case.old + 1, case.old + case.new + 1)], dtype=torch.uint8)
     side = case.crop // 32
     patches = torch.where(
@@ -140,7 +140,7 @@ def alternate(
     clock: Callable[[], float] = time.perf_counter,
     warm: bool = False,
 ) -> list[float]:
-    """Median seconds of each, called in turn, after one call of each that does not count, unless they are ``warm``."""
+    """Return the median seconds of each call, alternating, after one warm-up call of each unless ``warm``."""
     seconds: list[list[float]] = [[] for _ in paths]
     for _ in range(repeats + (not warm)):
         for path, times in zip(paths, seconds, strict=True):
@@ -157,7 +157,7 @@ def _wait() -> None:
 
 
 def peak_bytes(path: Callable[[], Any]) -> int:
-    """Most memory on the CPU that a call holds at any time beyond what was there before, of all allocations."""
+    """Return the peak CPU memory of a call in bytes, above what was allocated before it."""
     # Said once by the profiler's library on a machine without a GPU, along with every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -172,7 +172,7 @@ def peak_bytes(path: Callable[[], Any]) -> int:
 
 
 def measure_loss(case: Case, repeats: int) -> dict[str, float]:
-    """Time and memory of one case in both ways.
+    """Measure time and memory of one case in both implementations.
 
     Raises:
         RuntimeError: they differ in their loss.
@@ -190,7 +190,7 @@ def measure_loss(case: Case, repeats: int) -> dict[str, float]:
 
 
 def beside_dense(seconds: float, dense_seconds: float, peaks: list[int]) -> dict[str, float]:
-    """Times and peak bytes (ours, the dense path's) with their ratios, dense over ours."""
+    """Return times and peak bytes of starseg and the dense reference, with the ratios dense / starseg."""
     return {
         "speedup": dense_seconds / seconds,
         "memory_ratio": peaks[1] / peaks[0],
@@ -202,7 +202,7 @@ def beside_dense(seconds: float, dense_seconds: float, peaks: list[int]) -> dict
 
 
 def measure_growth(case: Case) -> dict[str, float]:
-    """Peak memory of a later step with few and with many old classes; the growth is many over few."""
+    """Measure the peak memory of a later step with few and with many old classes, and its growth."""
     peaks: dict[str, int] = {}
     for old in (_FEW, _MANY):
         path = LossPath(replace(case, old=old))
@@ -218,7 +218,7 @@ def measure_growth(case: Case) -> dict[str, float]:
 
 
 def bench(console: Console, quick: bool = False) -> dict[str, Any]:
-    """Measure and print tables.
+    """Run all benchmarks and print their tables.
 
     Args:
         console: takes the tables.
@@ -262,5 +262,5 @@ def _machine() -> str:
 
 
 def mega(size: float) -> str:
-    """Bytes as megabytes."""
+    """Format bytes as megabytes."""
     return f"{size / 1e6:.1f}"

@@ -1,4 +1,4 @@
-"""What `starseg bench` says of a whole training step, beside the same step written densely.
+"""Benchmark of a whole training step, compared with the dense reference.
 
 Both have ResNet-101, the same weights and the same uint8 images in memory: reading files is the section "data". A step
 runs from the images to the changed weights.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from starseg.bench.dense import DenseStep
+from starseg.bench.reference import DenseStep
 from starseg.bench.run import Case, LossPath, alternate, beside_dense, mega, peak_bytes
 from starseg.config import TrainConfig
 from starseg.engine.fit import StepTraining
@@ -32,7 +32,7 @@ _NETWORKS = ("old forward", "new forward", "backward")
 
 
 class StepPath:
-    """A later step of STAR on random images, as training does it and densely."""
+    """Training step of STAR on random images, in both implementations."""
 
     def __init__(self, case: Case, backbone: str = BACKBONE, precision: Any = "32", compiled: bool = False) -> None:
         path = LossPath(case)
@@ -55,18 +55,18 @@ class StepPath:
         self.training = StepTraining(fabric, path.method, ctx, 1000, 1e-6, config, Clock(fabric.device))
 
     def lean(self) -> Tensor:
-        """As training does it: the loss."""
+        """Run a step as training does and return the loss."""
         self.generator.manual_seed(0)
         return torch.stack(list(self.training.iterate(self.raw).values())).sum()
 
     def dense(self) -> Tensor:
-        """As it is written down: the loss."""
+        """Run a step with the dense reference and return the loss."""
         self.generator.manual_seed(0)
         return self.dense_step(self.raw)
 
 
 def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str, Any]:
-    """Time and memory of a step in both ways, and where ours goes.
+    """Measure time and memory of a step in both implementations, and the parts of starseg's.
 
     Raises:
         RuntimeError: they differ in their loss.
@@ -93,7 +93,7 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
 
 
 def bf16_slowdown() -> float:
-    """How many times as long a convolution takes in bf16 as in float32 here."""
+    """Measure the time of a convolution in bf16 relative to float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):

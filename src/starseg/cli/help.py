@@ -1,4 +1,4 @@
-"""What the command line says about itself: examples, completions, the list of methods."""
+"""Help of the command line: examples, completions, the list of methods."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ EXAMPLES = {
 
 
 def examples(command: str) -> str:
-    """The end of a command's help."""
+    """Return the examples at the end of a command's help."""
     return "\n".join(("Examples:", *EXAMPLES[command]))
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    """Names for a comma-separated list, from the source: importing the methods takes longer than a tab key may.
+    """Complete method names in a comma-separated list without the slow import of the methods.
 
     Methods of other packages are not among them.
     """
@@ -87,7 +87,7 @@ def complete_methods(incomplete: str) -> list[str]:
 
 
 def show_methods(console: Console) -> None:
-    """Name and summary of every method."""
+    """Print name and summary of every method."""
     from starseg.methods import METHODS
 
     table = Table("method", "what it does", box=None, pad_edge=False)
@@ -98,7 +98,7 @@ def show_methods(console: Console) -> None:
 
 
 def show_method(name: str, console: Console) -> None:
-    """All there is to say about a method.
+    """Print everything about a method.
 
     Raises:
         UserError: there is none of this name.

@@ -1,4 +1,4 @@
-"""The command line: commands only, the work is done elsewhere."""
+"""Commands of the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_d
 
 
 def _in_a_folder(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before the work whose result it is to hold."""
+    """Refuse an output file that cannot be written, before the work starts."""
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
     return path
@@ -37,12 +37,12 @@ def _in_a_folder(path: Path | None) -> Path | None:
 
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write what was found here.", callback=_in_a_folder, show_default=False),
+    typer.Option("--json", help="Also write the results to this file.", callback=_in_a_folder, show_default=False),
 ]
 
 
 def _steps(text: str | None) -> range | None:
-    """ "2" or "0-2" as a range."""
+    """Parse a step ("2") or a range of steps ("0-2")."""
     if text is None:
         return None
     first, _, last = text.partition("-")
@@ -52,7 +52,7 @@ def _steps(text: str | None) -> range | None:
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
-    """ "0.75,1" as numbers."""
+    """Parse comma-separated numbers ("0.75,1")."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
@@ -66,7 +66,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def options(  # noqa: D103 (its docstring would replace the program's help)
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None: ...
@@ -108,7 +108,7 @@ def learn(
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
     step_dir: Annotated[
-        Path | None, typer.Argument(help="The step_<t> directory to go on from.", show_default=False)
+        Path | None, typer.Argument(help="The step_<t> directory to continue from.", show_default=False)
     ] = None,
     classes: Annotated[
         str | None,
@@ -139,7 +139,7 @@ def learn(
     from starseg.methods import METHODS
 
     if new == (step_dir is not None):
-        raise UserError("learn: give a step directory to go on from, or --new for a first step")
+        raise UserError("learn: give a step directory to continue from, or --new for a first step")
     if step_dir and (backbone or pretrained):
         raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
     if method not in METHODS:
@@ -159,7 +159,7 @@ def evaluate(
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
-    """IoU per class and means of a trained step, on the test split of its data set."""
+    """Evaluate a trained step on the test split of its data set: IoU per class and means."""
     from starseg.engine.evaluate import evaluate_model, open_weights
     from starseg.report.tables import figures_table
     from starseg.utils.files import write_json
@@ -185,7 +185,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
-    """Masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
+    """Predict masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
 
     By default an image is resized so that its short side is the training
     crop's, and the logits are brought back to its size. The --json file
@@ -212,7 +212,7 @@ def export(
         Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
     ] = None,
 ) -> None:
-    """ONNX, compared with torch before it is kept; a folder with weights and model card for a model hub."""
+    """Export to ONNX (compared with torch), or as a folder with weights and model card for a model hub."""
     if out is None and hub is None:
         raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
     if not out and (int8 or images):
@@ -230,10 +230,12 @@ def export(
 @app.command(name="app", epilog=examples("app"))
 def serve(
     run: Annotated[Path, typer.Argument(help="A run directory, or one step_<t> of it.", show_default=False)],
-    other: Annotated[Path | None, typer.Option("--compare", help="Another, beside it.", show_default=False)] = None,
+    other: Annotated[
+        Path | None, typer.Option("--compare", help="Another run, shown next to it.", show_default=False)
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
 ) -> None:
-    """A page for this machine alone: drop an image and see what each step makes of it."""
+    """Serve a local page: drop an image and see the prediction of each step."""
     from starseg.inference.app import serve
 
     serve([run, other] if other else [run], port, console)
@@ -246,7 +248,7 @@ def report(
         "report"
     ),
 ) -> None:
-    """Tables, pictures and one self-contained HTML page of one or several runs."""
+    """Report one or several runs: tables, figures and a self-contained HTML page."""
     from starseg.engine.checkpoint import read_results
     from starseg.report.facts import shown_names
     from starseg.report.page import refuse_target, write_report
@@ -271,7 +273,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
 ) -> None:
-    """Train several methods and seeds alike and compare them; called again, it adds methods or seeds to the table."""
+    """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
     from starseg.experiments.compare import make_plan, run_plan, write_comparison
 
@@ -303,7 +305,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small and once: whether it runs, not how fast.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time and memory of training and evaluation, beside the same written densely."""
+    """Benchmark time and memory of training and evaluation against a dense reference."""
     from starseg.bench.run import bench as run
     from starseg.utils.files import write_json
 
@@ -318,7 +320,7 @@ def methods(
         str | None, typer.Argument(help="Of one of them.", autocompletion=complete_methods, show_default=False)
     ] = None,
 ) -> None:
-    """The methods a configuration can name; with a NAME, all about one."""
+    """List the methods that a configuration can name; with a NAME, show one in detail."""
     if name:
         show_method(name, console)
     else:
@@ -344,7 +346,7 @@ def index(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @data_app.command(epilog=examples("check"))
 def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Read every image and mask, list every broken file, count classes.
+    """Read every image and mask, list broken files, count classes.
 
     Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
     """

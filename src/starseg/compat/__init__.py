@@ -1,1 +1,1 @@
-"""The published system's commands, configuration files and checkpoints, on our engine (docs/published.md)."""
+"""Commands, configuration files and checkpoints of the published code, on starseg's engine (docs/published.md)."""

@@ -1,4 +1,4 @@
-"""The published commands: train_voc.py, train_ade.py, eval_voc.py, eval_ade.py."""
+"""Published commands train_voc.py, train_ade.py, eval_voc.py and eval_ade.py."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Devices:
 
 
 def _devices(text: str | None, console: Console) -> _Devices:
-    """Make the wanted GPUs the visible ones, before torch looks; how many processes that means."""
+    """Make only the requested GPUs visible before torch initialises, and return the number of processes."""
     wanted = text.split(",") if text else []
     if text is not None and text != "cpu" and not all(w.strip().isdigit() for w in wanted):
         raise UserError(f'-d/--device: expected "cpu" or indices of GPUs such as 0 or 0,1, got {text!r}')
@@ -115,7 +115,7 @@ def _refuse_what_training_has_not(args: argparse.Namespace, dataset: str) -> Non
 
 
 def _config(args: argparse.Namespace, dataset: str) -> PublishedConfig:
-    """The configuration with the flags' values in it."""
+    """Return the configuration with the flags applied."""
     tree, source = published_tree(args.config, args.resume)
     for key, value in _overrides(args).items():
         set_key(tree, key, value)
@@ -141,7 +141,7 @@ def _check_training(args: argparse.Namespace, config: PublishedConfig) -> None:
 
 
 def _set_address(config: PublishedConfig, given: bool) -> None:
-    """--dist_url, rank and world_size (nodes) as lightning's environment wants them."""
+    """Set lightning's environment variables from --dist_url, rank and world_size (nodes)."""
     if given or config.world_size > 1:
         address = urlsplit(config.dist_url)
         if address.scheme != "tcp" or not address.hostname or not address.port:
@@ -152,8 +152,10 @@ def _set_address(config: PublishedConfig, given: bool) -> None:
 
 
 def train(dataset: str, argv: list[str] | None = None) -> None:
-    """One step of a published task, from the results of the step before, into
-    ``<save_dir>/models/<setting>_<task>_<name>/step_<k>``."""
+    """Train one step of a published task on top of the step before.
+
+    The results go to ``<save_dir>/models/<setting>_<task>_<name>/step_<k>``.
+    """
 
     def run(args: argparse.Namespace, console: Console) -> None:
         _refuse_what_training_has_not(args, dataset)
@@ -169,7 +171,7 @@ def train(dataset: str, argv: list[str] | None = None) -> None:
 
 
 def evaluate(dataset: str, argv: list[str] | None = None) -> None:
-    """Figures of a checkpoint on the test split."""
+    """Evaluate a checkpoint on the test split."""
 
     def run(args: argparse.Namespace, console: Console) -> None:
         if args.resume is None:
@@ -186,7 +188,7 @@ def evaluate(dataset: str, argv: list[str] | None = None) -> None:
 
 @contextmanager
 def _advising() -> Iterator[None]:
-    """Let errors name what these commands have."""
+    """Rewrite errors to name the flags of these commands."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The published JSON configuration: its keys, what each means here, and which values are refused."""
+"""Published JSON configuration: its keys, their meaning here, and the values that are refused."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class _Keys(BaseModel):
 
 
 class ArchArgs(_Keys):
+    """Section ``arch.args``."""
+
     output_stride: Literal[8, 16] = 16
     norm_act: Literal["bn_sync"] = "bn_sync"
     backbone_pretrained: bool | Path = True
@@ -30,11 +32,15 @@ class ArchArgs(_Keys):
 
 
 class Arch(_Keys):
+    """Section ``arch``: the network."""
+
     type: Literal["DeepLabV3"] = "DeepLabV3"
     args: ArchArgs = ArchArgs()
 
 
 class Task(_Keys):
+    """Section ``data_loader.args.task``."""
+
     name: Label
     step: int = Field(0, ge=0)
     setting: Literal["overlap", "disjoint"] = "overlap"
@@ -44,34 +50,48 @@ class Task(_Keys):
 
 
 class Crop(_Keys):
+    """Section ``transform_args`` of a split."""
+
     crop_size: int = Field(512, gt=0)
 
 
 class SplitArgs(_Keys):
+    """Section ``args`` of a split."""
+
     transform: Literal[True] = True
     transform_args: Crop = Crop()
     masking_value: int = 0
 
 
 class TrainSplit(_Keys):
+    """Section ``data_loader.args.train``."""
+
     args: SplitArgs = SplitArgs()
     batch_size: int = Field(24, gt=0)
 
 
 class TestSplit(_Keys):
+    """Section ``data_loader.args.test``."""
+
     args: SplitArgs = SplitArgs()
     batch_size: int = Field(1, gt=0)
 
 
 class ValSplit(TestSplit):
+    """Section ``data_loader.args.val``; read, but not used."""
+
     cross_val: Literal[False] = False
 
 
 class ExemplarMemory(_Keys):
+    """Section ``data_loader.args.memory``."""
+
     mem_size: int = Field(0, ge=0)
 
 
 class LoaderArgs(_Keys):
+    """Section ``data_loader.args``."""
+
     task: Task
     train: TrainSplit = TrainSplit()
     val: ValSplit = ValSplit()
@@ -84,11 +104,15 @@ class LoaderArgs(_Keys):
 
 
 class Loader(_Keys):
+    """Section ``data_loader``."""
+
     type: Literal["VOCIncrementalDataLoader", "ADEIncrementalDataLoader"]
     args: LoaderArgs
 
 
 class OptimizerArgs(_Keys):
+    """Section ``optimizer.args``."""
+
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0.9, le=0.9)
@@ -96,11 +120,15 @@ class OptimizerArgs(_Keys):
 
 
 class Optimizer(_Keys):
+    """Section ``optimizer``."""
+
     type: Literal["SGD"] = "SGD"
     args: OptimizerArgs = OptimizerArgs()
 
 
 class Hyperparameter(_Keys):
+    """Section ``hyperparameter``: loss weights."""
+
     pos_weight: float = Field(4, gt=0)
     mbce: float = Field(1, ge=0)
     pkd: float = Field(5, ge=0)
@@ -108,20 +136,28 @@ class Hyperparameter(_Keys):
 
 
 class SchedulerArgs(_Keys):
+    """Section ``lr_scheduler.args``."""
+
     warmup_iters: float = Field(0.0, ge=0, lt=1)
 
 
 class Scheduler(_Keys):
+    """Section ``lr_scheduler``."""
+
     type: Literal["PolyLR", "WarmupPolyLR"] = "PolyLR"
     args: SchedulerArgs = SchedulerArgs()
 
 
 class Evaluator(_Keys):
+    """Section ``evaluator``; it has no options."""
+
     type: Literal["Evaluator"] = "Evaluator"
     args: dict[str, Any] = Field({}, max_length=0)
 
 
 class Trainer(_Keys):
+    """Section ``trainer``."""
+
     epochs: int = Field(60, gt=0)
     save_dir: Path
     save_period: int = -1
@@ -134,8 +170,11 @@ class Trainer(_Keys):
 
 
 class PublishedConfig(_Keys):
-    """A published ``config_*.json``. Keys without a docstring mean what they mean there; docs/published.md lists those
-    that are accepted and change nothing (n_gpu, dist_backend, pin_memory, val, validation_period, ...)."""
+    """Published configuration (``config_*.json``).
+
+    Keys without a docstring have their published meaning; docs/published.md lists those that are accepted without
+    effect (n_gpu, dist_backend, pin_memory, val, validation_period, ...).
+    """
 
     name: Label
     n_gpu: int = 1
@@ -160,19 +199,21 @@ class PublishedConfig(_Keys):
 
     @property
     def dataset(self) -> str:
+        """Key of the loader's data set."""
         return _DATASETS[self.data_loader.type]
 
     @property
     def task(self) -> Task:
+        """Section ``data_loader.args.task``."""
         return self.data_loader.args.task
 
     @property
     def run_dir(self) -> Path:
-        """<save_dir>/models/<setting>_<task>_<name>, which holds step_<k>."""
+        """Run directory ``<save_dir>/models/<setting>_<task>_<name>``, which holds step_<k>."""
         return self.trainer.save_dir / "models" / f"{self.task.setting}_{self.task.name}_{self.name}"
 
     def to_run(self, devices: int = 1, gpu: bool = True) -> RunConfig:
-        """The same run in our terms.
+        """Convert to starseg's configuration.
 
         Args:
             devices: processes; with ``multiprocessing_distributed`` the batch size is that of each.
@@ -256,7 +297,7 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
 
 
 def read_published(path: Path) -> dict[str, Any]:
-    """A published JSON configuration as nested dictionaries.
+    """Read a published JSON configuration as nested dictionaries.
 
     Raises:
         UserError: missing, or not a JSON object.
@@ -273,7 +314,7 @@ def read_published(path: Path) -> dict[str, Any]:
 
 
 def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, Any], Path]:
-    """The configuration of a command: that beside the checkpoint, its sections replaced by those of ``config``.
+    """Return a command's configuration: that next to the checkpoint, with the sections of ``config`` replacing its own.
 
     Returns:
         The nested dictionaries, and the file to name in errors.
@@ -296,7 +337,7 @@ def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, 
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a nested dictionary, making sections on the way."""
+    """Set a dotted key of a nested dictionary, creating sections as needed."""
     *parents, leaf = key.split(".")
     for part in parents:
         tree = tree.setdefault(part, {})

@@ -1,4 +1,4 @@
-"""What the published commands do, once their flags and configuration are understood."""
+"""Training and evaluation as the published commands do them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("star
 
 
 def _latest(folder: Path) -> int | None:
-    """The last epoch whose published checkpoint lies in ``folder``."""
+    """Return the last epoch with a published checkpoint in ``folder``."""
     epochs = [path.stem.removeprefix("checkpoint-epoch") for path in folder.glob("checkpoint-epoch*.pth")]
     return max((int(e) for e in epochs if e.isdigit()), default=None)
 
 
 def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: Console) -> None:
-    """Make a step directory of a folder that holds a published checkpoint and prototypes; scores it on the way.
+    """Convert a folder with a published checkpoint and prototypes into an evaluated step directory.
 
     Raises:
         UserError: there are none, or they belong to another step.
@@ -73,7 +73,7 @@ def _of_one_step(run: RunConfig) -> dict[str, Any]:
 
 
 def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
-    """Which keys may differ from the run's config.yaml, for a step in ``folder``.
+    """Return the keys that may differ from the run's config.yaml for the step in ``folder``.
 
     Raises:
         UserError: the step was started with other values than ``run`` has, as its config.json says.
@@ -104,7 +104,7 @@ def _record(folder: Path, config: PublishedConfig) -> None:
 
 
 def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> None:
-    """Train the configured step alone and write the published files beside our own.
+    """Train only the configured step, and write the published files next to starseg's own.
 
     Raises:
         UserError: the step before is missing, this one was started with other values, or whatever stops a run.
@@ -130,7 +130,7 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
 def evaluate_checkpoint(
     weights: Path, config: PublishedConfig, run: RunConfig, save_dir: Path | None, console: Console
 ) -> None:
-    """Print the figures of a published checkpoint; with ``save_dir`` also keep them there as the published log is."""
+    """Print the results of a published checkpoint; with ``save_dir``, also write them there like the published log."""
     model, info = load_checkpoint(weights, config)
     figures = evaluate_model(model, info, run, console)
     console.print(figures_table(str(weights), figures))

@@ -1,4 +1,4 @@
-"""The published checkpoint and prototype files, read and written; names and shapes of the tensors are theirs."""
+"""Reading and writing of published checkpoint and prototype files, with their tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def checkpoint_name(epoch: int) -> str:
+    """Return the file name of a published checkpoint."""
     return f"checkpoint-epoch{epoch}.pth"
 
 
 def prototypes_name(epoch: int) -> str:
+    """Return the file name of published prototypes."""
     return f"prototypes-epoch{epoch}.pth"
 
 
@@ -64,7 +66,7 @@ def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, RunConfig]:
 
 
 def _class_names(run: RunConfig) -> tuple[str, ...]:
-    """Names by dataset id, also where the data set is not at hand; ADE20K's classes then go by their numbers."""
+    """Return names by dataset id, even without the data set; ADE20K's classes then have numbers for names."""
     try:
         return list_dataset(run.data).names
     except UserError:
@@ -72,7 +74,7 @@ def _class_names(run: RunConfig) -> tuple[str, ...]:
 
 
 def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, StepInfo]:
-    """A published checkpoint as a network in eval mode on the CPU; step and classes come from its heads.
+    """Load a published checkpoint in eval mode on the CPU; its heads determine step and classes.
 
     Raises:
         UserError: not a checkpoint, or one of another network or task.
@@ -119,7 +121,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
 
 
 def load_prototypes(path: Path) -> PrototypeBank:
-    """A published prototypes file.
+    """Load a published prototypes file.
 
     Raises:
         UserError: another file, or tensors of other shapes.

@@ -34,7 +34,12 @@ def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
         "data": {"root": str(data), "crop": SIDE},
         "task": {"name": "tiny", "steps": [["heart", "disc", "triangle"], ["hexagon"], ["square"]]},
         "model": {"backbone": BACKBONE, "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
+        "train": {
+            "batch_size": 4,
+            "base": {"epochs": 1, "lr": 0.01},
+            "later": {"epochs": 1, "lr": 0.001},
+            "precision": "32",
+        },
     }
 
 

@@ -1,1 +1,1 @@
-"""Whole experiments: one run, a comparison, the demo."""
+"""Experiments: a run with its tables, a comparison of methods, the demo."""

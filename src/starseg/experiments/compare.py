@@ -1,4 +1,4 @@
-"""Methods side by side under equal conditions: one configuration, several methods and seeds, one table."""
+"""Comparison of methods under equal conditions: one configuration, several methods and seeds, one table."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Plan:
 
 
 def run_name(method: str, seed: int) -> str:
-    """The folder of a run in a comparison."""
+    """Return the folder name of a run in a comparison."""
     return f"{method}_seed{seed}"
 
 
 def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Iterable[str]) -> Plan:
-    """Configure every run, so that a mistake in one is found before the first trains.
+    """Configure every run, so that all mistakes are found before training starts.
 
     Methods whose first step (:attr:`Method.base_step`) and its hyper-parameters are the same take it from one run.
 
@@ -87,7 +87,7 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
 
 
 def _conditions(config: dict[str, Any]) -> dict[str, Any]:
-    """What all runs of a comparison have in common."""
+    """Return the settings that all runs of a comparison share."""
     alike = {section: config.get(section) for section in ("data", "task", "model", "compat", "eval")}
     return alike | {
         "train": {key: config.get("train", {}).get(key) for key in ("batch_size", "accumulate", "precision")}
@@ -139,7 +139,7 @@ def run_plan(plan: Plan, console: Console) -> list[str]:
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """One run's figures, in percent, seconds of a later step and bytes; None where a run has no such figure."""
+    """Return one run's metrics in percent, seconds per later step, and bytes; None where a metric does not apply."""
     steps = read_json(run / "results.json")["steps"]
     last, later = steps[-1], steps[1:]
     lost = [f.lost for f in forgetting(steps) if f.name != next(iter(last["iou"]))]
@@ -155,7 +155,7 @@ def figures(run: Path) -> dict[str, Any]:
 
 
 def finished_runs(out: Path) -> dict[str, list[Path]]:
-    """Finished runs below ``out`` by method, seeds in order; runs of which only step 0 was needed are left out."""
+    """Return the finished runs below ``out`` by method, in the order of seeds, without those needed only for step 0."""
     found: dict[str, list[Path]] = {}
     for results in sorted(out.glob("*_seed*/results.json")):
         content = read_json(results)
@@ -166,7 +166,7 @@ def finished_runs(out: Path) -> dict[str, list[Path]]:
 
 
 def summary(out: Path) -> list[dict[str, str]]:
-    """A row per method: mean over seeds, with the standard deviation where there are several."""
+    """Return one row per method: the mean over seeds, with the standard deviation if there are several."""
     rows = []
     for method, runs in finished_runs(out).items():
         row = {"method": method, "seeds": str(len(runs))}
@@ -186,7 +186,7 @@ def _mean(values: Sequence[float], decimals: int) -> str:
 
 
 def curves(out: Path) -> list[dict[str, Any]]:
-    """mIoU after every step of every run."""
+    """Return the mIoU after every step of every run."""
     return [
         {"method": method, "run": run.name, "step": step["step"], **step["miou"]}
         for method, runs in finished_runs(out).items()
@@ -196,20 +196,20 @@ def curves(out: Path) -> list[dict[str, Any]]:
 
 
 def footnotes(out: Path) -> list[str]:
-    """What the star beside a method's name stands for."""
+    """Return the footnotes that a star next to a method's name refers to."""
     runs = (run for each in finished_runs(out).values() for run in each)
     return list(dict.fromkeys(note for run in runs for note in read_json(run / "results.json")["run"].get("notes", [])))
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table as GitHub reads it."""
+    """Format a table in GitHub's Markdown."""
     heads = list(rows[0])
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *(row.values() for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def latex(rows: Sequence[dict[str, str]]) -> str:
-    """A booktabs table."""
+    """Format a table in LaTeX with booktabs."""
     heads = list(rows[0])
     body = [" & ".join(heads), *(" & ".join(row.values()) for row in rows)]
     lines = [line.replace("±", r"$\pm$").replace("%", r"\%").replace("_", r"\_") + r" \\" for line in body]
@@ -219,6 +219,7 @@ def latex(rows: Sequence[dict[str, str]]) -> str:
 
 
 def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
+    """Format a table as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

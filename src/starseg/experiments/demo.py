@@ -22,12 +22,12 @@ METHODS = ("star", "finetune", "joint")
 
 
 def demo_settings() -> dict[str, Any]:
-    """What demo.yaml says."""
+    """Read demo.yaml."""
     return yaml.safe_load(files("starseg.experiments").joinpath("demo.yaml").read_text())
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Path]:
-    """Write the data, run the three methods, print the comparison and draw the pictures.
+    """Write the data, run the three methods, print the comparison and draw the figures.
 
     Fine-tuning takes its step 0 from STAR, as both train it alike.
 

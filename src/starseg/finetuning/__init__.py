@@ -1,1 +1,1 @@
-"""`starseg learn`: one more step from a folder of photos and masks."""
+"""Learning of one more step from a folder of images and masks (`starseg learn`)."""

@@ -1,8 +1,8 @@
-"""What `starseg learn` chooses where nothing is asked for, for folders of ten to thousands of photos.
+"""Default hyper-parameters of `starseg learn`, for folders of ten to thousands of images.
 
 The published schedule is made for 10,000 photos: 60 epochs of batches of 24, so 720 iterations or more even for the
-smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder is passed through oftener, but in
-fewer iterations; what they lack is made up by a higher rate (docs/learn.md).
+smallest class, at a learning rate of 1e-4 (1e-3 in the first step). A small folder gets more epochs but fewer
+iterations, and a higher learning rate to compensate (docs/learn.md).
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ BATCH = (2, 16)
 EPOCHS = (10, 100)
 CROP = (128, 512)
 OLD_SHARE = 5
-"""Cells of old classes that are replayed for each cell of the new images, at most."""
+"""Maximum number of replayed cells of old classes per cell of the new images."""
 
 
 @dataclass(frozen=True)
 class FolderSchedule:
-    """Attributes:
-    iterations: at least so many, unless that takes more epochs than ``EPOCHS`` allows.
-    lr_budget: learning rate times iterations.
-    rates: bounds of the learning rate.
+    """Schedule of a step, as a function of the number of images.
+
+    Attributes:
+        iterations: minimum number of iterations, unless that takes more epochs than ``EPOCHS`` allows.
+        lr_budget: learning rate times iterations.
+        rates: bounds of the learning rate.
     """
 
     iterations: int
@@ -33,10 +35,12 @@ class FolderSchedule:
     rates: tuple[float, float]
 
     def epochs(self, images: int) -> int:
+        """Return the number of epochs for a number of training images."""
         least, most = EPOCHS
         return min(most, max(least, -(-self.iterations // (images // batch_size(images)))))
 
     def learning_rate(self, iterations: int) -> float:
+        """Return the learning rate for a number of iterations."""
         least, most = self.rates
         return float(f"{min(most, max(least, self.lr_budget / iterations)):.2g}")
 
@@ -48,17 +52,17 @@ LATER = FolderSchedule(iterations=400, lr_budget=0.125, rates=(1e-4, 1e-3))
 
 
 def batch_size(images: int) -> int:
-    """A quarter of the training images."""
+    """Return a quarter of the number of training images, within bounds."""
     least, most = BATCH
     return max(least, min(most, images // 4))
 
 
 def crop_size(short_sides: Sequence[int], stride: int) -> int:
-    """The photos' median short side, in whole feature cells."""
+    """Return the images' median short side, rounded to whole feature cells, within bounds."""
     least, most = CROP
     return int(min(max(round(median(short_sides) / stride) * stride, least), most))
 
 
 def replay_share(stored: float, cells: int) -> float:
-    """The share of the stored cells of old classes to replay beside new images of so many cells."""
+    """Return the fraction of the stored cells of old classes to replay with new images of so many cells."""
     return float(f"{min(1.0, OLD_SHARE * cells / max(stored, 1.0)):.3g}")

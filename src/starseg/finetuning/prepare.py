@@ -1,4 +1,4 @@
-"""What is to be learnt, from which folder, on top of which step."""
+"""Preparation of a step from the user's folders: classes, ids, split and converted masks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _HIGHEST_ID = 254
 
 @dataclass(frozen=True)
 class LearnRequest:
-    """What is asked for; None: chosen from the data, or by the source's run.
+    """Arguments of `starseg learn`; None: chosen from the data or the source's run.
 
     Attributes:
-        source: step directory to go on from; None for a first step.
+        source: step directory to continue from; None for a first step.
         images: a folder.
         masks: a folder, or a COCO file.
         classes: a file or names, see :func:`~starseg.data.annotations.classlist.read_classes`; None: the
@@ -62,14 +62,14 @@ class LearnRequest:
 
 @dataclass(frozen=True)
 class SourceStep:
-    """The step to go on from.
+    """Step that learning continues from.
 
     Attributes:
         folder, info: of the step.
         state: what its method stored with it.
-        config: of its run, where that lies beside it.
+        config: configuration of its run, if that is next to it.
         stored: [1 + K] stored feature cells of the background and of each old class, of which the new step replays
-            some; None where it replays none.
+            some; None if it replays none.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class SourceStep:
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """What is to be learnt, from what.
+    """Classes to learn and the data to learn them from.
 
     Attributes:
         names: by dataset id.
@@ -113,24 +113,25 @@ class PreparedStep:
 
     @property
     def new(self) -> list[int]:
+        """Dataset ids of the new classes."""
         return self.steps[-1]
 
     @property
     def training(self) -> np.ndarray:
-        """[N] bool, images to train on: they show a new class."""
+        """Training images, [N] bool: those that show a new class and are not used for validation."""
         return ~self.val & (self.pixels[:, self.new] > 0).any(1)
 
     def write_list(self, path: Path, chosen: np.ndarray) -> None:
-        """List the images that ``chosen`` [N] bool picks, with their converted masks."""
+        """Write the list of the images selected by ``chosen`` [N] bool, with their converted masks."""
         photos = [self.photos[i] for i in np.flatnonzero(chosen).tolist()]
         write_list(path, [(photo.image.resolve(), Path("masks") / f"{photo.name}.png") for photo in photos])
 
 
 def open_source_step(folder: Path, method: str) -> SourceStep:
-    """Read the step to go on from.
+    """Open the step that learning continues from.
 
     Raises:
-        UserError: no finished step, or one that ``method`` cannot go on from.
+        UserError: no finished step, or one that ``method`` cannot continue from.
     """
     info = checkpoint.load_info(folder)
     if is_export(folder):
@@ -159,7 +160,7 @@ def default_method(name: str) -> Method:
 
 
 def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:
-    """Give every class its dataset id: known ones theirs, new ones the next after the highest.
+    """Assign a dataset id to every class: known classes keep theirs, new ones follow the highest.
 
     Returns:
         Names by dataset id, the new dataset ids, and [256] uint8 dataset ids by index in the masks.
@@ -230,7 +231,7 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
 
 
 def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
-    """What to do about a class that no mask shows, given the [N, 256] pixels of every dataset id."""
+    """Suggest what to do about a class that no mask shows, given the pixels [N, 256] of every dataset id."""
     if classes.colours is None and np.flatnonzero(pixels.any(0)).tolist() == [BACKGROUND, IGNORE]:
         return (
             "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
@@ -240,7 +241,7 @@ def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
 
 
 def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> ClassList:
-    """The given classes, by default those of the COCO file."""
+    """Return the given classes, by default those of the COCO file."""
     if request.classes:
         classes = read_classes(request.classes)
         if coco and (rest := coco.left_out(classes)):

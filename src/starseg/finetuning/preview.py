@@ -1,4 +1,4 @@
-"""What `starseg learn` shows before and after it trains."""
+"""Tables that `starseg learn` prints before and after training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _classes_table(prepared_step: PreparedStep) -> Table:
 
 
 def _replay_table(source: SourceStep, share: float, iterations: int) -> Table:
-    """Upper bounds: what the old model finds in the new images is not replayed."""
+    """Tabulate upper bounds of the replay; old classes that the old model finds in the new images need none."""
     assert source.stored is not None, "asked only where something is replayed"
     table = Table("old class", "id", "stored cells", "replayed per iteration, at most")
     names, ids = source.info.names[1:], source.info.dataset_ids[1:]
@@ -42,7 +42,7 @@ def _replay_table(source: SourceStep, share: float, iterations: int) -> Table:
 
 
 def print_preview(prepared_step: PreparedStep, config: RunConfig, source: SourceStep | None, console: Console) -> None:
-    """Print images and pixels of each class, the schedule, and what is replayed of old classes."""
+    """Print the images and pixels of each class, the schedule, and the replay of old classes."""
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -69,7 +69,7 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
 
 
 def before_after_table(figures: Mapping[str, Any]) -> Group:
-    """IoU per class of the old and the new model, from :func:`starseg.finetuning.run.before_after`."""
+    """Tabulate the IoU per class of the old and the new model, from :func:`starseg.finetuning.run.before_after`."""
     steps = figures["steps"]
     names = [name for name in next(reversed(steps.values()))["iou"] if name not in figures["unlabelled"]]
     table = Table("class", *(["before"] if len(steps) > 1 else []), "after")

@@ -95,7 +95,7 @@ def make_config(request: LearnRequest, source: SourceStep | None, prepared_step:
 
 
 def _refuse_out(request: LearnRequest) -> None:
-    """Refuse an --out that another command has filled, or where nothing can be written."""
+    """Refuse an --out that another command has filled or that cannot be written to."""
     out = request.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a free place")
@@ -114,14 +114,14 @@ def _refuse_out(request: LearnRequest) -> None:
 
 
 def _refuse_backbone(request: LearnRequest) -> None:
-    """Refuse a network that cannot be made, or weights that cannot be had, before every mask is read."""
+    """Refuse a network that cannot be built or weights that are not available, before any mask is read."""
     model = ModelConfig()
     weights = model.pretrained if request.pretrained is None else request.pretrained
     make_backbone(request.backbone or model.backbone, model.output_stride, weights)
 
 
 def _holds_prepared(run: Path, prepared: Path) -> bool:
-    """Whether the prepared data are in the run directory already.
+    """Whether the run directory holds the prepared data already.
 
     Raises:
         UserError: others are, and a step on them was started.
@@ -145,7 +145,7 @@ def _check_same_data(config: RunConfig, prepared: Path) -> None:
 
 
 def _install(prepared: Path, run: Path) -> None:
-    """Put the prepared data into the run directory, which is locked, unless they are there already."""
+    """Move the prepared data into the locked run directory, unless they are there already."""
     if _holds_prepared(run, prepared):
         return
     target = run / FOLDER
@@ -172,7 +172,7 @@ def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfi
 
 
 def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: SourceStep | None, prepared: Path) -> float:
-    """Seconds of an iteration, from a few on a part of the data beside ``prepared``, which it changes."""
+    """Estimate the seconds per iteration from a few iterations on part of the data; writes next to ``prepared``."""
     run, batch = prepared.parent / "trial", config.train.batch_size
     chosen = prepared_step.training & (prepared_step.training.cumsum() <= _TRIAL * batch)
     prepared_step.write_list(prepared / "train.txt", chosen)
@@ -190,7 +190,7 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
 
 
 def before_after(run: Path) -> dict[str, Any]:
-    """IoU per class on the validation images, by the old model and the new.
+    """Return the IoU per class on the validation images of the old model and the new.
 
     Both are compared with the same truth; what an old model cannot know is a miss. Classes that the masks do not
     label are left out, their predictions count as background.
@@ -275,7 +275,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
 
 
 def _print_estimate(seconds: float, config: RunConfig, prepared_step: PreparedStep, console: Console) -> None:
-    """Training and the two passes over the data before and after it."""
+    """Print the estimated time of training and of the passes over the data before and after it."""
     phase = config.train.later if len(prepared_step.steps) > 1 else config.train.base
     iterations = int(prepared_step.training.sum()) // config.train.batch_size
     total = seconds * iterations * ((phase.epochs or 0) + 1)

@@ -1,4 +1,4 @@
-"""A page, served to this machine alone, that shows what the models of one or two runs make of an image."""
+"""Web page, served to this machine only, that shows the predictions of one or two runs for an image."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class Side:
-    """A run, or one step of it, on the page.
+    """Run, or one step of it, shown on the page.
 
     Attributes:
         label: what it is called there.
@@ -58,13 +58,13 @@ class Side:
     steps: dict[int, tuple[Path, StepInfo]]
 
     def at(self, number: int) -> tuple[Path, StepInfo]:
-        """The step of this number, or the nearest there is."""
+        """Return the step with this number, or the nearest one."""
         return self.steps[min(self.steps, key=lambda step: abs(step - number))]
 
 
 @dataclass(frozen=True)
 class View:
-    """What one side shows of an image.
+    """Prediction of one side for an image.
 
     Attributes:
         caption: run, step and what the step learnt.
@@ -80,7 +80,7 @@ class View:
 
 
 def open_side(path: Path) -> Side:
-    """Read what a run directory, or one step directory, holds; no weights yet.
+    """Read the metadata of a run directory or step directory, without weights.
 
     Raises:
         UserError: neither of them, or a damaged model.json.
@@ -97,7 +97,7 @@ def _predictor(folder: Path) -> Predictor:
 
 @lru_cache(maxsize=6)
 def segment(image: Path, folder: Path) -> tuple[Prediction, Path]:
-    """The prediction of a step directory for an image file, and its mask as a file in a new folder beside the image.
+    """Segment an image file with a step, and write the mask into a new folder next to the image.
 
     Raises:
         UserError: too many pixels, not an image, or a damaged model.
@@ -114,7 +114,7 @@ def segment(image: Path, folder: Path) -> tuple[Prediction, Path]:
 
 
 def view(side: Side, image: Path, number: int, wanted: Sequence[str]) -> View:
-    """What a side shows at a step; only ``wanted`` classes are tinted.
+    """Render a side at a step; only ``wanted`` classes are coloured.
 
     Raises:
         UserError: as :func:`segment`.
@@ -130,7 +130,7 @@ def view(side: Side, image: Path, number: int, wanted: Sequence[str]) -> View:
 
 
 def _all_classes(sides: Sequence[Side]) -> dict[str, int]:
-    """Dataset ids by name, the background first, in the order of learning."""
+    """Return dataset ids by name, the background first, then in the order of learning."""
     infos = [info for side in sides for _, info in side.steps.values()]
     return {name: i for info in reversed(infos) for name, i in zip(info.names, info.dataset_ids, strict=True)}
 
@@ -150,13 +150,13 @@ def _gradio() -> Any:
 
 
 def build_page(sides: Sequence[Side]) -> Any:
-    """The page as gradio Blocks."""
+    """Build the page as gradio Blocks."""
     gr = _gradio()
     numbers = sorted({number for side in sides for number in side.steps})
     classes = list(_all_classes(sides))[1:]
 
     def show(upload: str | None, number: int, wanted: list[str]) -> list[Any]:
-        """Values of the status, the table, and each side's caption, picture and button."""
+        """Return the values of the status, the table, and each side's caption, picture and button."""
         empty = [part for side in sides for part in (escape(side.label), None, gr.DownloadButton(interactive=False))]
         if upload is None:
             return [gr.HTML(visible=False), "", *empty]
@@ -205,7 +205,7 @@ def build_page(sides: Sequence[Side]) -> Any:
 
 
 def make_app(sides: Sequence[Side]) -> Any:
-    """The page as an ASGI application that asks the browser to stay on this machine."""
+    """Build the ASGI application, whose headers restrict the browser to this machine."""
     gr = _gradio()
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -235,7 +235,7 @@ def make_app(sides: Sequence[Side]) -> Any:
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket of this machine's own address; port 0 stands for any free one.
+    """Open a listening socket on the loopback address; port 0 means any free port.
 
     Raises:
         UserError: the port is taken, or not allowed.
@@ -254,7 +254,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(paths: Sequence[Path], port: int, console: Console) -> None:
-    """Serve the page of one or two runs until Ctrl-C or SIGTERM; uploaded files are removed then.
+    """Serve the page of one or two runs until Ctrl-C or SIGTERM, then remove uploaded files.
 
     Raises:
         UserError: no run, no gradio, a port that is taken.

@@ -1,4 +1,4 @@
-"""`starseg predict`: image files in, mask files out."""
+"""Prediction of mask files from image files (`starseg predict`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MARK = "starseg"
 
 @dataclass(frozen=True)
 class Target:
-    """Where the results of one image go."""
+    """Output files of one image."""
 
     image: Path
     mask: Path
@@ -36,7 +36,7 @@ class Target:
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The image files that paths, folders and glob patterns name, each once, in the order given.
+    """Return the image files named by paths, folders and glob patterns, each once, in the given order.
 
     A folder stands for the images directly inside it; ``photos/**/*.jpg`` (quoted) reaches deeper. Other files that a
     folder or pattern holds are named on stderr; a file named itself is tried, whatever its name.
@@ -72,7 +72,7 @@ def _files_of(text: str) -> list[Path]:
 
 
 def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Target]:
-    """Name a mask (and an overlay) for each image: its stem, with a number where another image has it already.
+    """Name the mask and overlay of each image by its stem, with a number appended where that is taken.
 
     Raises:
         UserError: a result would overwrite one of the images, or a file that no prediction made.
@@ -97,7 +97,7 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
 
 
 def _is_predicted(path: Path) -> bool:
-    """Whether a mask (PNG) or an overlay (JPEG) bears our mark."""
+    """Whether a mask (PNG) or overlay (JPEG) was written by starseg."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == _MARK or image.info.get("comment") == _MARK.encode()
@@ -112,7 +112,7 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
 
 
 def mask_png(mask: np.ndarray) -> bytes:
-    """A palette PNG of [H, W] uint8 ids, in the colours of the VOC, that says which program made it."""
+    """Encode ids [H, W] uint8 as a palette PNG in VOC's colours, marked as written by starseg."""
     image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(voc_palette().tobytes())
     about.add_text("Software", _MARK)
@@ -120,7 +120,7 @@ def mask_png(mask: np.ndarray) -> bytes:
 
 
 def _legend(width: int, entries: Sequence[tuple[str, tuple[int, ...]]], size: int) -> Image.Image:
-    """A strip of colour patches with names, as many rows as they need."""
+    """Draw a legend of colour patches with names, in as many rows as needed."""
     font, gap, places = ImageFont.load_default(size), size // 2, []
     x = y = gap
     for name, _ in entries:
@@ -138,7 +138,7 @@ def _legend(width: int, entries: Sequence[tuple[str, tuple[int, ...]]], size: in
 
 
 def draw_overlay(image: np.ndarray, mask: np.ndarray, names: dict[int, str]) -> Image.Image:
-    """The image with its classes tinted and a legend of them underneath.
+    """Draw the image with coloured classes and a legend below.
 
     Args:
         image: [H, W, 3] uint8.
@@ -158,13 +158,13 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray, names: dict[int, str]) -> 
 
 
 def class_shares(mask: np.ndarray, names: dict[int, str]) -> dict[str, float]:
-    """Percent of the pixels of [H, W] uint8 ids, by class; ``names`` by dataset id."""
+    """Return the percentage of pixels of each class in ids [H, W] uint8; ``names`` by dataset id."""
     counts = np.bincount(mask.ravel(), minlength=256)
     return {name: 100 * int(counts[i]) / mask.size for i, name in names.items()}
 
 
 def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str, Any]:
-    """Write one image's files, and return its entry of the JSON file."""
+    """Write one image's files and return its entry of the JSON file."""
     write_atomic(target.mask, mask_png(done.mask))
     if target.overlay:
         drawn = draw_overlay(done.image.permute(1, 2, 0).numpy(), done.mask, names)
@@ -188,7 +188,7 @@ def predict_files(
     overlays: bool = False,
     json_file: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Write the masks of image files; a file that cannot be read is reported and the rest goes on.
+    """Write the masks of image files; a file that cannot be read is reported and skipped.
 
     Args:
         predictor: the model.

@@ -1,4 +1,4 @@
-"""A step as a folder that a model hub takes: weights, model.json and a model card."""
+"""Export of a step as a folder for a model hub: weights, model.json and a model card."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _CARD, _CARD_HEAD = "README.md", b"---\nlibrary_name: starseg\n"
 
 
 def _earlier_steps(step_dir: Path, step: int) -> list[dict[str, Any]]:
-    """Entries of the run's results.json up to this step, where the step lies in its run."""
+    """Return the entries of the run's results.json up to this step, if the step lies in its run."""
     path = step_dir.resolve().parent / "results.json"
     return [e for e in read_json(path)["steps"] if e["step"] <= step] if path.is_file() else []
 
 
 def is_export(folder: Path) -> bool:
-    """Whether :func:`write_hub` made a folder: a step holds a model.json too, but no model card of ours."""
+    """Whether a folder was written by :func:`write_hub`, as its model card shows."""
     card = folder / _CARD
     return not is_finished(folder) and card.is_file() and card.read_bytes().startswith(_CARD_HEAD)
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nothing is there, or an earlier export."""
+    """Whether the folder does not exist or holds an earlier export."""
     if is_export(folder) or not folder.exists():
         return True
     return folder.is_dir() and not any(folder.iterdir())
 
 
 def write_hub(step_dir: Path, folder: Path) -> Path:
-    """Write the weights, model.json and a README.md made from the run's figures.
+    """Write the weights, model.json and a README.md with the run's results.
 
     Args:
         step_dir: a finished step.

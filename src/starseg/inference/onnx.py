@@ -1,4 +1,4 @@
-"""A step as an ONNX file: written, compared with torch, and only then put in its place."""
+"""Export of a step to ONNX; the file is kept only if it agrees with torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LOGIT_TOLERANCE, _MASK_AGREEMENT = 1e-3, 0.999
 
 
 class Graph(nn.Module):
-    """What the ONNX file computes: logits and dataset ids at the input's size, from raw pixels."""
+    """Graph of the ONNX file: logits and dataset ids at the input's size, from raw pixels."""
 
     ids: Tensor
 
@@ -42,14 +42,14 @@ class Graph(nn.Module):
         self.register_buffer("ids", torch.tensor(predictor.dataset_ids, dtype=torch.uint8))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, C, H, W] and mask [N, H, W] uint8 of images [N, 3, H, W] uint8."""
+        """Compute logits [N, C, H, W] and mask [N, H, W] uint8 of images [N, 3, H, W] uint8."""
         logits = resize(self.model(self.model.normalize(images)).logits, images.shape[-2:])
         return logits, self.ids[self.rule(logits).long()]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an ONNX file compares with torch.
+    """Agreement between an ONNX file and torch.
 
     Attributes:
         logits: largest absolute difference.
@@ -86,7 +86,7 @@ def _packages() -> tuple[Any, Any]:
 
 
 def sample_images(step_dir: Path, given: Sequence[str], count: int) -> list[Tensor]:
-    """Images for checks and calibration: those given, else test images of the run's data set, else none.
+    """Return images for checks and calibration: the given ones, or test images of the run's data set, or none.
 
     Returns:
         At most ``count`` uint8 [3, H, W].
@@ -104,7 +104,7 @@ def sample_images(step_dir: Path, given: Sequence[str], count: int) -> list[Tens
 
 
 def _fitted(predictor: Predictor, images: Sequence[Tensor]) -> list[np.ndarray]:
-    """Images [1, 3, H, W] at the size at which ``starseg predict`` shows them to the network."""
+    """Resize images [1, 3, H, W] as ``starseg predict`` does before the network."""
     sizes = [
         fitted_size(image.shape[1], image.shape[2], predictor.crop, predictor.model.output_stride) for image in images
     ]
@@ -114,7 +114,7 @@ def _fitted(predictor: Predictor, images: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _odd(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The first image at sizes that are no multiples of the stride, and twice in a batch."""
+    """Return the first image at sizes that are not multiples of the stride, and twice in a batch."""
     first = torch.from_numpy(batches[0])
     height, width = first.shape[-2:]
     other = resize_image(first, [height * 3 // 4 + 5, width + 27], antialias=True).numpy()
@@ -163,7 +163,7 @@ def _metadata(predictor: Predictor, int8: bool) -> dict[str, str]:
 
 
 def _quantize(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
-    """Static quantisation of the convolutions, int8 weights per channel and uint8 activations.
+    """Quantise the convolutions statically: int8 weights per channel, uint8 activations.
 
     Weights take 7 bits, as products of 8 bits saturate on processors without VNNI. Depthwise convolutions stay float:
     they hold few weights, and quantised they cost accuracy and time.
@@ -222,7 +222,7 @@ def compare(
 def export_onnx(
     step_dir: Path, out: Path, console: Console, int8: bool = False, images: Sequence[str] = ()
 ) -> Agreement:
-    """Write a step as ONNX and compare it with torch; a float file that disagrees is not left behind.
+    """Export a step to ONNX and compare it with torch; a float file that disagrees is deleted.
 
     Args:
         step_dir: what to export.

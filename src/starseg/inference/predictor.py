@@ -1,4 +1,4 @@
-"""A trained step as a function from images to masks.
+"""Prediction of masks with a trained step.
 
 Shape letters: N images, C classes without background, H W pixels, h w feature cells.
 """
@@ -36,7 +36,7 @@ _MOST_LOGITS = 2**26
 
 @dataclass(frozen=True)
 class Options:
-    """How to predict.
+    """Options of a prediction.
 
     Attributes:
         window: windows of the training crop's size slid over the whole image, at least a third of each shared with its
@@ -63,7 +63,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The mask of one image, or why there is none.
+    """Mask of one image, or the reason why there is none.
 
     Attributes:
         index: of the image among those given.
@@ -79,7 +79,7 @@ class Prediction:
 
 
 def to_tensor(source: ImageSource) -> Tensor:
-    """An image as [3, H, W] uint8.
+    """Convert an image to [3, H, W] uint8.
 
     Args:
         source: a path, a PIL image or a uint8 array [H, W, 3] (RGB) or [H, W] (grey).
@@ -98,7 +98,7 @@ def to_tensor(source: ImageSource) -> Tensor:
 
 
 def fitted_size(height: int, width: int, short: float, stride: int) -> tuple[int, int]:
-    """The size in which the short side is ``short`` pixels, both sides rounded to multiples of ``stride``.
+    """Return the size with a short side of ``short`` pixels, both sides rounded to multiples of ``stride``.
 
     Raises:
         UserError: one side is more than 50 times the other.
@@ -110,13 +110,13 @@ def fitted_size(height: int, width: int, short: float, stride: int) -> tuple[int
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover ``length`` cells evenly, each sharing a third or more with the next."""
+    """Return the starts of windows that cover ``length`` cells evenly and overlap by a third or more."""
     count = ceil((length - window) / max(1, window * 2 // 3)) + 1
     return [int(x) for x in np.linspace(0, length - window, count)]
 
 
 def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
-    """Training ids [N, ...] from logits [N, C, ...], as the step's method has it.
+    """Return the prediction rule of a step's method: training ids [N, ...] from logits [N, C, ...].
 
     Raises:
         UserError: the method is not registered here.
@@ -131,7 +131,7 @@ def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
 
 
 class Predictor:
-    """A step's network with its classes; :func:`load` makes one.
+    """Network of a step with its classes; created by :func:`load`.
 
     Args:
         model: in eval mode, on the device to use.
@@ -177,7 +177,7 @@ class Predictor:
         return masks[0] if single else masks
 
     def stream(self, sources: Iterable[ImageSource], options: Options | None = None) -> Iterator[Prediction]:
-        """Segment images one batch after the other; images that come out at the same network size share a batch.
+        """Segment images batch by batch; images with the same network input size share a batch.
 
         Args:
             sources: images, read as they are needed.
@@ -205,7 +205,7 @@ class Predictor:
             yield from self._finish(size, group, options)
 
     def _size(self, image: Tensor, options: Options) -> tuple[int, int]:
-        """The network's input size at scale 1."""
+        """Return the network's input size at scale 1."""
         height, width = image.shape[1:]
         short = max(self.crop, min(height, width)) if options.window else self.crop
         return fitted_size(height, width, short, self.model.output_stride)
@@ -217,7 +217,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _finish(self, size: tuple[int, int], group: list[tuple[int, Tensor]], options: Options) -> Iterator[Prediction]:
-        """Predict images of one network size together."""
+        """Predict a batch of images with the same network input size."""
         passes = []
         for scale in options.scales:
             scaled = self._scaled(size, scale, options)
@@ -230,7 +230,7 @@ class Predictor:
             yield Prediction(index, image, self._mask([maps[i : i + 1] for maps in passes], *image.shape[1:]))
 
     def _maps(self, images: Tensor, options: Options) -> Tensor:
-        """Logits [N, C, h, w] of uint8 images [N, 3, H, W] whose sides are multiples of the output stride."""
+        """Compute logits [N, C, h, w] of uint8 images [N, 3, H, W] whose sides are multiples of the output stride."""
         if not options.window:
             return self.logits(images)
         stride = self.model.output_stride
@@ -250,7 +250,7 @@ class Predictor:
         return total / count
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [N, C, h, w] at feature resolution of uint8 images [N, 3, H, W]."""
+        """Compute logits [N, C, h, w] at feature resolution of uint8 images [N, 3, H, W]."""
         return self.model.predict(images).float()
 
     def _mask(self, passes: list[Tensor], height: int, width: int) -> np.ndarray:
@@ -267,7 +267,7 @@ class Predictor:
 
 
 def load(path: str | Path, device: str = "auto") -> Predictor:
-    """The model of a step directory or published checkpoint, ready to predict.
+    """Load the model of a step directory or published checkpoint for prediction.
 
     Args:
         path: a run's ``step_<t>`` directory, or a file in a registered format (:mod:`starseg.engine.formats`): a

@@ -1,1 +1,1 @@
-"""Kernels that do the same as torch's layers with less time or memory."""
+"""Kernels that compute what torch's layers compute in less time or memory."""

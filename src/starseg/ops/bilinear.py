@@ -1,4 +1,4 @@
-"""Bilinear resizing (align_corners False), whole and only where it is needed.
+"""Bilinear resizing (``align_corners=False``) of whole maps or only at the pixels that are needed.
 
 Shape letters: N images, C channels, H W pixels, h w cells of a smaller map.
 """
@@ -16,17 +16,17 @@ _CHUNK_CPU, _CHUNK_GPU = 2**18, 2**24
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners False, no antialiasing: [N, C, *, *] -> [N, C, *size]."""
+    """Resize maps [N, C, *, *] to [N, C, *size]: bilinear, ``align_corners=False``, no antialiasing."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def chunk_size(pixels: int, device: torch.device) -> int:
-    """How many maps of so many pixels are worked on at a time, at least one."""
+    """Return how many maps of ``pixels`` pixels to process at a time, at least one."""
     return max(1, (_CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU) // pixels)
 
 
 def axis_weights(length: int, like: Tensor, dim: int) -> Tensor:
-    """[length, h]: the matrix that resizes dimension ``dim`` (h long) of ``like`` to ``length``.
+    """Return the matrix [length, h] that resizes dimension ``dim`` (of size h) of ``like`` to ``length``.
 
     Resizing a map m [h, w] is ``a @ m @ b.T`` with the matrices of its two axes; the adjoint is ``a.T @ g @ b``.
     """
@@ -35,7 +35,7 @@ def axis_weights(length: int, like: Tensor, dim: int) -> Tensor:
 
 
 def support_indices(length: int, cells: int, device: torch.device | None = None) -> Tensor:
-    """Indices of the pixels along an axis that a bilinear resize from ``length`` to ``cells`` looks at.
+    """Return the indices of the pixels along an axis that a bilinear resize from ``length`` to ``cells`` reads.
 
     For whole strides s these are the two pixels around each cell's centre, s i + s/2 - 1 and s i + s/2, or the one
     there for odd s; else every pixel.
@@ -48,7 +48,7 @@ def support_indices(length: int, cells: int, device: torch.device | None = None)
 
 
 def subsample_to_support(pixels: Tensor, cells: Sequence[int]) -> Tensor:
-    """The image of those pixels that a bilinear resize to ``cells`` looks at: [N, H, W] -> [N, H', W'].
+    """Keep the pixels that a bilinear resize to ``cells`` reads: [N, H, W] -> [N, H', W'].
 
     Resizing it, or a mask made of it, to ``cells`` gives exactly what resizing the whole one does; its pixels at
     (s' i + s'/2, s' j + s'/2), with s' = H' / h, are those of the whole one at (s i + s/2, s j + s/2), s = H / h.
@@ -58,7 +58,7 @@ def subsample_to_support(pixels: Tensor, cells: Sequence[int]) -> Tensor:
 
 
 def resize_at_support(maps: Tensor, size: Sequence[int], cells: Sequence[int]) -> Tensor:
-    """Maps resized to ``size``, computed at those pixels alone that :func:`thin` keeps: [N, C, *, *] -> [N, C, H', W'].
+    """Resize to ``size`` only at the pixels kept by :func:`subsample_to_support`: [N, C, *, *] -> [N, C, H', W'].
 
     Equal to the whole resize up to the rounding of a weighted sum of four float32 values, in which the whole one also
     differs from device to device and between memory formats.
@@ -72,7 +72,7 @@ def resize_at_support(maps: Tensor, size: Sequence[int], cells: Sequence[int]) -
 
 
 def split_classes(maps: Tensor, pixels: int) -> tuple[Tensor, ...]:
-    """Parts of [N, C, h, w] along C that have about as many values as are worked on at a time.
+    """Split maps [N, C, h, w] along C into parts of the size that is processed at a time.
 
     Args:
         maps: to be resized.
@@ -82,7 +82,7 @@ def split_classes(maps: Tensor, pixels: int) -> tuple[Tensor, ...]:
 
 
 def largest(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """``torch.cat(parts, 1).max(1)`` without the whole: largest value and first channel that has it, [N, ...].
+    """Compute ``torch.cat(parts, 1).max(1)`` part by part: the largest value and its first channel, [N, ...].
 
     Args:
         parts: at least one, [N, c, ...] each, without gradients.

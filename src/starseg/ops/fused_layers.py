@@ -1,4 +1,4 @@
-"""Convolutions and batch norm that give what torch's give, up to rounding, in less time and memory.
+"""Convolutions fused with batch norm: torch's results up to rounding, in less time and memory.
 
 - A frozen batch norm is a part of the convolution before it: conv(x, w) s + t = conv(x, s w) + t. No feature map is
   written, read and kept for it. Gradients flow through s w to w.
@@ -28,31 +28,32 @@ _SIDE = 64
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Passes its input through where the convolution before it does its work."""
+    """Batch norm that returns its input where the preceding convolution applies it."""
 
     fused = False
 
     @property
     def constant(self) -> bool:
-        """Whether it is a fixed scale and shift: statistics and affine parameters are frozen, or nothing learns.
+        """Whether this is a fixed scale and shift: statistics and parameters are frozen, or nothing is trained.
 
-        Not in an export to ONNX, which joins them in the file itself.
+        False in an export to ONNX, where the file's graph fuses them.
         """
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, [C] each."""
+        """Return scale and shift, [C] each."""
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [N, C, H, W], or return it if the convolution before has done so."""
         return x if self.fused and self.constant else super().forward(x)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that takes over the constant batch norm after it.
+    """Convolution that applies the batch norm after it while that is constant.
 
     Attributes:
         norm: the batch norm, in a tuple that hides it from ``modules()``, or none.
@@ -61,6 +62,7 @@ class Conv2d(nn.Conv2d):
     norm: tuple[BatchNorm2d, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [N, C, H, W] and apply the fused batch norm."""
         weight, bias = self.weight, self.bias
         for norm in self.norm:
             if norm.constant:
@@ -91,7 +93,7 @@ def _by_taps(conv: Conv2d, x: Tensor, bias: Tensor | None) -> bool:
 
 
 class _ByTaps(torch.autograd.Function):
-    """A convolution whose weights' gradient is a matrix product per tap."""
+    """Convolution whose weight gradient is computed as one matrix product per tap."""
 
     @staticmethod
     def forward(
@@ -130,7 +132,7 @@ def _weight_grad(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """[O, C, *, *] gradient of a convolution's weights, from that of its output [N, O, h, w] and its input."""
+    """Return the gradient [O, C, *, *] of a convolution's weights from its output's [N, O, h, w] and its input."""
     grad_output, x = grad_output.movedim(1, -1), x.movedim(1, -1)
     found = torch.zeros_like(weight.movedim(1, -1), memory_format=torch.contiguous_format)
     taps = [
@@ -149,7 +151,10 @@ def _weight_grad(
 
 
 def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice]:
-    """Output positions along an axis at which a tap sees the image, and what it sees there: stride * o + offset."""
+    """Return the output positions o along an axis at which a tap reads the image, and those it reads there.
+
+    It reads the input at stride * o + offset.
+    """
     first, last = max(0, -(offset // stride)), min(outputs - 1, (inputs - 1 - offset) // stride)
     if first > last:
         return slice(0, 0), slice(0, 0)
@@ -157,10 +162,10 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
 
 
 def fuse_batch_norm(network: nn.Module, channels: int) -> None:
-    """Let the plain convolutions and batch norms of a network be those of this module.
+    """Replace the plain convolutions and batch norms of a network by those of this module.
 
-    A batch norm is joined to the convolution before it where nobody else reads the convolution's output; which these
-    are, the graph of one small pass tells.
+    A batch norm is fused with the convolution before it if nothing else reads the convolution's output, which the
+    autograd graph of one small forward pass shows.
 
     Args:
         network: maps [N, channels, H, W] to a map or a list of maps.
@@ -180,7 +185,7 @@ def fuse_batch_norm(network: nn.Module, channels: int) -> None:
 
 
 def _pairs(network: nn.Module, channels: int) -> list[tuple[Conv2d, BatchNorm2d]]:
-    """Convolutions and the batch norms that alone read their outputs."""
+    """Return the convolutions with the batch norms that are the only readers of their outputs."""
     convs: dict[Node, Conv2d] = {}
     norms: list[tuple[Node | None, BatchNorm2d]] = []
 
@@ -204,7 +209,7 @@ def _pairs(network: nn.Module, channels: int) -> list[tuple[Conv2d, BatchNorm2d]
 
 
 def _readers(outputs: Iterable[Tensor]) -> Counter[Node]:
-    """How often the result of each node of a graph is read; being an output counts."""
+    """Count how often the result of each node of a graph is read; being an output counts."""
     readers: Counter[Node] = Counter()
     nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
     while nodes:

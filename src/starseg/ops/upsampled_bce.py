@@ -1,4 +1,4 @@
-"""BCE of upsampled logits without the upsampled logits (the base loss; REFERENCE, "Training one step").
+"""Binary cross-entropy of upsampled logits that are never stored (the base loss).
 
 Shape letters: N images, K classes, H W pixels, h w feature cells; n, k those of a chunk.
 """
@@ -21,7 +21,7 @@ _LINEAR = 40.0
 
 
 class UpsampledBce(torch.autograd.Function):
-    """Sums over the pixels of BCE with logits, per class; call ``apply`` with the arguments below.
+    """Sum over pixels of each class's BCE with logits; call ``apply`` with the arguments below.
 
     Args:
         logits: [N, K, h, w] floats; a pixel's is their bilinear interpolation.
@@ -31,14 +31,15 @@ class UpsampledBce(torch.autograd.Function):
         ignored_as_negatives: ignored pixels are negatives; else they add nothing.
 
     Returns:
-        [K] sums. Their gradient with respect to the small logits is formed along with them, chunk by chunk: what is
-        kept has the logits' size, and what is needed meanwhile does not grow with the number of classes.
+        [K] sums. Their gradient with respect to the logits is computed along with them, chunk by chunk: the stored
+        tensor has the logits' size, and temporary memory does not grow with the number of classes.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, ignored_as_negatives: bool
     ) -> Tensor:
+        """Compute the sums [K] and, chunk by chunk, their gradient."""
         (_, height, width), device = labels.shape, logits.device
         images, classes = logits.shape[:2]
         ids = torch.arange(first_id, first_id + classes, device=device, dtype=logits.dtype)[:, None, None]
@@ -66,6 +67,7 @@ class UpsampledBce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the stored gradient by the incoming one, [K]."""
         (gradient,) = ctx.saved_tensors
         return gradient * weights[:, None, None], None, None, None, None
 
@@ -76,12 +78,12 @@ def _slices(length: int, most: int) -> Iterator[slice]:
 
 
 def _losses(signed_logits: Tensor, positive: Tensor, pos_weight: float) -> Tensor:
-    """Sums [k] of the losses of logits [n, k, H, W] whose sign is turned where ``positive``."""
+    """Return the summed losses [k] of logits [n, k, H, W] whose sign is flipped where ``positive``."""
     loss = F.softplus(signed_logits, threshold=_LINEAR)
     return loss.addcmul_(positive, loss, value=pos_weight - 1).sum((0, 2, 3))
 
 
 def _grad_logits_(signed_logits: Tensor, positive: Tensor, pos_weight: float) -> Tensor:
-    """Their gradients [n, k, H, W] with respect to the logits, in the place of ``turned``."""
+    """Overwrite ``signed_logits`` with the gradients [n, k, H, W] with respect to the logits."""
     slope = signed_logits.sigmoid_()
     return slope.addcmul_(positive, slope, value=-1 - pos_weight)

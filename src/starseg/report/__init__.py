@@ -1,1 +1,1 @@
-"""What people look at: tables and pictures of runs."""
+"""Tables, figures and HTML reports of runs."""

@@ -1,4 +1,4 @@
-"""The best and the worst test images of each class: truth, before and after, small enough to live in a page."""
+"""Best and worst test images of each class, with ground truth and predictions, small enough to embed in a page."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ClassCases:
-    """Cases of a class.
+    """Best and worst test images of one class.
 
     Attributes:
         name: of the class.
@@ -70,14 +70,14 @@ class ClassCases:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Cases of a run's classes, in the order of learning, and the (name, CSS colour) pairs of its masks."""
+    """Cases of a run's classes in the order of learning, and the (name, CSS colour) pairs of the mask legend."""
 
     classes: list[ClassCases]
     colours: list[tuple[str, str]]
 
 
 def css_colour(dataset_id: int) -> str:
-    """The colour of a class in masks."""
+    """Return the colour of a class in masks as CSS."""
     red, green, blue = paint(np.array([dataset_id], np.uint8))[0]
     return f"rgb({red} {green} {blue})"
 
@@ -89,14 +89,14 @@ def _uri(image: Image.Image, kind: str, **options: Any) -> str:
 
 
 def photo_uri(image: Tensor) -> str:
-    """A small JPEG of [3, H, W] uint8."""
+    """Encode an image [3, H, W] uint8 as a data URI of a small JPEG."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
     photo.thumbnail((_SIDE, _SIDE))
     return _uri(photo, "JPEG", quality=72)
 
 
 def mask_uri(ids: np.ndarray) -> str:
-    """A small palette PNG of [H, W] uint8 ids, transparent where there is background, translucent elsewhere."""
+    """Encode ids [H, W] uint8 as a data URI of a small PNG, transparent at the background and translucent elsewhere."""
     mask = Image.fromarray(ids)
     mask.putpalette(paint(np.arange(256, dtype=np.uint8)).tobytes())
     mask.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
@@ -104,7 +104,7 @@ def mask_uri(ids: np.ndarray) -> str:
 
 
 def class_iou(predicted: np.ndarray, truth: np.ndarray, training_id: int) -> np.ndarray:
-    """IoU in percent of one class in each of [N, H, W] predictions; ignored pixels do not count."""
+    """Return the IoU of one class, in percent, in each of N predictions [N, H, W]; ignored pixels do not count."""
     known = truth != IGNORE
     a, b = (predicted == training_id) & known, truth == training_id
     union = (a | b).sum((1, 2))
@@ -112,7 +112,7 @@ def class_iou(predicted: np.ndarray, truth: np.ndarray, training_id: int) -> np.
 
 
 def _candidates(test: TestSet, dataset_id: int) -> np.ndarray:
-    """Test images that show the class, evenly from those with much of it to those with little."""
+    """Choose test images that show the class, evenly spaced from the largest area to the smallest."""
     share = test.pixels[test.positions, dataset_id] / test.pixels[test.positions].sum(1)
     order = np.argsort(-share, kind="stable")
     order = order[: max(int((share > _LEAST_SHARE).sum()), min(2, int((share > 0).sum())))]
@@ -121,7 +121,7 @@ def _candidates(test: TestSet, dataset_id: int) -> np.ndarray:
 
 
 def _before(test: TestSet, dataset_id: int) -> Path | None:
-    """The step after which the class was freshest: its own, for the newest classes the one before the last."""
+    """Return the step to compare with: the one that learned the class, or the last but one for the newest classes."""
     learnt = next(step for step in range(len(test.task)) if dataset_id in test.task.new(step))
     earlier = [f for f in test.folders[:-1] if step_number(f) >= learnt]
     return earlier[0] if earlier else (test.folders[-2] if len(test.folders) > 1 else None)
@@ -166,7 +166,7 @@ def _class_cases(test: TestSet, training_id: int, dataset_id: int) -> ClassCases
 
 
 def pictures(run: Path, forgotten: Sequence[str]) -> Pictures:
-    """Cases of the classes of a run after its last finished step.
+    """Collect the cases of a run's classes after its last finished step.
 
     Args:
         run: a run directory.

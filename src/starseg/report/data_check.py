@@ -1,4 +1,4 @@
-"""Verify a data set before hours are spent on it: every image and mask is read, every class counted."""
+"""Data set check before training: read every image and mask, count every class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from starseg.utils.progress import bar
 
 @dataclass(frozen=True)
 class BrokenFile:
-    """A file that a run could not use, and why."""
+    """File that a run could not use, with the reason."""
 
     split: str
     file: Path
@@ -38,7 +38,7 @@ class BrokenFile:
 
 @dataclass(frozen=True)
 class Report:
-    """What `starseg data check` found.
+    """Result of `starseg data check`.
 
     Attributes:
         data: the data set and its class counts; a file that cannot be read counts nothing.
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def task_problem(self) -> str | None:
-        """Why the task cannot be trained on what was read, if so."""
+        """Reason why the task cannot be trained on these files; None if it can."""
         try:
             self.data.check()
         except UserError as error:
@@ -60,15 +60,15 @@ class Report:
         return None
 
     def published(self, split: str) -> int | None:
-        """How many images a split of the published data set has; None for a data set with classes of its own."""
+        """Return the number of images in a split of the published data set; None for a data set with other classes."""
         return self.data.dataset.published.get(split)
 
     def missing(self, split: str) -> int:
-        """How many images a split has fewer than the published one."""
+        """Return how many images of the published split are missing."""
         return max(0, (self.published(split) or 0) - len(self.data.dataset.splits[split]))
 
     def counts(self, step: int) -> dict[str, Any]:
-        """Images of a step in both splits, and per new class the images that show it and its pixels."""
+        """Count a step's images in both splits, and per new class the images that show it and its pixels."""
         chosen = {
             "training": self.data.train_pixels[self.data.positions(step, "train")],
             "test": self.data.test_pixels[self.data.positions(step, "test")],
@@ -87,7 +87,7 @@ class Report:
         }
 
     def as_data(self) -> dict[str, Any]:
-        """Everything, for a JSON file."""
+        """Return the whole report as plain data for a JSON file."""
         dataset = self.data.dataset
         return {
             "dataset": dataset.key,
@@ -105,7 +105,7 @@ class Report:
 
 
 def _inspect(image: Path, mask: Path, labels: LabelMap) -> tuple[np.ndarray, list[tuple[Path, str]]]:
-    """Read a pair: the mask's pixels of every class, [256] int32, and what is wrong with either file."""
+    """Read a pair: return the number of mask pixels per class, [256] int32, and the problems of both files."""
     counts, problems, sizes = np.zeros(256, np.int32), [], []
     try:
         sizes.append(read_image(image).shape[1:])
@@ -176,7 +176,7 @@ def _steps_table(report: Report) -> Table:
 
 
 def _comparison(report: Report) -> list[str]:
-    """What is there against what was published, in sentences."""
+    """Compare the image counts with the published ones, in sentences."""
     dataset, lines = report.data.dataset, []
     for name, split in dataset.splits.items():
         known, missing = report.published(name), report.missing(name)
@@ -184,14 +184,14 @@ def _comparison(report: Report) -> list[str]:
         lines.append(f"{name}: {len(split):,} images{against}")
     if any(map(report.missing, dataset.splits)):
         sources = find_dataset(dataset.key).sources
-        rest = " The rest comes from" if sources else ""
-        lines.append(f"A subset can be used, but its figures do not compare with published ones.{rest}")
+        rest = " The rest is available from" if sources else ""
+        lines.append(f"A subset can be used, but its results are not comparable with published ones.{rest}")
         lines += [f"  {source}" for source in sources]
     return lines
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the counts, what is missing, and every broken file."""
+    """Print the counts, missing images and every broken file."""
     dataset, task = report.data.dataset, report.data.task
 
     def say(line: str) -> None:
@@ -207,6 +207,6 @@ def print_report(report: Report, console: Console) -> None:
     if report.broken:
         say(f"{len({b.file for b in report.broken})} broken files: mend them before training")
     if report.task_problem:
-        say(f"the task cannot be trained on what was read: {report.task_problem}")
+        say(f"the task cannot be trained on these files: {report.task_problem}")
     elif not report.broken:
         say("usable: no file is broken")

@@ -1,4 +1,4 @@
-"""What the page says of a run, gathered from its files."""
+"""Contents of a report page, gathered from a run's files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How much of a class is left: IoU in percent when learnt, at its earlier best, and after the last step."""
+    """Forgetting of one class: its IoU in percent when learned, at its earlier best, and after the last step."""
 
     name: str
     learnt: int
@@ -32,11 +32,12 @@ class Forgetting:
 
     @property
     def lost(self) -> float:
+        """Best earlier IoU minus the final one."""
         return self.best - self.final
 
 
 def forgetting(steps: Sequence[dict[str, Any]]) -> list[Forgetting]:
-    """Classes known before the last step, the most forgotten first; lost = best earlier IoU - final IoU."""
+    """Return the forgetting of the classes known before the last step, largest first."""
     found = []
     for name, final in steps[-1]["iou"].items():
         earlier = [(s["step"], s["iou"][name]) for s in steps[:-1] if s["iou"].get(name) is not None]
@@ -47,7 +48,7 @@ def forgetting(steps: Sequence[dict[str, Any]]) -> list[Forgetting]:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Where the pixels of a group of classes go, in percent of them.
+    """Predictions for the pixels of a group of classes, in percent.
 
     Attributes:
         groups: (group, pixels, [right, background, another old class, another new class]); None where it cannot be.
@@ -89,7 +90,7 @@ def confusion_groups(matrix: np.ndarray, names: Sequence[str], base: int, pairs:
 
 @dataclass(frozen=True)
 class Storage:
-    """What is kept of old classes against the images and masks of the steps before the last.
+    """Bytes stored for old classes, compared with the images and masks of the steps before the last.
 
     Attributes:
         bank: bytes of the method's state.
@@ -105,6 +106,7 @@ class Storage:
 
     @property
     def kept(self) -> int:
+        """Bytes of the method's state and of the exemplars."""
         return self.bank + self.exemplar_bytes
 
 
@@ -126,7 +128,7 @@ def _storage(run: Path, results: dict[str, Any]) -> Storage:
 
 
 def _logged(folder: Path, group: str) -> dict[str, list[tuple[float, float]]]:
-    """The scalars ``group/name`` of a step's TensorBoard logs: name -> (iteration, value)."""
+    """Read the scalars ``group/name`` of a step's TensorBoard logs: name -> (iteration, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not any(folder.glob("logs/events.*")):
@@ -139,20 +141,20 @@ def _logged(folder: Path, group: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def loss_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Loss terms of a step: name -> (iteration, value), at most some 200 points."""
+    """Read the loss terms of a step: name -> (iteration, value), about 200 points at most."""
     curves = _logged(folder, "loss")
     return {name: points[:: -(-len(points) // _CURVE_POINTS)] for name, points in curves.items()}
 
 
 def time_split(folder: Path) -> dict[str, float]:
-    """Seconds of a step by what they went to, the largest first."""
+    """Read the seconds spent in each part of a step, largest first."""
     seconds = {part: points[-1][1] for part, points in _logged(folder, "time").items()}
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A run as the page tells it.
+    """Facts about a run that the page shows.
 
     Attributes:
         name: of its directory.
@@ -177,6 +179,7 @@ class Facts:
 
     @property
     def seconds(self) -> float:
+        """Seconds of all steps."""
         return sum(step["seconds"] for step in self.steps)
 
 
@@ -190,7 +193,7 @@ def _confusion(run: Path) -> Confusion | None:
 
 
 def shown_names(runs: Sequence[Path]) -> list[str]:
-    """Of run directories: their folders, with as many parents as tell them apart, and whether steps are missing.
+    """Return a distinct name for each run directory, with a note if steps are missing.
 
     Raises:
         UserError: no run among them.
@@ -208,7 +211,7 @@ def shown_names(runs: Sequence[Path]) -> list[str]:
 
 
 def gather(run: Path, name: str | None = None) -> Facts:
-    """Read a run directory, to be shown under its own name or another one.
+    """Read a run directory, shown under its own name or ``name``.
 
     Raises:
         UserError: no run, or one without a finished step.

@@ -1,4 +1,4 @@
-"""Pictures of runs: predictions after each step, and IoU per step."""
+"""Figures of runs: predictions after each step, and IoU per step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _IMAGES = 6
 
 @dataclass(frozen=True)
 class Gallery:
-    """Test images with what a run's steps make of them.
+    """Test images with the predictions of a run's steps.
 
     Attributes:
         names: by training id of the last step.
@@ -42,7 +42,7 @@ class Gallery:
 
 
 def _spread(pixels: np.ndarray, new: Sequence[int], old: Sequence[int], count: int) -> np.ndarray:
-    """Images in turn for each class: those that show much of it, and old and new classes together."""
+    """Choose images for each class in turn, preferring large areas and old and new classes together."""
     share = np.sqrt(pixels[:, [*new, *old]] / pixels.sum(1, keepdims=True))
     both = (pixels[:, list(new)] > 0).any(1) & (pixels[:, list(old)] > 0).any(1)
     chosen: list[int] = []
@@ -71,7 +71,7 @@ def gallery(run: Path, count: int = _IMAGES, last_only: bool = False) -> Gallery
 
 
 def draw_gallery(shown: Gallery, path: Path) -> Path:
-    """Write a grid: a row an image; image, truth and each prediction a column; a legend of the classes."""
+    """Write a grid with one row per image (columns: image, ground truth, predictions) and a legend of the classes."""
     columns = ["image", "truth", *shown.predictions]
     rows = len(shown.images)
     size = (1.7 * len(columns), 1.7 * rows + 0.8)
@@ -149,7 +149,7 @@ def draw_iou(results: dict[str, dict[str, Any]], path: Path) -> Path:
 
 
 def _side_by_side(runs: Sequence[Path]) -> Gallery:
-    """Every step of one run, or the last step of each of several."""
+    """Combine all steps of one run, or the last step of each of several runs."""
     if len(runs) == 1:
         return gallery(runs[0])
     galleries = {run.name: gallery(run, last_only=True) for run in runs}
@@ -160,7 +160,7 @@ def _side_by_side(runs: Sequence[Path]) -> Gallery:
 
 
 def write_figures(runs: Sequence[Path], out: Path, console: Console) -> None:
-    """Write ``iou.png`` and ``pictures.png`` of one run, or of several side by side, and say where.
+    """Write ``iou.png`` and ``pictures.png`` of one or several runs, and print their paths.
 
     With one run the pictures show every step, with several each run's last step; without the data set there are none.
 

@@ -1,4 +1,4 @@
-"""The report of one or several runs as one HTML file that needs nothing else."""
+"""Report of one or several runs as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUPS = ("old", "new", "all")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with the (name, CSS class) pairs of its legend."""
+    """Chart with the (name, CSS class) pairs of its legend."""
 
     svg: Markup
     legend: list[tuple[str, str]]
@@ -39,7 +39,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class RunPage:
-    """All that the template shows of a run; ``missing`` says why there are no pictures."""
+    """Values that the template shows of a run; ``missing`` says why there are no pictures."""
 
     facts: Facts
     curves: Chart | None
@@ -61,7 +61,7 @@ def _chart(lines: Sequence[Line], title: str, x: str, y: str, top: float | None 
 
 
 def _class_curves(facts: Facts) -> Chart | None:
-    """Means per step over the thin lines of the classes."""
+    """Chart the means per step over thin lines of the classes."""
     lines = []
     for name in facts.steps[-1]["iou"]:
         values = [(s["step"], s["iou"][name]) for s in facts.steps if s["iou"].get(name) is not None]
@@ -96,7 +96,7 @@ def _run_page(run: Path, name: str) -> RunPage:
 
 
 def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ()) -> str:
-    """The page of run directories, side by side.
+    """Render the page of one or several run directories.
 
     Args:
         runs: directories.
@@ -125,7 +125,7 @@ def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ())
 
 
 def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequence[Mapping[str, str]] = ()) -> None:
-    """Write :func:`render_page` to ``path`` and say where.
+    """Write the result of :func:`render_page` to ``path`` and print the path.
 
     Raises:
         UserError: a folder that is no run.
@@ -137,7 +137,7 @@ def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequ
 
 
 def refuse_target(out: Path) -> None:
-    """Look at the place for a report before it is made.
+    """Check the target of a report before the report is made.
 
     Raises:
         UserError: a file that is no page, or a folder of somebody's that holds no earlier report.

@@ -15,7 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 40
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """Line of a chart.
 
     Attributes:
         name: for the tooltip and the legend.
@@ -36,12 +36,13 @@ def _ticks(low: float, high: float, integer: bool = False) -> list[float]:
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, y_max: float | None = None) -> Markup:
-    """A chart from y = 0 upwards, as wide as its container.
+    """Draw a line chart that starts at y = 0 and is as wide as its container.
 
     Args:
         lines: what to draw, the last on top.
         title: read out instead of the picture.
-        x_label, y_label: of the axes; x is whole numbers.
+        x_label: label of the x axis, whose values are whole numbers.
+        y_label: label of the y axis.
         y_max: top of the chart; by default the largest y.
     """
     xs = [x for line in lines for x, _ in line.points]

@@ -15,15 +15,17 @@ GROUPS = ("old", "new", "all", "harmonic")
 
 
 def percent(value: float | None) -> str:
+    """Format a percentage; "-" for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
 def kilobytes(size: int) -> str:
+    """Format bytes as kilobytes; "-" for 0."""
     return f"{size / 1024:,.1f} KB" if size else "-"
 
 
 def iou_table(results: Mapping[str, Any]) -> Group:
-    """IoU per class (a row each) after every step (a column each), then the means."""
+    """Tabulate the IoU of each class (rows) after each step (columns), followed by the means."""
     run, steps = results["run"], results["steps"]
     title = f"{run['method']}, {run['dataset']} {run['task']} {run['setting']}: IoU in percent after each step"
     table = Table()
@@ -49,13 +51,13 @@ def print_results(console: Console) -> Listener:
 
 
 def old_kept(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """The old mIoU after the last step in percent of that after step 0; None for a single step."""
+    """Return the old mIoU after the last step in percent of that after step 0; None for a single step."""
     first, last = steps[0]["miou"]["old"], steps[-1]["miou"]["old"]
     return 100 * last / first if len(steps) > 1 and first and last is not None else None
 
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Final old / new / all / harmonic mIoU of several runs, and how much of the old mIoU of step 0 is left."""
+    """Tabulate the final old / new / all / harmonic mIoU of runs, and the share of step 0's old mIoU that is left."""
     table = Table(title="mIoU in percent after the last step; kept: of the old mIoU after step 0")
     exemplars = any(results["steps"][-1].get("exemplar_bytes") for results in runs.values())
     for column in ("run", *GROUPS, "kept", "bank", *(["exemplars"] if exemplars else []), "seconds"):
@@ -75,7 +77,7 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def figures_table(title: str, figures: Mapping[str, Any]) -> Group:
-    """IoU per class and the means of one evaluation."""
+    """Tabulate IoU per class and the means of one evaluation."""
     table = Table()
     table.add_column("class")
     table.add_column("IoU", justify="right")

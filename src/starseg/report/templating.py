@@ -1,4 +1,4 @@
-"""Our jinja2 templates."""
+"""Loading of the jinja2 templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starseg.report.tables import percent
 
 
 def template(name: str) -> Template:
-    """A template of ``starseg/report/templates``; those of HTML escape what is put in."""
+    """Load a template of ``starseg/report/templates``; HTML templates escape inserted values."""
     environment = Environment(
         loader=PackageLoader("starseg.report"),
         autoescape=select_autoescape(["html.j2"]),

@@ -1,4 +1,4 @@
-"""A run's test images, and what the models of its steps make of them."""
+"""Test images of a run and the predictions of its steps."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ _BATCH = 8
 
 
 def step_number(folder: Path) -> int:
+    """Return the number of a step directory."""
     return int(folder.name.split("_")[1])
 
 
 def finished_steps(run: Path) -> list[Path]:
-    """The run's finished step directories, in order.
+    """Return the run's finished step directories, in order.
 
     Raises:
         UserError: there is none.
@@ -46,7 +47,7 @@ def finished_steps(run: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class TestSet:
-    """The test images of a run's last finished step.
+    """Test images of a run's last finished step.
 
     Attributes:
         config, method, dataset, task: of the run.
@@ -70,7 +71,7 @@ class TestSet:
     network: Callable[[Path], Segmenter]
 
     def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Test crops [N, 3, H, W] uint8 and their truth [N, H, W] uint8 training ids."""
+        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids."""
         table = self.dataset.labels.compose(self.task.relabelling(self.last, "test", self.dataset.test_fill))
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
@@ -78,7 +79,7 @@ class TestSet:
 
     @torch.inference_mode()
     def predict(self, folder: Path, images: Tensor) -> Tensor:
-        """[N, H, W] uint8 training ids of [N, 3, H, W] uint8 images by a step's model."""
+        """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
         model = self.network(folder)
         rule = self.method.rule(choices_for(self.config.compat))
         parts = []
@@ -88,7 +89,7 @@ class TestSet:
 
 
 def run_data(run: Path) -> tuple[RunConfig, Method, Dataset, TaskSequence]:
-    """The configuration of a run with its method, data set and task.
+    """Open the configuration, method, data set and task of a run.
 
     Raises:
         UserError: no config.yaml, or the data set is not where it says.

@@ -1,1 +1,1 @@
-"""What every layer may use."""
+"""Utilities that every layer may import."""

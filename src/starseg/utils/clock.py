@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time measurement of the parts of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mark = float | torch.cuda.Event
 
 
 class Clock:
-    """Seconds spent in named parts; a part within another is not the other's.
+    """Seconds spent in named parts; the time of a nested part does not count for the enclosing one.
 
     On a GPU the parts are bounded by events in its queue; nothing waits for them before :meth:`read`.
 
@@ -36,7 +36,7 @@ class Clock:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Count the time of a block as ``part``'s."""
+        """Add the time of a block to ``part``."""
         outer = self.part
         self._switch(part)
         try:
@@ -45,7 +45,7 @@ class Clock:
             self._switch(outer)
 
     def timed(self, part: str, call: Callable[..., T]) -> Callable[..., T]:
-        """``call`` with its time counted as ``part``'s."""
+        """Wrap ``call`` so that its time is added to ``part``."""
 
         def run(*args: object, **kwargs: object) -> T:
             with self.time(part):
@@ -54,13 +54,13 @@ class Clock:
         return run
 
     def each(self, part: str, items: Iterator[T]) -> Iterator[T]:
-        """Pass ``items`` through, the wait for each counted as ``part``'s."""
+        """Yield ``items``, adding the time spent waiting for each to ``part``."""
         done = object()
         while (item := self.timed(part, next)(items, done)) is not done:
             yield item
 
     def read(self) -> dict[str, float]:
-        """Add up what was marked since the last time; waits for a GPU to get there."""
+        """Return the seconds of every part so far, after waiting for the GPU's pending work."""
         if self.cuda and self.marks:
             torch.cuda.synchronize()
         for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
@@ -71,5 +71,5 @@ class Clock:
         return self.seconds
 
     def scalars(self) -> dict[str, float]:
-        """What :meth:`read` gives, named for the log."""
+        """Return the result of :meth:`read` under the names used in the logs."""
         return {f"time/{part}": seconds for part, seconds in self.read().items()}

@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON files."""
+"""Atomic writes and JSON files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starseg.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new.
+    """Write a file atomically: ``path`` holds either its old content or all of ``data``.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -29,17 +29,18 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot write it ({error.strerror}); what was there before is intact. "
-            "Mend that and give the same command again"
+            f"{path}: cannot write it ({error.strerror}); the previous file is intact. "
+            "Fix the cause and rerun the same command"
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file, atomically."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours.
+    """Parse a JSON file that starseg wrote.
 
     Raises:
         UserError: missing or damaged.

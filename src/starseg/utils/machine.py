@@ -1,4 +1,4 @@
-"""What this machine, or the part of it that this process may use, has to offer."""
+"""CPU cores and memory that are available to this process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     known = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(known(0)) if known else os.cpu_count() or 1
 
 
 def free_shared_memory(root: Path = Path("/dev/shm")) -> int:
-    """Bytes that processes can still share by name: in a container 64 MB, if it was not given more."""
+    """Return the free bytes of /dev/shm, of which a container gets 64 MB by default."""
     return shutil.disk_usage(root).free if root.is_dir() else available_memory()
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can still be taken: on the machine (Linux; elsewhere all it has), and within its control groups."""
+    """Return the available memory in bytes, limited by control groups; outside Linux, the total memory."""
     try:
         rows = (row.split() for row in (root / "proc/meminfo").read_text().splitlines())
         free = next(1024 * int(row[1]) for row in rows if row[0] == "MemAvailable:")
@@ -31,7 +31,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    """What every control group that this process is in has left of its limit; page cache counts as free."""
+    """Yield the bytes left of the limit of each control group of this process; page cache counts as free."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:

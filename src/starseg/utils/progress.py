@@ -1,4 +1,4 @@
-"""Progress on a terminal as a live bar, elsewhere (a log file) as a line per report."""
+"""Progress reports: a live bar on a terminal, one line per report elsewhere (as in a log file)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 class Bar:
-    """One phase of work.
+    """Progress of one phase of work.
 
     Args:
-        console: where to.
-        title: what is being done.
-        total: how many pieces.
+        console: prints the bar or the lines.
+        title: name of the phase.
+        total: number of units of work.
     """
 
     def __init__(self, console: Console, title: str, total: int) -> None:
@@ -45,12 +45,13 @@ class Bar:
             self.task = self.live.add_task(title, total=total, note="")
 
     def advance(self) -> None:
+        """Count one unit of work as done."""
         self.done += 1
         if self.live:
             self.live.update(self.task, completed=self.done)
 
     def show(self, where: str, terms: Mapping[str, float], images: int) -> None:
-        """Report loss terms and speed; ``images`` is how many a piece of work holds."""
+        """Report loss terms and speed; ``images`` is the number of images per unit of work."""
         elapsed = time.monotonic() - self.start
         speed = self.done * images / elapsed
         note = " ".join([*(f"{k} {v:.3f}" for k, v in terms.items()), f"| {speed:.1f} img/s"])
@@ -63,7 +64,7 @@ class Bar:
 
 @contextmanager
 def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
-    """A bar for the duration of a block."""
+    """Show a bar for the duration of a block."""
     shown = Bar(console, title, total)
     if shown.live is None:
         yield shown
@@ -73,7 +74,7 @@ def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
 
 
 def track(console: Console, title: str, items: Iterable[T], total: int, unit: str = "batches") -> Iterator[T]:
-    """Pass ``items`` through, with a bar."""
+    """Yield ``items`` and show a bar."""
     with bar(console, title, total) as shown:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""What a command does with errors and signals: a message and an exit code."""
+"""Translation of errors and signals into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resumable() -> Iterator[None]:
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
-    """What a user can mend is one message and exit code 2; with ``debug`` a traceback."""
+    """Report errors that a user can fix as one message with exit code 2, or as a traceback if ``debug``."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""COCO files: what is drawn, and what is refused with the file and the annotation named."""
+"""COCO files become masks; errors name the file and the annotation."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def test_run_lengths_are_drawn_crowd_or_not(tmp_path: Path, compressed: bool) ->
         np.testing.assert_array_equal(drawn, 2 * region)
 
 
-def test_smaller_ones_lie_on_top_and_of_equal_ones_the_later(tmp_path: Path) -> None:
+def test_smaller_objects_cover_larger_ones_and_later_ones_equal_ones(tmp_path: Path) -> None:
     large, small = _annotation([_box(0, 0, 10, 8)]), _annotation([_box(1, 1, 3, 3)], 3)
     expected = np.full(SIZE, 2, np.uint8)
     expected[1:3, 1:3] = 1
@@ -164,14 +164,14 @@ def test_a_file_that_is_refused(tmp_path: Path, parts: dict, message: str) -> No
         _draw(tmp_path, **{"classes": "cat", "annotations": [], **parts})
 
 
-def test_classes_that_are_no_categories(tmp_path: Path) -> None:
+def test_classes_that_are_not_categories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--classes cat,hors: .*instances\.json has no category hors; it has cat, Dog"):
         _draw(tmp_path, classes="cat,hors")
     with pytest.raises(UserError, match="holds no annotation"):
         _ = read_coco(_write(tmp_path)).classes
 
 
-def test_two_images_of_one_name(tmp_path: Path) -> None:
+def test_two_images_with_the_same_name(tmp_path: Path) -> None:
     path = _write(tmp_path)
     Image.new("RGB", SIZE[::-1]).save(tmp_path / "images" / "a.png")
     tree = json.loads(path.read_text())
@@ -184,7 +184,7 @@ def test_two_images_of_one_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("{"), lambda path: path.write_bytes(b"\xff\xd8")])
-def test_what_is_no_json(tmp_path: Path, write: Callable[[Path], Any]) -> None:
+def test_a_file_that_is_not_json(tmp_path: Path, write: Callable[[Path], Any]) -> None:
     write(tmp_path / "masks.json")
     with pytest.raises(UserError, match=r"--masks .*masks\.json: expected a folder, or a COCO file"):
         read_coco(tmp_path / "masks.json")

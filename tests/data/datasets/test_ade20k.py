@@ -1,3 +1,5 @@
+"""ADE20K: its layout, class table and ids, and a run on it."""
+
 import json
 import shutil
 from pathlib import Path
@@ -96,7 +98,7 @@ def _run(root: Path, out: Path) -> dict:
         "data": {"dataset": "ade", "root": str(root), "crop": 64},
         "task": {"name": "tiny", "steps": [["disc", 2, 3], ["hexagon"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
-        "train": {"batch_size": 4, "base": {"epochs": 1}, "later": {"epochs": 1}},
+        "train": {"batch_size": 4, "base": {"epochs": 1}, "later": {"epochs": 1}, "precision": "32"},
     }
 
 

@@ -1,4 +1,4 @@
-"""Images per step of the real train_aug set (REFERENCE, "Numbers of images per step")."""
+"""Images per step of the real train_aug set equal the published counts."""
 
 import tarfile
 

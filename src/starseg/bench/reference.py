@@ -1,7 +1,7 @@
-"""Loss path, step and evaluation written densely and literally: what `starseg bench` and the tests compare with.
+"""Dense reference implementation of loss path, step and evaluation that `starseg bench` compares with.
 
-Every logit of every class is brought to image size, one-hot targets are made there, and autograd keeps what it needs;
-vectorised, float32. The formulas are those of REFERENCE, "Each iteration", by default (not ``published``) and for one
+Every logit of every class is upsampled to image size, one-hot targets are made there, and autograd stores what it
+needs; vectorised, float32. The formulas are those of docs/reference/star.md without ``compat: published``, for one
 process. Shape letters: N images, K classes, H W pixels, h w feature cells, D feature channels.
 """
 
@@ -32,7 +32,7 @@ _EPS = 1e-3
 
 
 def dense_bce(logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, published: bool = False) -> Tensor:
-    """[K] base loss of logits [N, K, H, W] at the labels' size; see :func:`starseg.losses.star.bce_per_class`."""
+    """Compute the base loss [K] of logits [N, K, H, W]; see :func:`starseg.losses.star.bce_per_class`."""
     target = one_hot(labels, first_id, logits.shape[1]).to(logits.dtype)
     weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
@@ -43,19 +43,19 @@ def dense_bce(logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, 
 
 
 def dense_old_prediction(logits: Tensor, threshold: float = 0.5) -> Tensor:
-    """[N, H, W] training ids the old model sees, of logits [N, K, H, W] at image size."""
+    """Return the old model's labels [N, H, W], given its logits [N, K, H, W] at image size."""
     best, winner = logits.max(1)
     return torch.where(best > threshold, winner + 1, BACKGROUND)
 
 
 def dense_ocfm(features: Tensor, old_features: Tensor, region: Tensor) -> Tensor:
-    """Old-class feature maintenance over a region [N, H, W]."""
+    """Compute old-class feature maintenance over a region [N, H, W]."""
     mask = resize(region[:, None].float(), features.shape[-2:])
     return ((features - old_features).square() * mask).sum() / (features.shape[1] * mask.sum()).clamp_min(1e-12)
 
 
 def dense_sad(features: Tensor, labels: Tensor, first_id: int, classes: int, old_prototypes: Tensor) -> Tensor:
-    """Similarity-aware discrimination from labels [N, H, W]."""
+    """Compute similarity-aware discrimination from labels [N, H, W]."""
     weights = resize(one_hot(labels, first_id, classes).float(), features.shape[-2:])
     sums = torch.einsum("nkhw,ndhw->kd", weights, F.normalize(features, dim=1, eps=_EPS))
     distance = torch.cdist(F.normalize(sums, dim=1, eps=_EPS), old_prototypes).amin(1).clamp_min(1e-6)
@@ -64,7 +64,7 @@ def dense_sad(features: Tensor, labels: Tensor, first_id: int, classes: int, old
 
 
 def dense_base(ctx: StepContext, options: StarOptions, batch: Batch, output: Output) -> Tensor:
-    """STAR's loss of step 0."""
+    """Compute STAR's loss in step 0."""
     pixels = resize(output.logits, batch.labels.shape[-2:])
     return options.mbce * dense_bce(pixels, batch.labels, ctx.first_new, options.pos_weight or 1.0).sum()
 
@@ -78,7 +78,7 @@ def dense_later(
     bank: PrototypeBank,
     plan: ReplayPlan,
 ) -> Tensor:
-    """STAR's loss of a later step; ``output.extra_logits`` are those of the replayed features."""
+    """Compute STAR's loss in a later step; ``output.extra_logits`` belong to the replayed features."""
     labels, stride, known = batch.labels, ctx.model.output_stride, ctx.old_classes
     pixels, old_pixels = (resize(o.logits, labels.shape[-2:]) for o in (output, previous))
     seen = dense_old_prediction(old_pixels, options.old_threshold)
@@ -100,7 +100,7 @@ def dense_later(
 
 
 def unfused(network: Segmenter) -> Segmenter:
-    """A copy with torch's own convolutions and batch norms."""
+    """Copy a network with torch's own convolutions and batch norms."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, fused_layers.Conv2d):
@@ -111,7 +111,7 @@ def unfused(network: Segmenter) -> Segmenter:
 
 
 class DenseStep:
-    """A later step of STAR with torch's own layers and optimizer, in float32 and channels_last: ``step(raw)``.
+    """Training step of STAR with torch's own layers and optimizer, in float32 and channels_last: ``step(raw)``.
 
     Args:
         method: its options and bank.
@@ -127,6 +127,7 @@ class DenseStep:
         self.optimizer = SGD(trained, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def __call__(self, raw: Batch) -> Tensor:
+        """Train on a batch and return its loss."""
         images = self.new.normalize(raw.images)
         batch = replace(raw, images=images, labels=raw.labels.to(images.device))
         replayed = self.bank.draw(self.plan.rows, self.ctx.generator, self.options.norm_noise)
@@ -141,8 +142,10 @@ class DenseStep:
 
 
 def dense_confusion(model: Segmenter, rule: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Tensor:
-    """[1 + C, 1 + C] confusion, image by image, every class at full size; see
-    :func:`starseg.engine.evaluate.confusion_matrix`."""
+    """Compute the confusion matrix [1 + C, 1 + C], image by image with every class at full size.
+
+    See :func:`starseg.engine.evaluate.confusion_matrix`.
+    """
     classes = 1 + sum(model.head_sizes)
     total = torch.zeros(classes, classes, dtype=torch.int64)
     for batch in batches:
