@@ -302,7 +302,7 @@ def bench(
     json_file: JsonFile = None,
 ) -> None:
     """Time and memory of training and evaluation, beside the same written densely."""
-    from starseg.bench.run import bench as run
+    from starseg.bench.suite import bench as run
     from starseg.utils.files import write_json
 
     found = run(console, quick)
