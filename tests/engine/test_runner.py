@@ -15,10 +15,13 @@ from lightning_fabric.plugins import MixedPrecision
 from rich.console import Console
 
 from starseg.config import TrainConfig, parse_config
+from starseg.engine import runner as runner_module
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.evaluate import evaluate_model
+from starseg.engine.events import StepFinished
 from starseg.engine.fit import StepTraining
 from starseg.engine.rundir import resolve
+from starseg.engine.runner import Runner
 from starseg.engine.state import TrainingState, write_state
 from starseg.errors import UserError
 from starseg.experiments.train import train
@@ -253,6 +256,23 @@ def test_every_step_starts_with_the_same_loss_scale(
         train(twice, range(step, step + 1), Console(quiet=True))
     files = [(config.run_dir / "step_1" / "model.safetensors").read_bytes() for config in (once, twice)]
     assert files[0] == files[1]
+
+
+def test_listeners_are_told_of_each_finished_step(tiny: dict) -> None:
+    console, events = Console(record=True), list[StepFinished]()
+    for _ in range(2):  # The second time every step is finished already.
+        with Runner(parse_config(tiny), console, range(2), listeners=[events.append]) as runner:
+            run = runner.run()
+    assert [(e.step, e.folder, len(e.results["steps"])) for e in events] == [
+        (t, run / f"step_{t}", t + 1) for t in (0, 1)
+    ]
+    assert events[-1].results == json.loads((run / "results.json").read_text())
+    assert "IoU in percent" not in console.export_text(), "tables are printed by whoever listens"
+
+
+def test_the_old_place_of_train_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"use starseg\.train"):
+        assert runner_module.train is train
 
 
 def test_a_run_stores_the_absolute_path_of_its_data(tiny: dict) -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,7 +28,7 @@ from starseg.replay.plan import ReplayPlan
 from starseg.tasks import IGNORE, TaskSequence
 
 _STRIDE, _REPLAYED = 16, 5
-_FEW, _MANY = 10, 150
+FEW_CLASSES, MANY_CLASSES = 10, 150
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def beside_dense(seconds: float, dense_seconds: float, peaks: list[int]) -> dict
 def measure_growth(case: Case) -> dict[str, float]:
     """Measure the peak memory of a later step with few and with many old classes, and its growth."""
     peaks: dict[str, int] = {}
-    for old in (_FEW, _MANY):
+    for old in (FEW_CLASSES, MANY_CLASSES):
         path = LossPath(replace(case, old=old))
         for prefix, call in (("", path.lean), ("dense_", path.dense)):
             call()
@@ -212,53 +210,9 @@ def measure_growth(case: Case) -> dict[str, float]:
             peaks[f"{prefix}bytes_{old}"] = peak_bytes(call)
     return {
         **peaks,
-        "growth": peaks[f"bytes_{_MANY}"] / peaks[f"bytes_{_FEW}"],
-        "dense_growth": peaks[f"dense_bytes_{_MANY}"] / peaks[f"dense_bytes_{_FEW}"],
+        "growth": peaks[f"bytes_{MANY_CLASSES}"] / peaks[f"bytes_{FEW_CLASSES}"],
+        "dense_growth": peaks[f"dense_bytes_{MANY_CLASSES}"] / peaks[f"dense_bytes_{FEW_CLASSES}"],
     }
-
-
-def bench(console: Console, quick: bool = False) -> dict[str, Any]:
-    """Run all benchmarks and print their tables.
-
-    Args:
-        console: takes the tables.
-        quick: crops of 128 pixels, a tiny network and a single repetition: whether it runs, not how fast.
-
-    Returns:
-        {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
-        "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "step": see
-        :func:`starseg.bench.step.measure_step`, "data": see :func:`starseg.bench.data.data_section`, "eval": see
-        :func:`starseg.bench.evaluation.measure_eval`}; ratios are dense over ours.
-    """
-    from starseg.bench.data import data_section
-    from starseg.bench.evaluation import bench_eval
-    from starseg.bench.step import BACKBONE, bench_step
-
-    crop, repeats = (128, 1) if quick else (512, 5)
-    table = Table(
-        "loss path", "seconds", "densely", "faster", "MB", "densely", "less", title=f"crop {crop}, {_machine()}"
-    )
-    found: dict[str, Any] = {"loss": {}}
-    for name, case in loss_cases(crop).items():
-        f = found["loss"][name] = measure_loss(case, repeats)
-        seconds = (f"{f['seconds']:.3f}", f"{f['dense_seconds']:.3f}", f"{f['speedup']:.1f} x")
-        table.add_row(name, *seconds, mega(f["bytes"]), mega(f["dense_bytes"]), f"{f['memory_ratio']:.1f} x")
-    console.print(table)
-    f = found["memory_growth"] = measure_growth(Case(_FEW, 10, 4, crop, "ade"))
-    grown = Table("10 new classes", f"MB, {_FEW} old", f"MB, {_MANY} old", "growth")
-    for name, prefix in (("starseg", ""), ("densely", "dense_")):
-        peaks = (mega(f[f"{prefix}bytes_{n}"]) for n in (_FEW, _MANY))
-        grown.add_row(name, *peaks, f"{f[f'{prefix}growth']:.2f} x")
-    console.print(grown)
-    found["data"] = data_section(console, quick)
-    backbone = "test_resnet" if quick else BACKBONE
-    found["step"] = bench_step(console, Case(15, 1, 4, crop, "voc"), 1 if quick else 3, backbone)
-    found["eval"] = bench_eval(console, crop, 4, 1 if quick else 3, backbone)
-    return found
-
-
-def _machine() -> str:
-    return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def mega(size: float) -> str:

@@ -306,7 +306,7 @@ def bench(
     json_file: JsonFile = None,
 ) -> None:
     """Benchmark time and memory of training and evaluation against a dense reference."""
-    from starseg.bench.run import bench as run
+    from starseg.bench.suite import bench as run
     from starseg.utils.files import write_json
 
     found = run(console, quick)
