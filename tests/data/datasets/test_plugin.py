@@ -27,6 +27,7 @@ from starseg.data.samples import StepDataset
 from starseg.errors import UserError
 from starseg.report.data_check import check_data, print_report
 from starseg.tasks import TaskSequence
+from starseg.utils.plugins import load_files
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "cityscapes.py"
 QUIET = Console(quiet=True)
@@ -226,6 +227,13 @@ def test_a_setting_that_a_data_set_lacks() -> None:
     spec = DatasetSpec(key="own", title="Own", root=Path(), open=VOC.open, names=VOC.names, settings=("overlap",))
     with pytest.raises(UserError, match=r"task\.setting: Own has no setting 'disjoint'; give one of: overlap"):
         spec.task(spec.names, "joint", setting="disjoint")
+
+
+def test_a_file_named_twice_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = find_dataset("cityscapes")
+    monkeypatch.setenv("STARSEG_METHODS", f"{EXAMPLE}:{EXAMPLE}")
+    load_files("STARSEG_METHODS")
+    assert find_dataset("cityscapes") is spec
 
 
 def test_a_plug_in_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
