@@ -17,8 +17,8 @@ demo: $(VENV)/.installed ## run `starseg demo`
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-oldest: $(OLDEST)/.installed ## run the numerical tests with the oldest supported dependencies
-	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity)
+test-oldest: $(OLDEST)/.installed ## test numbers and commands with the oldest supported dependencies
+	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity tests/test_config.py tests/test_docs.py)
 
 lint: $(VENV)/.installed-dev ## check formatting, lint and types
 	$(BIN)/ruff format --check .
