@@ -20,8 +20,8 @@ test: $(VENV)/.installed-dev ## run the tests in two processes
 test-all: $(VENV)/.installed-dev ## run all groups of tests (default, slow, kill, processes, browser, gpu)
 	$(BIN)/python scripts/test_all.py $(ARGS)
 
-test-oldest: $(OLDEST)/.installed ## run the numerical tests with the oldest supported dependencies
-	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity)
+test-oldest: $(OLDEST)/.installed ## test numbers and commands with the oldest supported dependencies
+	$(OLDEST)/bin/python -m pytest $(or $(ARGS),tests/replay tests/parity tests/test_config.py tests/test_docs.py)
 
 lint: $(VENV)/.installed-dev ## check formatting, lint, types and layers
 	$(BIN)/ruff format --check .
