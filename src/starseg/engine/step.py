@@ -27,7 +27,7 @@ from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
 from starseg.engine.metrics import summarize
 from starseg.engine.setup import PreparedRun
-from starseg.engine.state import CURRENT, TrainingState, read_state, set_aside, write_state
+from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.methods import StepContext
@@ -222,16 +222,24 @@ class Step:
         if found.state:
             self._check_images(found.state)
         self.fabric.barrier()  # All processes have read the files, which are renamed now.
-        logs = self.folder / "logs"
-        if found.damaged and not found.state:
-            kept = f"; the logs are kept as {set_aside(logs).name}" if self.leader and logs.is_dir() else ""
-            self._say(f"no intact training state; restarting step {self.number} from its beginning{kept}")
-        elif not found.state and self.leader:
-            shutil.rmtree(logs, ignore_errors=True)
         if self.leader:
+            # The logs first: a process that is killed in between finds the damaged states again.
+            logs = self._start_logs(found)
             for path, reason in found.damaged.items():
                 self._say(f"{path}: {reason}; it is kept as {set_aside(path).name}")
+            if found.damaged and not found.state:
+                self._say(f"no intact training state; restarting step {self.number} from its beginning{logs}")
         return found.state
+
+    def _start_logs(self, found: FoundState) -> str:
+        """Rename or remove the logs of a step that starts from its beginning; what to say of it."""
+        logs = self.folder / "logs"
+        if found.state or not logs.is_dir():
+            return ""
+        if found.damaged:
+            return f"; its logs are kept as {set_aside(logs).name}"
+        shutil.rmtree(logs)
+        return ""
 
     def _check_images(self, state: TrainingState) -> None:
         # Exemplars are left out: another device may choose others.
