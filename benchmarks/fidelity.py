@@ -24,6 +24,11 @@ SMALL = ["data.crop=128", "train.base.epochs=3", "train.later.epochs=3"]
 Star: type[Method] = METHODS["star"]
 
 
+def _with(ctx: StepContext, **choices: bool) -> StepContext:
+    """The context with some choices of the published code."""
+    return replace(ctx, choices=replace(ctx.choices, **choices))
+
+
 @register_method("ignored-negative")
 class IgnoredAreNegatives(Star):
     """STAR with pixels of label 255 as negatives of the new classes."""
@@ -31,7 +36,7 @@ class IgnoredAreNegatives(Star):
     section = "star"
 
     def class_loss(self, batch: Batch, output: Output) -> Tensor:
-        kept, self.ctx = self.ctx, replace(self.ctx, published=True)
+        kept, self.ctx = self.ctx, _with(self.ctx, ignored_as_negatives=True)
         try:
             return super().class_loss(batch, output)
         finally:
@@ -45,7 +50,7 @@ class NoiseAroundAnOldPrototype(Star):
     section = "star"
 
     def end_step(self, ctx: StepContext) -> None:
-        super().end_step(replace(ctx, published=True))
+        super().end_step(_with(ctx, noise_around_row=True))
 
 
 VARIANTS = {

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from starseg.config import dump_config, load_config, parse_config
+from starseg.engine.rundir import resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 from starseg.tasks import published_tasks
@@ -70,7 +71,6 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
     config = load_config(path)
-    method = METHODS[config.method](method_options(config.method, config))
     dataset, task = path.parent.name, published_tasks(path.parent.name)[path.stem]
     assert (config.data.dataset, config.task.name, config.task.setting) == (dataset, path.stem, "overlap")
     assert config.method == ("joint" if path.stem == "joint" else "star")
@@ -80,12 +80,13 @@ def test_a_shipped_protocol_resolves_to_the_published_one(path: Path) -> None:
         "ade": ("datasets/ADE20K", (100, 2.5e-3), (100, 2.5e-4), 0.2, 30.0),
     }[dataset]
     assert config.data.folder == Path(root)
-    defaults = method.defaults(dataset)
-    base, later = ((p.epochs, p.lr) for p in (defaults.base, defaults.later))
-    assert [base, later, defaults.warmup, defaults.pos_weight] == schedule
+    resolved = resolve(config)
+    base, later = ((p.epochs, p.lr) for p in (resolved.train.base, resolved.train.later))
+    pos_weight = resolved.method_section(config.method)["pos_weight"]
+    assert [base, later, resolved.train.warmup, pos_weight] == schedule
     unset = config.train.model_dump(include={"base", "later", "warmup"})
     assert unset == {"base": {"epochs": None, "lr": None}, "later": {"epochs": None, "lr": None}, "warmup": None}
-    assert method.options.pos_weight is None
+    assert method_options(config.method, config).pos_weight is None
     assert (config.train.batch_size, config.data.crop, config.model.backbone) == (24, 512, "resnet101.tv_in1k")
     variant = load_config(path, ["task.setting=disjoint", "method=star-m"])
     assert (variant.task.setting, variant.method) == ("disjoint", "star-m")

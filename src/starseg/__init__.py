@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from starseg.utils import deprecation
+
 if TYPE_CHECKING:
     from starseg.config import load_config
     from starseg.engine.runner import train
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Method", "load", "load_config", "register_method", "train"]
+
+deprecation.install()
 
 # Loaded on first use, so that the command line answers before torch is imported.
 _API = {

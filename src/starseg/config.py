@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,9 +87,9 @@ class PhaseConfig(Strict):
     """`train.base` and `train.later`."""
 
     epochs: int | None = Field(None, gt=0)
-    """Passes over the step's images; by default the method's for this data set."""
+    """Passes over the step's images; by default the recipe's."""
     lr: float | None = Field(None, gt=0)
-    """Base learning rate of the backbone; by default the method's for this data set."""
+    """Base learning rate of the backbone; by default the recipe's."""
 
 
 class TrainConfig(Strict):
@@ -101,7 +102,7 @@ class TrainConfig(Strict):
     later: PhaseConfig = PhaseConfig()
     """Every later step."""
     warmup: float | None = Field(None, ge=0, lt=1)
-    """Share of the iterations with a linear warm-up; by default the method's for this data set."""
+    """Share of the iterations with a linear warm-up; by default the recipe's."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of SGD (momentum 0.9, Nesterov)."""
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
@@ -128,7 +129,7 @@ class MemoryConfig(Strict):
     """`memory`: old images kept as exemplars."""
 
     size: int | None = Field(None, ge=0)
-    """Old images kept as exemplars; by default the method's (star 0, star-m 50)."""
+    """Old images kept as exemplars; by default the recipe's (star 0, star-m 50)."""
     copy_files: bool = Field(False, alias="copy")
     """Copy them into the run directory, which then does not need the old data set."""
 
@@ -140,6 +141,69 @@ class EvalConfig(Strict):
     """"crop": short side resized to the crop size, centre crop (the published protocol); "full": whole images."""
     batch_size: int = Field(16, gt=0)
     """Images per forward pass; 1 with `image: full`."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Numerical choices in which the published code differs from the published formulas (docs/fidelity.md).
+
+    The defaults are the sound ones. Functions take the single choices that they depend on as keyword arguments.
+
+    Attributes:
+        noise_around_row: the noise of the k-th new class is measured around row k of all prototypes, an old class's,
+            instead of around its own (row 2).
+        absent_classes_in_sad: in SAD a new class that is absent from the batch adds the constant 1 (row 5).
+        sad_epsilon: smallest norm by which SAD normalises a vector (row 5).
+        absent_prototypes_in_sad: SAD also keeps new classes away from the zero prototypes of old classes without a
+            cell (row 5).
+        ignored_as_negatives: ignored pixels are negatives in the class loss and count in its mean (row 6).
+        train_old_heads: the old heads of sigmoid methods belong to the optimizer, and so weight decay moves them
+            (row 9).
+        iou_epsilon: added to the intersection in the denominator of the IoU (row 10).
+        absent_as_zero: in means, an absent class counts as 0 (row 10).
+        argmax_of_sigmoids: predictions compare sigmoids, in which saturated logits tie (row 12).
+        unshifted_exemplar_labels: SSUL does not shift the labels of exemplars to its channels.
+        binned_entropy: PLOP takes the medians from 100 bins, whatever ``plop.threshold`` says.
+        binned_running_index: PLOP's running count of these bins adds a bin's index in place of its content.
+        fixed_prototypes: Adapter does not move the old prototypes.
+    """
+
+    noise_around_row: bool = False
+    absent_classes_in_sad: bool = False
+    sad_epsilon: float = 1e-3
+    absent_prototypes_in_sad: bool = False
+    ignored_as_negatives: bool = False
+    train_old_heads: bool = False
+    iou_epsilon: float = 0.0
+    absent_as_zero: bool = False
+    argmax_of_sigmoids: bool = False
+    unshifted_exemplar_labels: bool = False
+    binned_entropy: bool = False
+    binned_running_index: bool = False
+    fixed_prototypes: bool = False
+
+
+SOUND = Choices()
+PUBLISHED = Choices(
+    noise_around_row=True,
+    absent_classes_in_sad=True,
+    sad_epsilon=1e-12,
+    absent_prototypes_in_sad=True,
+    ignored_as_negatives=True,
+    train_old_heads=True,
+    iou_epsilon=1e-6,
+    absent_as_zero=True,
+    argmax_of_sigmoids=True,
+    unshifted_exemplar_labels=True,
+    binned_entropy=True,
+    binned_running_index=True,
+    fixed_prototypes=True,
+)
+
+
+def choices_for(compat: str | None) -> Choices:
+    """The choices that a configuration's or a step's ``compat`` stands for."""
+    return PUBLISHED if compat == "published" else SOUND
 
 
 class RunConfig(BaseModel):
@@ -155,6 +219,8 @@ class RunConfig(BaseModel):
     """Of initialisation, order, augmentation and replay."""
     compat: Literal["published"] | None = None
     """"published" restores the numerical choices of the published implementation (docs/fidelity.md, rows marked P)."""
+    recipe: str | None = None
+    """Data set whose recipe for the method is used; by default the run's own."""
     start_from: Path | None = None
     """Step directory of another run, taken as this run's step 0 instead of training one."""
     data: DataConfig = DataConfig()

@@ -10,7 +10,6 @@ from starseg.compat.settings import parse_published, read_published, set_key
 from starseg.config import load_config
 from starseg.engine.rundir import resolve
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
 from starseg.tasks import published_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +18,7 @@ PLACES = {"out": None, "data.root": None, "data.lists": None, "data.workers": No
 
 
 def _resolved(config: object) -> dict:
-    method = METHODS[config.method](method_options(config.method, config))
-    tree = resolve(config, method.defaults(config.data.dataset)).model_dump(mode="json", by_alias=True)
+    tree = resolve(config).model_dump(mode="json", by_alias=True)
     for key, value in PLACES.items():
         set_key(tree, key, value)
     return tree

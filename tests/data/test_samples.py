@@ -120,7 +120,7 @@ def test_the_loader_can_pin_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     batch = pin_memory(Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), torch.arange(2)))
-    assert isinstance(batch, Batch) and len(pinned) == 3 and batch.saliency is None
+    assert isinstance(batch, Batch) and len(pinned) == 3 and not batch.extras
 
 
 def test_test_labels_are_resized_like_pil() -> None:

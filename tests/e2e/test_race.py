@@ -15,16 +15,13 @@ from starseg.config import dump_config, parse_config
 from starseg.engine import state as resume
 from starseg.engine.rundir import claim, lock, resolve
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
 
 ROUNDS = 20
 _FORK = multiprocessing.get_context("fork")
 
 
 def _resolved(settings: dict, out: Path, **changed: Any) -> Any:
-    config = parse_config({**settings, "out": str(out), **changed})
-    method = METHODS[config.method](method_options(config.method, config))
-    return resolve(config, method.defaults("voc"))
+    return resolve(parse_config({**settings, "out": str(out), **changed}))
 
 
 def _claims(rank: int, settings: dict, folder: Path, gate: Any, results: Any) -> None:

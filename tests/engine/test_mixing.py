@@ -56,13 +56,14 @@ def test_saliency_is_cropped_like_the_labels_and_exemplars_show_all_classes(
     assert len(batches) == data.samples(2, len(exemplars)) // 4 == len(data.positions(2, "train")) // 4
     old_labels = 0
     for batch in batches:
-        assert batch.exemplar.tolist() == [False, False, True, True]
-        own = ~batch.exemplar
+        saliency_maps, exemplar = batch.extras["saliency"], batch.extras["exemplar"]
+        assert exemplar.tolist() == [False, False, True, True]
+        own = ~exemplar
         labelled = (batch.labels[own] > 0) & (batch.labels[own] != 255)
-        assert (batch.saliency[own][labelled] > 0).all(), "what is labelled is marked, pixel by pixel"
-        assert not batch.saliency[batch.exemplar].any()
+        assert (saliency_maps[own][labelled] > 0).all(), "what is labelled is marked, pixel by pixel"
+        assert not saliency_maps[exemplar].any()
         assert set(batch.labels[own].unique().tolist()) <= {0, 5, 255}
-        old_labels += int(((batch.labels[batch.exemplar] % 255 > 0) & (batch.labels[batch.exemplar] < 5)).sum())
+        old_labels += int(((batch.labels[exemplar] % 255 > 0) & (batch.labels[exemplar] < 5)).sum())
     assert old_labels, "exemplars are labelled with old classes too"
 
 
@@ -111,11 +112,10 @@ def test_broken_entry_points_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memories_and_groups_of_the_methods() -> None:
-    rules = {name: method.memory for name, method in METHODS.items() if method.memory}
-    sizes = {name: [rule.default_size(dataset) for dataset in ("voc", "ade")] for name, rule in rules.items()}
+    sizes = {name: [m.recipes[key].memory_size for key in ("voc", "ade")] for name, m in METHODS.items() if m.memory}
     assert sizes["ssul-m"] == sizes["dkd-m"] == [100, 300]
     assert sizes["star-m"] == [50, 50] and sizes["star"] == [0, 0]
     assert METHODS["ssul"].memory is None and METHODS["mib"].memory is None
-    assert METHODS["dft"](METHODS["dft"].Options()).defaults("voc", "15-5").later.lr == 2e-2
-    assert METHODS["plop"](METHODS["plop"].Options()).defaults("voc", "10-1").later.epochs == 10
+    assert METHODS["dft"].recipes["voc"].later_of("15-5").lr == 2e-2
+    assert METHODS["plop"].recipes["voc"].later_of("10-1").epochs == 10
     assert torch.tensor([m.layout.conv for m in METHODS.values()]).sum() == 2

@@ -362,7 +362,7 @@ def test_two_images_are_too_few_and_three_enough(folder: Folder, tmp_path: Path)
         (["--new", "step"], "give a step directory to go on from, or --new"),
         ([], "give a step directory to go on from, or --new"),
         (["step", "--backbone", "test_resnet"], "only with --new"),
-        (["--new", "--method", "mib"], "expected star or finetune"),
+        (["--new", "--method", "nobody"], "--method: expected one of adapter"),
     ],
 )
 def test_commands_that_are_refused(

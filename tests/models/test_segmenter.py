@@ -120,4 +120,6 @@ def test_unusable_backbones(name: str) -> None:
 def test_the_prediction_rule() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 20.0], [-1.0, 2.0, -0.5, 30.0]])[None]
     assert LargestLogit()(logits).tolist() == [[0, 2, 0, 2]]
-    assert LargestLogit(published=True)(logits).tolist() == [[0, 2, 0, 1]], "saturated sigmoids tie, the first wins"
+    assert LargestLogit(argmax_of_sigmoids=True)(logits).tolist() == [[0, 2, 0, 1]], (
+        "saturated sigmoids tie, the first wins"
+    )

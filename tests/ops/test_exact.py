@@ -35,7 +35,7 @@ def random_labels(draw: torch.Generator, shape: tuple[int, int, int], ids: int) 
     first_id=st.integers(1, 4),
     pos_weight=st.sampled_from([0.5, 1.0, 4.0, 30.0]),
     scale=st.sampled_from([0.1, 3.0, 30.0]),
-    published=st.booleans(),
+    ignored_as_negatives=st.booleans(),
     channels_last=st.booleans(),
 )
 def test_base_loss_and_its_gradient(
@@ -45,7 +45,7 @@ def test_base_loss_and_its_gradient(
     first_id: int,
     pos_weight: float,
     scale: float,
-    published: bool,
+    ignored_as_negatives: bool,
     channels_last: bool,
 ) -> None:
     """Sizes that are no multiples, ignored pixels, classes that are absent, logits that saturate."""
@@ -56,8 +56,8 @@ def test_base_loss_and_its_gradient(
     labels = random_labels(draw, (maps[0], *size), 6)
     weights = torch.rand(maps[1], generator=draw)
     small, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    loss = bce_per_class(small, labels, first_id, pos_weight, published)
-    want = dense_bce(resize(wide, size), labels, first_id, pos_weight, published)
+    loss = bce_per_class(small, labels, first_id, pos_weight, ignored_as_negatives=ignored_as_negatives)
+    want = dense_bce(resize(wide, size), labels, first_id, pos_weight, ignored_as_negatives)
     (loss @ weights).backward()
     (want @ weights.double()).backward()
     # A weight in the resize is rounded relative to 1 where the literal path here is in float64.
@@ -65,13 +65,15 @@ def test_base_loss_and_its_gradient(
     torch.testing.assert_close(small.grad.double(), wide.grad, rtol=1e-4, atol=1e-5 * float(wide.grad.abs().max()))
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_gradient_in_float64(published: bool) -> None:
+@pytest.mark.parametrize("ignored_as_negatives", [False, True])
+def test_gradient_in_float64(ignored_as_negatives: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(2, 3, 3, 4, dtype=torch.float64, generator=draw)
     labels = random_labels(draw, (2, 11, 13), 5)
     assert torch.autograd.gradcheck(
-        lambda x: UpsampledBce.apply(x, labels, 2, 4.0, published), logits.requires_grad_(), check_batched_grad=False
+        lambda x: UpsampledBce.apply(x, labels, 2, 4.0, ignored_as_negatives),
+        logits.requires_grad_(),
+        check_batched_grad=False,
     )
 
 
@@ -149,15 +151,15 @@ def test_the_largest_of_parts_is_that_of_the_whole(seed: int, parts: list[int]) 
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("of_sigmoids", [False, True])
 @pytest.mark.parametrize("classes", [1, 20, 150])
 @pytest.mark.parametrize("shift", [0, -20, -40, -80])
-def test_evaluation_of_what_can_win(classes: int, shift: float, published: bool, channels_last: bool) -> None:
+def test_evaluation_of_what_can_win(classes: int, shift: float, of_sigmoids: bool, channels_last: bool) -> None:
     """The same predictions, saturated sigmoids included, with channels that have no say."""
     logits = 12 * torch.randn(2, 1 + classes, 8, 8, generator=torch.Generator().manual_seed(classes)) + shift
     if channels_last:
         logits = logits.contiguous(memory_format=torch.channels_last)
-    rule = LargestLogit(published, lead=1)
+    rule = LargestLogit(of_sigmoids, lead=1)
     want = rule(resize(logits.contiguous(), (512, 500)))
     assert torch.equal(predict_upsampled(rule, logits, (512, 500)), want)
     assert want.any() or shift < -20

@@ -25,14 +25,12 @@ def golden(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(np.asarray(value)) for key, value in file.items()}
 
 
-def step_context(old: int, new: int, dataset: str = "voc", **changed: object) -> StepContext:
+def step_context(old: int, new: int, **changed: object) -> StepContext:
     """Step 1 of a task with ``old`` and ``new`` classes."""
     steps = (tuple(range(1, old + 1)), tuple(range(old + 1, old + new + 1)))
     settings = {
         "task": TaskSequence("golden", steps, tuple(f"class{i}" for i in range(1 + old + new))),
         "step": 1,
-        "dataset": dataset,
-        "published": False,
         "model": SimpleNamespace(mean=torch.zeros(1), output_stride=1),
         "old_model": object(),
         "iterations": 1,
@@ -42,15 +40,16 @@ def step_context(old: int, new: int, dataset: str = "voc", **changed: object) ->
     return StepContext(**{**settings, **changed})
 
 
-def make_method(name: str, ctx: StepContext, **options: object) -> Method:
-    """A method in the midst of a step, without what :meth:`Method.begin_step` would measure."""
-    method = METHODS[name](METHODS[name].Options(**options))
+def make_method(name: str, ctx: StepContext, dataset: str = "voc", **options: object) -> Method:
+    """A method in the midst of a step, completed with a recipe, without what :meth:`Method.begin_step` would measure."""
+    cls = METHODS[name]
+    method = cls(cls.Options(**cls.complete_options(cls.Options(**options), cls.recipes[dataset])))
     method.ctx = ctx
     return method
 
 
-def batch_of(labels: Tensor, **fields: Tensor) -> Batch:
-    return Batch(torch.zeros(len(labels), 1), labels, torch.arange(len(labels)), **fields)
+def batch_of(labels: Tensor, **extras: Tensor) -> Batch:
+    return Batch(torch.zeros(len(labels), 1), labels, torch.arange(len(labels)), extras)
 
 
 def answering(logits: Tensor, features: Tensor | None = None, maps: list[Tensor] | None = None) -> Callable:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from starseg.config import PUBLISHED
 from starseg.data.samples import Batch
 from starseg.methods import METHODS, StepContext
 from starseg.methods.star import Star
@@ -32,16 +33,13 @@ def numbered(labels: list[Tensor]) -> list[Batch]:
     return [Batch(torch.tensor(i), y, torch.arange(len(y))) for i, y in enumerate(labels)]
 
 
-def star_context(
-    setting: str, n_old: int, n_new: int, batches: list[Batch], stride: int, old: object, dataset: str = "voc"
-) -> StepContext:
+def star_context(setting: str, n_old: int, n_new: int, batches: list[Batch], stride: int, old: object) -> StepContext:
     names = tuple(f"class{i}" for i in range(1 + n_old + n_new))
     steps = (tuple(range(1, n_old + 1)), tuple(range(n_old + 1, n_old + n_new + 1)))
     return StepContext(
         task=TaskSequence("golden", steps, names, setting),
         step=1,
-        dataset=dataset,
-        published=True,
+        choices=PUBLISHED,
         model=SimpleNamespace(output_stride=stride, mean=torch.zeros(1)),
         old_model=old,
         iterations=len(batches),

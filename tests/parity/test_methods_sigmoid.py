@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from parity.golden import check_close
 from parity.golden_methods import answering, batch_of, golden, make_method, step_context
+from starseg.config import PUBLISHED, SOUND, Choices
 from starseg.data.samples import Batch
 from starseg.losses.distillation import sigmoid_kd, sign_split
 from starseg.losses.star import bce_per_class, ocfm, sad, top_two, uncertainty
@@ -22,13 +23,13 @@ from starseg.tasks import TaskSequence
 # --- SSUL ---
 
 
-def _ssul(published: bool = False) -> tuple:
+def _ssul(choices: Choices = SOUND) -> tuple:
     """SSUL in the golden step, the golden arrays, and the labels of that step and of a memory image."""
     g = golden("ssul")
     old, new = (tuple(g[k].tolist()) for k in ("old_ids", "new_ids"))
     names = tuple(map(str, range(1 + max(old + new))))
     task = TaskSequence("golden", (old, new), names)
-    ctx = replace(step_context(len(old), len(new)), task=task, published=published)
+    ctx = replace(step_context(len(old), len(new)), task=task, choices=choices)
     raw = g["raw"].long()
     labels, all_seen = (torch.from_numpy(task.relabelling(1, kind))[raw] for kind in ("train", "test"))
     return make_method("ssul", ctx), g, labels, all_seen
@@ -46,7 +47,7 @@ def test_ssul_labels() -> None:
     )
     exemplars = batch_of(all_seen, saliency=saliency * 0, exemplar=torch.ones(len(labels), dtype=torch.bool))
     assert torch.equal(method.targets(exemplars, None), g["labels_memory_shifted"])
-    published, *_ = _ssul(published=True)
+    published, *_ = _ssul(PUBLISHED)
     assert torch.equal(published.targets(exemplars, None), g["labels_memory_published"])
 
 
@@ -58,7 +59,7 @@ def test_ssul_loss_and_prediction() -> None:
     check_close(losses["bce"], g["loss"])
     losses["bce"].backward()
     check_close(logits.grad, g["grad"])
-    assert torch.equal(method.rule(False)(g["logits"]), g["prediction"])
+    assert torch.equal(method.rule(SOUND)(g["logits"]), g["prediction"])
 
 
 def test_ssul_loss_pixel_by_pixel() -> None:
@@ -100,7 +101,7 @@ def _dkd(pos_weight: float = 1.0) -> tuple:
     g = golden("dkd")
     new, old = Heads(g, "new"), Heads(g, "old")
     classes = [head.out_channels for head in new.heads]
-    ctx = step_context(sum(classes[:-1]), classes[-1], published=True, model=new, old_model=old)
+    ctx = step_context(sum(classes[:-1]), classes[-1], choices=PUBLISHED, model=new, old_model=old)
     steps = torch.arange(1, 1 + sum(classes)).split(classes)
     task = TaskSequence("golden", tuple(tuple(s.tolist()) for s in steps), ctx.task.names)
     ctx = replace(ctx, task=task, step=len(classes) - 1)
@@ -158,7 +159,7 @@ def test_dkd_gradient_of_the_logits() -> None:
     logits.requires_grad_()
     known = len(g["kd"])
     loss = sigmoid_kd(logits[:, 1 : 1 + known], old_logits[:, 1:]).sum()
-    loss = loss + bce_per_class(logits[:, 1 + known :], labels, 1 + known, published=True).sum()
+    loss = loss + bce_per_class(logits[:, 1 + known :], labels, 1 + known, ignored_as_negatives=True).sum()
     loss.backward()
     check_close(logits.grad, g["grad_logits_kd_plus_mbce"])
 
@@ -172,7 +173,7 @@ def test_dkd_initialisation_and_prediction() -> None:
     check_close(target.weight[:, :, 0, 0], g["init_new_weight"])
     check_close(target.bias, g["init_new_bias"])
     logits = resize(new(None).logits, g["labels"].shape[-2:])
-    assert torch.equal(make_method("dkd", step_context(1, 1)).rule(True)(logits), g["prediction"])
+    assert torch.equal(make_method("dkd", step_context(1, 1)).rule(PUBLISHED)(logits), g["prediction"])
 
 
 # --- Adapter ---
@@ -193,7 +194,7 @@ def test_feature_terms() -> None:
     g = golden("adapter")
     old, new = g["prototypes"].shape[0], g["logits"].shape[1] - g["prototypes"].shape[0]
     features = g["features"].requires_grad_()
-    cpd = sad(features, g["labels"], old + 1, new, g["prototypes"], published=True)
+    cpd = sad(features, g["labels"], old + 1, new, g["prototypes"], absent_classes=True, epsilon=1e-12)
     cpd.backward()
     check_close(cpd, g["cpd"])
     check_close(features.grad, g["cpd_grad"])

@@ -6,6 +6,7 @@ from torch import nn
 
 from parity.golden import check_close
 from parity.golden_methods import answering, batch_of, golden, make_method, step_context
+from starseg.config import PUBLISHED, SOUND
 from starseg.losses.distillation import (
     cross_entropy_map,
     local_pod,
@@ -111,7 +112,8 @@ def _plop(variant: str) -> tuple[Plop, dict]:
             yield batch_of(labels[first : first + 4])
 
     answers = iter([answering(logits[first : first + 4]) for first in range(0, len(labels), 4)])
-    ctx = step_context(*_classes(g), published=published, scan=scan, old_model=lambda images: next(answers)(images))
+    choices = PUBLISHED if published else SOUND
+    ctx = step_context(*_classes(g), choices=choices, scan=scan, old_model=lambda images: next(answers)(images))
     method = make_method("plop", ctx, **options)
     method.begin_step(ctx)
     return method, g
@@ -166,8 +168,8 @@ def test_local_pod_through_plop(dataset: str) -> None:
     new, old = [m.requires_grad_() for m in _maps(g, "new")], _maps(g, "old")
     assert len(new) == int(g["n_layers"])
     n = int(g["n_new"])
-    ctx = step_context(int(g["n_total"]) - n - 1, n, dataset)
-    plop = make_method("plop", ctx)
+    ctx = step_context(int(g["n_total"]) - n - 1, n)
+    plop = make_method("plop", ctx, dataset)
     outputs = [answering(m[-1], features=m[-2], maps=m[:-2])(None) for m in (new, old)]
     loss = plop.pod(*outputs)
     check_close(loss, g[f"loss_{dataset}"])

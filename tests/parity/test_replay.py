@@ -32,10 +32,10 @@ def test_statistics_of_the_base_step() -> None:
     check_close(bank.noise, g["noise"])
 
 
-@pytest.mark.parametrize(("published", "noise"), [(True, "noise_official"), (False, "noise_correct")])
-def test_statistics_of_a_later_step(published: bool, noise: str) -> None:
+@pytest.mark.parametrize(("around_row", "noise"), [(True, "noise_official"), (False, "noise_correct")])
+def test_statistics_of_a_later_step(around_row: bool, noise: str) -> None:
     g, base = tensors("stats", "step1/"), _statistics("step0").finish()
-    new = _statistics("step1").finish(base, published)
+    new = _statistics("step1").finish(base, noise_around_row=around_row)
     assert new.counts.tolist() == g["numbers"].tolist()
     bank = base.extend(new, base.counts)
     _check_bank(bank, g)

@@ -35,7 +35,7 @@ class Iteration:
         mean, std = g["prev_norm_mean_and_std"]
         self.method.bank = PrototypeBank(g["prev_numbers"], g["prev_prototypes"], g["prev_noise"], mean, std)
         setting = variant.split("_")[0]
-        self.ctx = star_context(setting, n_old, n_new, self.batches, stride, old, dataset)
+        self.ctx = star_context(setting, n_old, n_new, self.batches, stride, old)
         self.method.begin_step(self.ctx)
         self.weights = dict(zip(("mbce", "ocfm", "sad"), g["hyper_mbce_pkd_cont"].tolist(), strict=True))
 

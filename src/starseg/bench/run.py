@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from starseg.bench.dense import dense_base, dense_later
 from starseg.data.samples import Batch
-from starseg.methods import METHODS, StepContext
+from starseg.methods import StepContext
 from starseg.methods.star import Star, StarOptions
 from starseg.models import Output, Segmenter
 from starseg.models.decoders import FEATURES
@@ -65,8 +65,8 @@ class LossPath:
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        weight = METHODS["star"](StarOptions()).defaults(case.dataset).pos_weight
-        self.method = cast(Star, METHODS["star"](StarOptions(pos_weight=weight)))
+        options = Star.complete_options(StarOptions(), Star.recipes[case.dataset])
+        self.method = Star(StarOptions(**options))
         known, cells = case.old, case.crop // _STRIDE
         self.batch = Batch(torch.zeros(0), _labels(case), torch.arange(case.batch))
         replayed = _REPLAYED * known
@@ -127,7 +127,7 @@ def _context(case: Case) -> StepContext:
     task = TaskSequence("bench", tuple(map(tuple, groups)), names, "overlap")
     model = cast(Segmenter, _NoNetwork())
     generator = torch.Generator().manual_seed(0)
-    return StepContext(task, len(groups) - 1, case.dataset, False, model, model, 1, _no_scan, generator)
+    return StepContext(task, len(groups) - 1, model, model, 1, _no_scan, generator)
 
 
 def _no_scan(name: str) -> Iterator[Batch]:

@@ -81,7 +81,7 @@ def complete_methods(incomplete: str) -> list[str]:
     Methods of other packages are not among them.
     """
     before, comma, _ = incomplete.rpartition(",")
-    sources = (path.read_text() for path in (Path(__file__).parent / "methods").glob("*.py"))
+    sources = (path.read_text() for path in (Path(__file__).parents[1] / "methods").glob("*.py"))
     names = (name for source in sources for name in re.findall(r'^@register_method\("([\w-]+)"\)', source, re.M))
     return sorted(f"{before}{comma}{name}" for name in names)
 

@@ -123,7 +123,8 @@ def learn(
         str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
     ] = None,
     method: Annotated[
-        str, typer.Option(help="star, or finetune, which forgets.", autocompletion=lambda: ["star", "finetune"])
+        str,
+        typer.Option(help="See `starseg methods`; finetune forgets the old classes.", autocompletion=complete_methods),
     ] = "star",
     epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
@@ -135,13 +136,14 @@ def learn(
     """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
     from starseg.finetuning.run import LearnRequest
     from starseg.finetuning.run import learn as run
+    from starseg.methods import METHODS
 
     if new == (step_dir is not None):
         raise UserError("learn: give a step directory to go on from, or --new for a first step")
     if step_dir and (backbone or pretrained):
         raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
-    if method not in ("star", "finetune"):
-        raise UserError(f"--method: expected star or finetune, got {method!r}")
+    if method not in METHODS:
+        raise UserError(f"--method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     known = {"yes": True, "no": False, None: None}
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
     options = (method, backbone, weights, crop, epochs, lr, val_share, seed)

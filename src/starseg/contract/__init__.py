@@ -16,6 +16,9 @@ from starseg.contract.checks import CHECKS
 from starseg.contract.harness import SIDE, MethodHarness
 from starseg.contract.runs import check_resume, check_run, tiny_settings
 from starseg.data.shapes import write_shapes
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
 
 __all__ = ["CHECKS", "MethodHarness", "check_method", "check_resume", "check_run", "tiny_settings"]
 

@@ -1,15 +1,16 @@
-"""What a method must do in the steps of a rehearsal; each check raises AssertionError."""
+"""What a method must do in the steps of a :class:`MethodHarness`; each check raises AssertionError."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from starseg.config import SOUND
 from starseg.contract.harness import ITERATIONS, MethodHarness, through_a_file, total
 from starseg.data.samples import Batch
 from starseg.losses.reduction import identity
@@ -93,7 +94,7 @@ def predictions_are_training_ids(run: MethodHarness) -> None:
     assert run.model is not None
     with torch.no_grad():
         logits = run.model(run.batch(0).images).logits
-    ids = run.method().rule(False)(logits)
+    ids = run.method().rule(SOUND)(logits)
     classes = sum(run.model.head_sizes)
     assert ids.shape == logits[:, 0].shape and ids.dtype == torch.int64, f"{ids.dtype} {tuple(ids.shape)}"
     assert int(ids.min()) >= 0 and int(ids.max()) <= classes, f"ids {ids.unique().tolist()}, classes 1..{classes}"
@@ -120,7 +121,10 @@ def a_permuted_order(run: MethodHarness) -> None:
 
 
 class _Meeting:
-    """Sums tensors over threads that stand for processes; gradients as :func:`starseg.engine.launch.adder` has them."""
+    """Sums tensors over threads that stand for processes.
+
+    Gradients are as those of :func:`starseg.engine.launch.make_all_reduce_sum`.
+    """
 
     def __init__(self, world: int) -> None:
         self.world, self.barrier = world, threading.Barrier(world, timeout=60)
@@ -164,7 +168,7 @@ def shares_of_a_batch_give_the_loss_of_the_whole(run: MethodHarness) -> None:
 
 
 def _half(batch: Batch, rank: int) -> Batch:
-    return Batch(**{f.name: v[rank::2] for f in fields(Batch) if (v := getattr(batch, f.name)) is not None})
+    return batch.map(lambda values: values[rank::2])
 
 
 def _share(

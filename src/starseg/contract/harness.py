@@ -17,6 +17,7 @@ from torch.optim import SGD
 from starseg.data.samples import Batch
 from starseg.engine.fit import make_optimizer
 from starseg.methods import METHODS, Method, StepContext
+from starseg.methods.recipes import recipes_of
 from starseg.models import Output, Segmenter
 from starseg.tasks import IGNORE, Setting, TaskSequence
 
@@ -76,9 +77,11 @@ class MethodHarness:
         return self.method().sequence(task)
 
     def method(self) -> Method:
-        """A new one, with the options."""
+        """A new one, with the options and what the first of its recipes adds to them."""
         cls = METHODS[self.name]
-        return cls(cls.Options(**self.options))
+        recipe = next(iter(recipes_of(cls).values()), None)
+        options = cls.complete_options(cls.Options(**self.options), recipe)
+        return cls(cls.Options(**options))
 
     def batch(self, step: int) -> Batch:
         """Images of a step, labelled with its new classes."""
@@ -101,8 +104,6 @@ class MethodHarness:
         ctx = StepContext(
             task=self.task,
             step=step,
-            dataset="voc",
-            published=False,
             model=model,
             old_model=old.requires_grad_(False).eval() if old else None,
             iterations=ITERATIONS,

@@ -16,7 +16,10 @@ from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import IGNORE
+from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
+
+__getattr__ = old_names(__name__)
 
 _VERSION = 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 
 import torch
@@ -125,7 +125,6 @@ def _collate_or_say(samples: list[Batch | UserError]) -> Batch | UserError:
 
 def collate(samples: list[Batch]) -> Batch:
     """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
-    columns = {f.name: [getattr(s, f.name) for s in samples] for f in fields(Batch)}
-    columns["images"] = [image.permute(1, 2, 0) for image in columns["images"]]
-    found = {name: default_collate(values) for name, values in columns.items() if values[0] is not None}
-    return Batch(**found | {"images": found["images"].permute(0, 3, 1, 2)})
+    images = default_collate([s.images.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2)
+    labels, indices = (default_collate([getattr(s, name) for s in samples]) for name in ("labels", "indices"))
+    return Batch(images, labels, indices, default_collate([s.extras for s in samples]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,10 @@ Kind = Literal["train", "val", "test"]
 Epoch = int | str
 
 
+EXEMPLAR = "exemplar"
+"""Name in a batch's extras: [N] bool, which images come from the exemplar memory; only in a step with exemplars."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images and labels.
@@ -30,23 +34,26 @@ class Batch:
         images: [N, 3, H, W] uint8 from the loader, normalised floats once on the device.
         labels: [N, H, W] uint8 training ids, 255 ignore.
         indices: [N] int64 positions in the split's file list.
-        saliency: [N, H, W] uint8 maps, where the method asks for them.
-        exemplar: [N] bool, which images come from the exemplar memory; None: not known.
+        extras: what else belongs to the images, by name: the maps that the method asks for
+            (:meth:`Method.extra_maps <starseg.methods.Method.extra_maps>`, [N, H, W] uint8), and :data:`EXEMPLAR`.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    saliency: Tensor | None = None
-    exemplar: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which copies to a GPU do not block; the loader calls this."""
-        columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
-        return Batch(**{name: values.pin_memory() for name, values in columns.items() if values is not None})
+        return self.map(lambda values: values.pin_memory())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed alike."""
+        extras = {name: change(values) for name, values in self.extras.items()}
+        return Batch(change(self.images), change(self.labels), change(self.indices), extras)
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -55,8 +62,8 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def saliency_map(folder: Path, image: Path) -> Path:
-    """Where an image's saliency map lies: a grey PNG of its name."""
+def extra_map(folder: Path, image: Path) -> Path:
+    """Path of an image's map in a folder of extra maps: a grey PNG of its name."""
     return folder / f"{image.stem}.png"
 
 
@@ -73,21 +80,21 @@ class SampleRequest:
     Attributes:
         image, mask: files.
         index: the image's position in the split's file list.
-        exemplar: whether it comes from the exemplar memory.
+        exemplar: whether it comes from the exemplar memory; None where the step has none.
         table: 256 bytes, a relabelling.
         crop: side of the square crop; None for the whole image.
         seed: of the augmentation; None for the test transform.
-        saliency: a grey PNG that is cropped alike; an exemplar's is zero.
+        maps: names and files of grey PNGs that are cropped like the mask; an exemplar's are zero.
     """
 
     image: Path
     mask: Path
     index: int
-    exemplar: bool
+    exemplar: bool | None
     table: bytes
     crop: int | None
     seed: int | None
-    saliency: Path | None
+    maps: tuple[tuple[str, Path], ...] = ()
 
     def read(self, cache: ImageCache | None = None) -> Batch:
         """The sample: a :class:`Batch` of one, without the first dimension."""
@@ -99,8 +106,9 @@ class SampleRequest:
             return mask
 
         mask = grey(self.mask, self.table)
-        if self.saliency:
-            mask = torch.cat([mask, torch.zeros_like(mask) if self.exemplar else grey(self.saliency, None)])
+        if self.maps:
+            maps = (torch.zeros_like(mask) if self.exemplar else grey(path, None) for _, path in self.maps)
+            mask = torch.cat([mask, *maps])
         if self.crop and self.seed is not None:
             with torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would seed the GPUs as well, which nobody restores.
@@ -108,8 +116,10 @@ class SampleRequest:
                 image, mask = train_transform(image, mask, self.crop)
         elif self.crop:
             image, mask = eval_transform(image, mask, self.crop)
-        saliency = mask[1] if self.saliency else None
-        return Batch(image, mask[0], torch.tensor(self.index), saliency, torch.tensor(self.exemplar))
+        extras = {name: values for (name, _), values in zip(self.maps, mask[1:], strict=True)}
+        if self.exemplar is not None:
+            extras[EXEMPLAR] = torch.tensor(self.exemplar)
+        return Batch(image, mask[0], torch.tensor(self.index), extras)
 
 
 class StepDataset:
@@ -123,7 +133,7 @@ class StepDataset:
         seed: of the augmentation, (run seed, step); None for the test transform.
         exemplars: how many of the split's last files are exemplars.
         exemplar_table: [256] relabelling of exemplars, by default ``table``.
-        saliency: folder of grey PNGs named like the images.
+        maps: folders of grey PNGs named like the images, by the names of the extras.
     """
 
     def __init__(
@@ -135,10 +145,10 @@ class StepDataset:
         seed: tuple[int, ...] | None,
         exemplars: int = 0,
         exemplar_table: np.ndarray | None = None,
-        saliency: Path | None = None,
+        maps: Mapping[str, Path] | None = None,
     ) -> None:
-        self.split, self.positions, self.crop, self.seed, self.saliency = split, positions, crop, seed, saliency
-        self.first_exemplar = len(split) - exemplars
+        self.split, self.positions, self.crop, self.seed, self.maps = split, positions, crop, seed, maps or {}
+        self.exemplars, self.first_exemplar = exemplars, len(split) - exemplars
         # The same bytes in every request: in a batch that is sent, they stand once.
         self.table = table.tobytes()
         self.exemplar_table = self.table if exemplar_table is None else exemplar_table.tobytes()
@@ -155,11 +165,11 @@ class StepDataset:
             path,
             self.split.masks[index],
             index,
-            exemplar,
+            exemplar if self.exemplars else None,
             self.exemplar_table if exemplar else self.table,
             self.crop,
             None if self.seed is None else sample_seed(*self.seed, epoch, index),
-            saliency_map(self.saliency, path) if self.saliency else None,
+            tuple((name, extra_map(folder, path)) for name, folder in self.maps.items()),
         )
 
     def __getitem__(self, key: tuple[Epoch, int]) -> Batch:

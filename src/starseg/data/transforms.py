@@ -14,6 +14,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
+
 _NEAREST = InterpolationMode.NEAREST_EXACT
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from starseg.errors import UserError
 from starseg.models import Segmenter
 from starseg.models.classifiers import HeadLayout
+from starseg.utils.deprecation import old_names
 from starseg.utils.files import read_json, write_atomic, write_json
+
+__getattr__ = old_names(__name__)
 
 FORMAT = 1
 

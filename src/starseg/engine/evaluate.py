@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig, change_config, load_config
+from starseg.config import RunConfig, change_config, choices_for, load_config
 from starseg.data.datasets.base import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
@@ -112,8 +112,11 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     pixels = class_index(dataset, dataset.test)
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
     loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
-    published = info.compat == "published"
-    rule = METHODS[info.method](method_options(info.method, config)).rule(published)
+    choices = choices_for(info.compat)
+    rule = METHODS[info.method](method_options(info.method, config)).rule(choices)
     confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
     confusion = dataset.scored(confusion, info.dataset_ids)
-    return {**summarize(confusion, info.names, info.base, published), "confusion": confusion.tolist()}
+    scores = summarize(
+        confusion, info.names, info.base, iou_epsilon=choices.iou_epsilon, absent_as_zero=choices.absent_as_zero
+    )
+    return {**scores, "confusion": confusion.tolist()}

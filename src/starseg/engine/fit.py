@@ -54,12 +54,12 @@ def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: fl
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
     """All but the indices moved, images normalised."""
-    moved = {
-        name: value.to(model.mean.device, non_blocking=True)
-        for name in ("labels", "saliency", "exemplar")
-        if (value := getattr(batch, name)) is not None
-    }
-    return replace(batch, images=model.normalize(batch.images), **moved)
+
+    def move(values: Tensor) -> Tensor:
+        return values.to(model.mean.device, non_blocking=True)
+
+    extras = {name: move(values) for name, values in batch.extras.items()}
+    return replace(batch, images=model.normalize(batch.images), labels=move(batch.labels), extras=extras)
 
 
 @torch.no_grad()

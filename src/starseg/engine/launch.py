@@ -22,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from starseg.config import TrainConfig
 from starseg.errors import UserError
 from starseg.models import Segmenter
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
 
 logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
 # Advice, on every GPU that has TF32, to take it for matrix products.

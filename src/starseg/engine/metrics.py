@@ -19,14 +19,22 @@ def _harmonic(a: float | None, b: float | None) -> float | None:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
-def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published: bool = False) -> dict[str, Any]:
+def summarize(
+    confusion: np.ndarray,
+    names: Sequence[str],
+    base: int,
+    *,
+    iou_epsilon: float = 0.0,
+    absent_as_zero: bool = False,
+) -> dict[str, Any]:
     """IoU and accuracies in percent; a class without pixels is None and left out of the means.
 
     Args:
         confusion: [1 + C, 1 + C] counts, rows the labels, columns the predictions.
         names: by training id, the background first.
         base: how many classes count as old, with the background; the rest is new.
-        published: add 1e-6 to the intersection in the IoU's denominator and count absent classes as 0 in means.
+        iou_epsilon: added to the intersection in the IoU's denominator.
+        absent_as_zero: count absent classes as 0 in means.
 
     Returns:
         {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "miou_foreground" (without id 0: the
@@ -37,11 +45,11 @@ def summarize(confusion: np.ndarray, names: Sequence[str], base: int, published:
     hit, rows, columns = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = hit / rows * 100
-        iou = hit / (rows + columns - hit - (1e-6 if published else 0.0)) * 100
+        iou = hit / (rows + columns - hit - iou_epsilon) * 100
     groups = {"old": slice(0, 1 + base), "new": slice(1 + base, None), "all": slice(None)}
 
     def means(values: np.ndarray, first: int = 0) -> dict[str, float | None]:
-        filled = np.nan_to_num(values) if published else values
+        filled = np.nan_to_num(values) if absent_as_zero else values
         figures = {g: _mean(filled[max(first, s.start or 0) : s.stop]) for g, s in groups.items()}
         return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
 

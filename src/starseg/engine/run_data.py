@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from starseg.data.cache import make_cache
 from starseg.data.datasets.base import NO_FILES, Dataset, Split, open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PREFETCH, LoaderEpoch, PersistentLoader
-from starseg.data.samples import EpochSampler, StepDataset, saliency_map
+from starseg.data.samples import EpochSampler, StepDataset, extra_map
 from starseg.data.selection import Kind, select_images
 from starseg.errors import UserError
 from starseg.methods import Method
@@ -57,7 +57,7 @@ class RunData:
     rank: int = 0
     world: int = 1
     memory: MemoryRule | None = None
-    saliency: Path | None = None
+    maps: Mapping[str, Path] = field(default_factory=dict)
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
         """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
@@ -134,7 +134,7 @@ class RunData:
             seed,
             kept,
             self.task.relabelling(step, "test") if all_seen else table,
-            self.saliency,
+            self.maps,
         )
         size, batch = self.samples(step, kept), self.config.train.batch_size
         drawn = len(crops) - size
@@ -181,13 +181,14 @@ def open_data(
         soft_wrap=True,
     )
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    loading, saliency = PersistentLoader(), method.saliency(dataset.key)
-    if saliency and (lost := [i for i in dataset.train.images if not saliency_map(saliency, i).is_file()]):
-        raise UserError(
-            f"{saliency_map(saliency, lost[0])} is missing, the saliency map of {lost[0]}; "
-            f"{len(lost)} of {len(dataset.train)} training images have none"
-        )
-    data = RunData(dataset, sequence, train, test, config, loading, rank, world, method.memory, saliency)
+    loading, maps = PersistentLoader(), method.extra_maps()
+    for name, folder in maps.items():
+        if lost := [image for image in dataset.train.images if not extra_map(folder, image).is_file()]:
+            raise UserError(
+                f"{extra_map(folder, lost[0])} is missing, the {name} map of {lost[0]}; "
+                f"{len(lost)} of {len(dataset.train)} training images have none"
+            )
+    data = RunData(dataset, sequence, train, test, config, loading, rank, world, method.memory, maps)
     data.check(steps)
     if fabric:
         loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"

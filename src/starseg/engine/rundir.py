@@ -11,12 +11,12 @@ from weakref import WeakSet
 
 import yaml
 
-from starseg.config import RunConfig, dump_config
+from starseg.config import RunConfig, dump_config, parse_config
 from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
-from starseg.methods.protocol import Schedule, StepSchedule
+from starseg.methods.recipes import apply_recipe
 from starseg.utils.files import write_atomic
 
 # Keys that may differ when a run goes on: where things lie and how fast they go, not what is learnt.
@@ -24,6 +24,8 @@ Keys = frozenset[tuple[str, ...]]
 FREE_KEYS: Keys = frozenset(
     {
         ("out",),
+        # The values that it stands for are compared themselves.
+        ("recipe",),
         ("data", "workers"),
         ("data", "cache"),
         ("data", "root"),
@@ -50,32 +52,24 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def resolve(config: RunConfig, schedule: Schedule) -> RunConfig:
-    """Fill in what the method decides for this data set, so that the saved copy says all."""
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what the method's recipe sets, so that the saved copy holds every value.
 
-    def phase(given: Any, default: StepSchedule) -> dict[str, Any]:
-        return {"epochs": given.epochs or default.epochs, "lr": given.lr or default.lr}
-
-    train = config.train
-    base, later = phase(train.base, schedule.base), phase(train.later, schedule.later)
-    warmup = schedule.warmup if train.warmup is None else train.warmup
-    resolved = train.model_copy(
-        update={
-            "base": train.base.model_copy(update=base),
-            "later": train.later.model_copy(update=later),
-            "warmup": warmup,
-        }
-    )
+    Raises:
+        UserError: wrong options, or values that are neither given nor in a recipe.
+    """
     method = METHODS[config.method]
-    default = method.memory.default_size(config.data.dataset) if method.memory else 0
-    size = default if config.memory.size is None else config.memory.size
-    memory = config.memory.model_copy(update={"size": size})
-    options = method_options(config.method, config).model_dump()
-    if "pos_weight" in options and options["pos_weight"] is None:
-        options["pos_weight"] = schedule.pos_weight
+    resolved = apply_recipe(config, method, method_options(config.method, config))
     # Absolute, so that the run is scored and shown from any folder.
-    data = config.data.model_copy(update={"root": config.data.folder.absolute()})
-    return config.model_copy(update={"data": data, "train": resolved, "memory": memory, method.section: options})
+    return resolved.model_copy(update={"data": config.data.model_copy(update={"root": config.data.folder.absolute()})})
+
+
+def _resolved_tree(tree: Any) -> Any:
+    """A saved configuration with what an earlier version left to the method filled in; as it is where that fails."""
+    try:
+        return yaml.safe_load(dump_config(resolve(parse_config(tree))))
+    except (UserError, KeyError, TypeError, AttributeError):
+        return tree
 
 
 def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] = ()) -> list[str]:
@@ -153,7 +147,7 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
         if text != ours and not any(any(run_dir.glob(pattern)) for pattern in _OF_A_RUN):
             raise UserError(f"{path}: belongs to no run and would be overwritten; give another directory with --out")
         unused = {(method.section,) for method in METHODS.values()} - {(METHODS[config.method].section,)}
-        changed = differences(theirs, yaml.safe_load(ours), FREE_KEYS | free | unused)
+        changed = differences(_resolved_tree(theirs), yaml.safe_load(ours), FREE_KEYS | free | unused)
         if changed and any(map(started, run_dir.glob("step_*"))):
             raise UserError(
                 f"{run_dir} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"

@@ -16,7 +16,7 @@ from lightning_fabric.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig
+from starseg.config import RunConfig, choices_for
 from starseg.data.loader import LoaderEpoch
 from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
@@ -39,6 +39,7 @@ from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt, resolve
 from starseg.engine.state import CURRENT, clear, read_state, write_state
 from starseg.errors import UserError
 from starseg.methods import METHODS, StepContext, method_options
+from starseg.methods.recipes import find_recipe
 from starseg.models import Segmenter
 from starseg.models.encoders import make_backbone
 from starseg.report.tables import iou_table
@@ -71,15 +72,15 @@ class Runner:
     ) -> None:
         self.leader = is_leader()
         self.console = console if self.leader else Console(quiet=True)
-        self.method = METHODS[config.method](method_options(config.method, config))
-        self.config = resolve(config, self.method.defaults(config.data.dataset, config.task.name))
+        self.config = resolve(config)
+        self.method = METHODS[config.method](method_options(config.method, self.config))
         check_world_size(self.config.train)
         self.fabric = make_fabric(self.config.train)
         self.loss_scale = self.fabric.strategy.precision.state_dict()
         if self.config.train.compile:
             refuse_without_compiler(self.fabric.device)
         self.data = open_data(self.config, self.method, self.console, self.fabric, steps)
-        self.notes = self.method.notes(self.data.dataset.key)
+        self.notes = self.method.notes(find_recipe(self.config, type(self.method)))
         for note in self.notes:
             self.console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
         self.task = self.data.task
@@ -198,8 +199,7 @@ class Runner:
         context = StepContext(
             task=self.task,
             step=step,
-            dataset=self.data.dataset.key,
-            published=self.config.compat == "published",
+            choices=choices_for(self.config.compat),
             model=model.to(device),
             old_model=old,
             iterations=self.data.samples(step, len(memory.files)) // self.config.train.batch_size,
@@ -345,13 +345,16 @@ class Runner:
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         loader = self.data.test_loader(ctx.step)
         batches = track(self.console, f"step {ctx.step} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.published), batches, ctx.all_reduce_sum)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum)
         confusion = self.data.dataset.scored(confusion, self.task.dataset_ids(ctx.step))
-        names = self.task.class_names(ctx.step)
+        names, choices = self.task.class_names(ctx.step), ctx.choices
+        scores = summarize(
+            confusion, names, self.task.base, iou_epsilon=choices.iou_epsilon, absent_as_zero=choices.absent_as_zero
+        )
         return {
             "step": ctx.step,
             "new_classes": [self.task.label(c) for c in self.task.new(ctx.step)],
-            **summarize(confusion, names, self.task.base, ctx.published),
+            **scores,
             "confusion": confusion.tolist(),
         }
 

@@ -18,7 +18,7 @@ from starseg.config import RunConfig, load_config, override
 from starseg.engine.rundir import FREE_KEYS, differences, resolve
 from starseg.engine.runner import train
 from starseg.errors import UserError
-from starseg.methods import METHODS, method_options
+from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import write_page
 from starseg.utils.files import read_json, write_atomic
@@ -104,8 +104,7 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:
     """What decides how step 0 is trained, beside the method."""
-    method = METHODS[config.method](method_options(config.method, config))
-    resolved = resolve(config, method.defaults(config.data.dataset, config.task.name))
+    resolved = resolve(config)
     options = resolved.method_section(METHODS[config.method].section)
     return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+RECIPE = "voc"
+"""Data set whose recipe gives what is not derived from the folder."""
 BATCH = (2, 16)
 EPOCHS = (10, 100)
 CROP = (128, 512)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 
 from starseg.config import RunConfig, load_config
 from starseg.data.annotations.classlist import ClassList, read_classes
@@ -16,9 +17,9 @@ from starseg.data.datasets.folder import Photo, convert_masks, pair_files, split
 from starseg.data.samples import sample_seed
 from starseg.engine import checkpoint
 from starseg.errors import UserError
+from starseg.finetuning.defaults import replay_share
 from starseg.inference.hub import is_export
-from starseg.methods import METHODS
-from starseg.replay.bank import PrototypeBank
+from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
 from starseg.utils.files import write_json
 
@@ -36,7 +37,7 @@ class LearnRequest:
         classes: a file or names, see :func:`~starseg.data.annotations.classlist.read_classes`; None: the
             categories of a COCO file.
         out: run directory.
-        method: "star" or "finetune".
+        method: a registered method that can continue from the source.
         backbone, pretrained, crop: of a first step.
         epochs, lr: of the new step.
         val_share: of the images, kept for validation.
@@ -64,20 +65,29 @@ class SourceStep:
 
     Attributes:
         folder, info: of the step.
-        bank: None where the method keeps none.
+        state: what its method stored with it.
         config: of its run, where that lies beside it.
+        stored: [1 + K] stored feature cells of the background and of each old class, of which the new step replays
+            some; None where it replays none.
     """
 
     folder: Path
     info: checkpoint.StepInfo
-    bank: PrototypeBank | None
+    state: dict[str, Tensor]
     config: RunConfig | None
+    stored: Tensor | None
 
     @property
     def groups(self) -> list[list[int]]:
         """Dataset ids learnt in each step so far."""
         ids = iter(self.info.dataset_ids[1:])
         return [[next(ids) for _ in range(size)] for size in self.info.head_sizes]
+
+    def replay_share(self, images: int, crop: int) -> float | None:
+        """Share of :attr:`stored` to replay beside so many new images of a crop size; None: nothing is replayed."""
+        if self.stored is None:
+            return None
+        return replay_share(float(self.stored.sum()), images * (crop // self.info.output_stride) ** 2)
 
 
 @dataclass(frozen=True)
@@ -129,22 +139,22 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
         )
     if not checkpoint.is_finished(folder):
         raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
-    layout = METHODS[method].layout
-    if (info.lead, info.conv_heads) != (list(layout.lead), layout.conv):
-        raise UserError(
-            f"{folder}: a step of {info.method} has heads that {method} cannot go on from; train it with STAR"
-        )
-    bank = None
-    if method == "star":
-        try:
-            bank = PrototypeBank.from_state_dict(checkpoint.load_bank(folder))
-        except KeyError:
-            raise UserError(
-                f"{folder}: holds no prototype bank (trained by {info.method}); take a step trained with STAR, or give "
-                "--method finetune, which forgets the old classes"
-            ) from None
     path = folder.resolve().parent / "config.yaml"
-    return SourceStep(folder, info, bank, load_config(path) if path.is_file() else None)
+    config = load_config(path) if path.is_file() else None
+    learner, state = default_method(method), checkpoint.load_bank(folder)
+    if (reason := learner.can_continue(info, state)) is not None:
+        others = [name for name in sorted(METHODS) if default_method(name).can_continue(info, state) is None]
+        raise UserError(
+            f"{folder}: {method} cannot continue from it: {reason}"
+            + (f"; or give --method {' or '.join(others)}" if others else "")
+        )
+    learner.load_state_dict(state)
+    return SourceStep(folder, info, state, config, learner.replay_counts())
+
+
+def default_method(name: str) -> Method:
+    """A method with its default options."""
+    return METHODS[name](METHODS[name].Options())
 
 
 def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:

@@ -33,10 +33,10 @@ def _classes_table(prepared_step: PreparedStep) -> Table:
 
 def _replay_table(source: SourceStep, share: float, iterations: int) -> Table:
     """Upper bounds: what the old model finds in the new images is not replayed."""
-    assert source.bank is not None, "asked for with a bank only"
+    assert source.stored is not None, "asked only where something is replayed"
     table = Table("old class", "id", "stored cells", "replayed per iteration, at most")
     names, ids = source.info.names[1:], source.info.dataset_ids[1:]
-    for name, number, count in zip(names, ids, source.bank.counts[1:].tolist(), strict=True):
+    for name, number, count in zip(names, ids, source.stored[1:].tolist(), strict=True):
         table.add_row(Text(name), str(number), f"{count:,.0f}", f"{int(count * share / iterations):,}")
     return table
 
@@ -62,8 +62,7 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
         f"schedule: {phase.epochs} epochs of {iterations} iterations, batches of {config.train.batch_size}, crops of "
         f"{config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
     )
-    if source and source.bank:
-        share = config.method_section("star")["replay"]
+    if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
         if share < 1:
             say(f"old classes count {100 * share:.2g} % of what is stored, so that they do not drown the new images")

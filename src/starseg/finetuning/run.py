@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from starseg.config import ModelConfig, RunConfig, parse_config
+from starseg.config import ModelConfig, RunConfig, choices_for, parse_config
 from starseg.data.images import image_size
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
@@ -21,8 +21,15 @@ from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run, resolve
 from starseg.engine.runner import Runner
 from starseg.engine.state import begun
 from starseg.errors import UserError
-from starseg.finetuning.defaults import FIRST, LATER, batch_size, crop_size, replay_share
-from starseg.finetuning.prepare import LearnRequest, PreparedStep, SourceStep, open_source_step, prepare_step
+from starseg.finetuning.defaults import FIRST, LATER, RECIPE, batch_size, crop_size
+from starseg.finetuning.prepare import (
+    LearnRequest,
+    PreparedStep,
+    SourceStep,
+    default_method,
+    open_source_step,
+    prepare_step,
+)
 from starseg.finetuning.preview import before_after_table, print_preview
 from starseg.methods import METHODS, method_options
 from starseg.models.encoders import make_backbone
@@ -66,22 +73,23 @@ def make_config(request: LearnRequest, source: SourceStep | None, prepared_step:
         model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
         model |= {"backbone": request.backbone} if request.backbone else {}
     crop = _crop(request, source, prepared_step, model.get("output_stride", 16))
-    options = source.config.method_section("star") if source and source.config else {}
-    if source and source.bank:
-        cells = images * (crop // source.info.output_stride) ** 2
-        options = options | {"replay": replay_share(float(source.bank.counts.sum()), cells)}
+    section = METHODS[request.method].section
+    options = source.config.method_section(section) if source and source.config else {}
+    if source and (share := source.replay_share(images, crop)) is not None:
+        options |= default_method(request.method).scale_replay(share)
     tree = {
         "method": request.method,
         "out": str(request.out),
         "seed": request.seed,
         "compat": source.info.compat if source else None,
+        "recipe": RECIPE,
         "data": {"dataset": "folder", "root": str(root), "crop": crop},
         "task": {"name": "learn", "steps": prepared_step.steps},
         "model": model,
         "train": {"batch_size": batch, "later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}},
         "memory": {"size": 0},
     }
-    return parse_config(tree | ({"star": options} if options else {}), "learn")
+    return parse_config(tree | ({section: options} if options else {}), "learn")
 
 
 def _refuse_out(request: LearnRequest) -> None:
@@ -131,8 +139,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
 def _check_same_data(config: RunConfig, prepared: Path) -> None:
     """Refuse a run directory in which a step of another prepared_step, or of this one with other options, has begun."""
     _holds_prepared(config.run_dir, prepared)
-    method = METHODS[config.method](method_options(config.method, config))
-    refuse_another_run(config.run_dir, resolve(config, method.defaults(config.data.dataset, config.task.name)))
+    refuse_another_run(config.run_dir, resolve(config))
 
 
 def _install(prepared: Path, run: Path) -> None:
@@ -169,8 +176,9 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
     prepared_step.write_list(prepared / "train.txt", chosen)
     tree = config.model_dump(mode="json", by_alias=True)
     tree["out"], tree["task"]["allow_absent"] = str(run), True
-    if source and source.bank:
-        tree["star"]["replay"] *= float(chosen.sum() / prepared_step.training.sum())
+    method = METHODS[config.method](method_options(config.method, config))
+    if scaled := method.scale_replay(float(chosen.sum() / prepared_step.training.sum())):
+        tree[method.section] = tree.get(method.section, {}) | scaled
     step = len(prepared_step.steps) - 1
     if source:
         run.mkdir()
@@ -201,9 +209,15 @@ def before_after(run: Path) -> dict[str, Any]:
         for folder in test.folders:
             pairs = truth[valid].long() * size + test.predict(folder, images)[valid].long()
             confusions[folder.name] += torch.bincount(pairs, minlength=size * size).numpy()
-    ids, published = test.task.dataset_ids(test.last), test.config.compat == "published"
+    ids, choices = test.task.dataset_ids(test.last), choices_for(test.config.compat)
     figures = {
-        name: summarize(test.dataset.scored(matrix.reshape(size, size), ids), names, test.task.base, published)
+        name: summarize(
+            test.dataset.scored(matrix.reshape(size, size), ids),
+            names,
+            test.task.base,
+            iou_epsilon=choices.iou_epsilon,
+            absent_as_zero=choices.absent_as_zero,
+        )
         for name, matrix in confusions.items()
     }
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import crop
 from torchvision.transforms.v2.functional import resize as resize_image
 
+from starseg.config import choices_for
 from starseg.data.images import image_tensor, read_image
 from starseg.engine.checkpoint import StepInfo, load_model
 from starseg.errors import UserError
@@ -125,7 +126,7 @@ def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
             "import it first"
         )
     method = METHODS[info.method]
-    return method(method.Options()).rule(info.compat == "published")
+    return method(method.Options()).rule(choices_for(info.compat))
 
 
 class Predictor:

@@ -75,30 +75,30 @@ class EntropyHistogram:
         medians = (places.double() + 0.5).mean(1) / self.counts.shape[1]
         return torch.where(total[:, 0] > 0, medians, 0.0)
 
-    def binned_medians(self, published: bool, floor: float) -> Tensor:
+    def binned_medians(self, floor: float, running_index: bool = False) -> Tensor:
         """[C] medians, linear inside the bin and at least ``floor``, as PLOP takes them from 100 bins.
 
         Args:
-            published: the running count adds the bin's index in place of its content, and three bins are never
-                looked up. A class whose bins do not match by chance gets infinity or,
-                with few pixels, the floor (METHODS, "PLOP", bugs 1 and 3).
             floor: also that of a class without values.
+            running_index: as published, the running count adds the bin's index in place of its content, and three bins
+                are never looked up. A class whose bins do not match by chance gets infinity or, with few pixels, the
+                floor (METHODS, "PLOP", bugs 1 and 3).
         """
-        rows = (_binned_median(row, published) for row in self.counts.tolist())
+        rows = (_binned_median(row, running_index) for row in self.counts.tolist())
         return torch.tensor([max(median, floor) for median in rows], device=self.counts.device)
 
 
-def _binned_median(counts: list[int], published: bool) -> float:
+def _binned_median(counts: list[int], running_index: bool) -> float:
     bins, half, before = len(counts), sum(counts) / 2, 0.0
     if not half:
         return 0.0
     edge, inside = 0.0, 0
     for k in range(bins):
         edge = k / bins
-        inside = counts[int(edge * bins) if published else k]
+        inside = counts[int(edge * bins) if running_index else k]
         if before <= half <= before + inside:
             break
-        before += edge * bins if published else inside
+        before += edge * bins if running_index else inside
     if not inside:
         return math.copysign(math.inf, half - before)
     return edge + (half - before) / inside / bins

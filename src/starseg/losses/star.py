@@ -1,8 +1,8 @@
 """Loss terms as pure functions (Chen et al., NeurIPS 2023; golden cases in tests/parity).
 
 Shape letters: N images, H W pixels, h w feature cells, D feature channels, K classes, M feature vectors. Logits have no
-background channel. Labels are training ids, 0 background, 255 ignore. ``published`` selects the numerical choices of
-the published implementation where they differ (docs/fidelity.md, the rows marked P).
+background channel. Labels are training ids, 0 background, 255 ignore. Keyword arguments select numerical choices of the
+published implementation (:class:`starseg.config.Choices`).
 
 ``all_reduce_sum`` sums a tensor over processes (:mod:`starseg.losses.reduction`).
 """
@@ -17,10 +17,6 @@ from starseg.losses.reduction import AllReduceSum, identity, mean, ratio
 from starseg.ops.bilinear import resize
 from starseg.ops.upsampled_bce import UpsampledBce
 from starseg.tasks import BACKGROUND, IGNORE
-
-_PUBLISHED_EPS = 1e-12
-# Bounds the gradient of the normalisation where a feature vector is (nearly) zero.
-_SOUND_EPS = 1e-3
 
 
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,7 +35,8 @@ def bce_per_class(
     labels: Tensor,
     first_id: int,
     pos_weight: float = 1.0,
-    published: bool = False,
+    *,
+    ignored_as_negatives: bool = False,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
     """Base loss: per class c, BCE of its logit against [y = c], averaged over the pixels.
@@ -49,14 +46,14 @@ def bce_per_class(
         labels: [N, H, W]; old ids are background.
         first_id: training id of channel 0.
         pos_weight: weight of positive pixels.
-        published: ignored pixels count as negatives; by default they leave the loss and its mean.
+        ignored_as_negatives: ignored pixels count as negatives; by default they leave the loss and its mean.
         all_reduce_sum: over processes.
 
     Returns:
         [K]; 0 where every pixel is ignored.
     """
-    sums = UpsampledBce.apply(logits, labels, first_id, pos_weight, published)
-    count = labels.numel() if published else (labels != IGNORE).sum()
+    sums = UpsampledBce.apply(logits, labels, first_id, pos_weight, ignored_as_negatives)
+    count = labels.numel() if ignored_as_negatives else (labels != IGNORE).sum()
     return ratio(sums, count, all_reduce_sum)[0]
 
 
@@ -117,7 +114,7 @@ def ocfm(
         epsilon: added to the denominator once for all processes (Adapter).
 
     Returns:
-        Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region (published: NaN).
+        Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region.
     """
     mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
     change = ((features - old_features).square().sum(1, keepdim=True) * mask).sum() / features.shape[1]
@@ -131,7 +128,9 @@ def sad(
     first_id: int,
     classes: int,
     old_prototypes: Tensor,
-    published: bool = False,
+    *,
+    absent_classes: bool = False,
+    epsilon: float = 1e-3,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
     """Similarity-aware discrimination: keeps each new class's centre away from the nearest old prototype.
@@ -142,8 +141,9 @@ def sad(
         first_id: training id of the first new class.
         classes: how many new classes, K.
         old_prototypes: [P, D] unit vectors.
-        published: a class absent from the batch adds the constant 1 and vectors are normalised with an epsilon of
-            1e-12; by default absent classes leave the mean and the epsilon bounds the gradient.
+        absent_classes: a class absent from the batch adds the constant 1; by default absent classes leave the mean.
+        epsilon: smallest norm by which a vector is divided; it bounds the gradient where a feature vector is (nearly)
+            zero.
         all_reduce_sum: over processes.
 
     Returns:
@@ -151,13 +151,12 @@ def sad(
     """
     if not len(old_prototypes):
         return features.sum() * 0
-    eps = _PUBLISHED_EPS if published else _SOUND_EPS
     weights = resize(one_hot(labels, first_id, classes).to(features.dtype), features.shape[-2:])
     # Weights are divided by the features' norms in place of the features: the same sums, and no second feature map.
-    norms = features.norm(dim=1, keepdim=True).clamp_min(eps)
+    norms = features.norm(dim=1, keepdim=True).clamp_min(epsilon)
     sums = all_reduce_sum(((weights / norms).flatten(2) @ features.flatten(2).mT).sum(0))
-    distance = torch.cdist(F.normalize(sums, dim=1, eps=eps), old_prototypes).amin(1).clamp_min(1e-6)
-    if published:
+    distance = torch.cdist(F.normalize(sums, dim=1, eps=epsilon), old_prototypes).amin(1).clamp_min(1e-6)
+    if absent_classes:
         return (1 / distance).mean()
     shown = all_reduce_sum(weights.sum((0, 2, 3))) > 0
     return torch.where(shown, 1 / distance, 0).sum() / shown.sum().clamp_min(1)

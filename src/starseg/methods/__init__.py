@@ -17,10 +17,27 @@ from pathlib import Path
 
 from starseg.errors import UserError
 from starseg.methods.protocol import METHODS, Method, StepContext, method_options, register_method
+from starseg.methods.recipes import Recipe, StepSchedule, from_recipe, register_recipe
+from starseg.methods.sigmoid import SigmoidMethod
+from starseg.methods.softmax import SoftmaxMethod
 
 ENTRY_POINTS, FILES = "starseg.methods", "STARSEG_METHODS"
 
-__all__ = ["METHODS", "Method", "StepContext", "load_entry_points", "load_files", "method_options", "register_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Recipe",
+    "SigmoidMethod",
+    "SoftmaxMethod",
+    "StepContext",
+    "StepSchedule",
+    "from_recipe",
+    "load_entry_points",
+    "load_files",
+    "method_options",
+    "register_method",
+    "register_recipe",
+]
 
 
 def load_entry_points() -> None:

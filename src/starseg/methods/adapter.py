@@ -50,7 +50,13 @@ class Adapter(Star):
         """Append the new classes to the bank, and let the old prototypes follow their features in a second pass."""
         old = self.bank
         super().end_step(ctx)
-        if old is None or self.bank is None or ctx.old_model is None or not self.options.adc or ctx.published:
+        if (
+            old is None
+            or self.bank is None
+            or ctx.old_model is None
+            or not self.options.adc
+            or ctx.choices.fixed_prototypes
+        ):
             return
         drift = Drift.zeros(ctx.old_classes, old.prototypes.shape[1], ctx.device)
         for batch in ctx.scan("after"):

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
 from torch import Tensor, nn
 
 from starseg.errors import UserError
-from starseg.methods.protocol import Schedule, StepContext, StepSchedule, register_method
-from starseg.methods.softmax import Softmax
+from starseg.methods.protocol import StepContext, register_method
+from starseg.methods.recipes import Recipe, Recipes, StepSchedule
+from starseg.methods.softmax import SoftmaxMethod
 
-_LATER_VOC = {"19-1": 5e-3, "15-5": 2e-2}
-_LATER_ADE = {"100-5": 5e-2}
+if TYPE_CHECKING:
+    from starseg.engine.checkpoint import StepInfo
 
 
 @register_method("dft")
-class Dft(Softmax):
+class Dft(SoftmaxMethod):
     """A step directory holds the heads of the classes seen; those of later steps are this method's state."""
 
     summary = "one softmax over all steps' heads from the start; later steps train the heads alone"
     source = "DFT* (published code)"
     stores = "the model, the heads of all later steps"
 
+    recipes: ClassVar[Recipes] = {
+        "voc": Recipe(
+            StepSchedule(30, 2e-2),
+            StepSchedule(30, 5e-4),
+            tasks={"19-1": StepSchedule(30, 5e-3), "15-5": StepSchedule(30, 2e-2)},
+        ),
+        "ade": Recipe(StepSchedule(30, 2e-2), StepSchedule(60, 0.1), tasks={"100-5": StepSchedule(60, 5e-2)}),
+    }
+
     def __init__(self, options: object) -> None:
         super().__init__(options)
         self.future: list[dict[str, Tensor]] = []
 
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        if dataset == "ade":
-            later = StepSchedule(60, _LATER_ADE.get(task or "", 0.1))
-        else:
-            later = StepSchedule(30, _LATER_VOC.get(task or "", 5e-4))
-        return Schedule(StepSchedule(30, 2e-2), later, warmup=0.0, pos_weight=1.0)
+    def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        return f"{self.name} has the heads of all steps from the start, and so learns no class that was not planned"
 
     def init_heads(self, ctx: StepContext) -> None:
         """Append the heads of the steps to come, and take up what this step's and theirs learnt as negatives."""

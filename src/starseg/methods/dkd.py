@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from starseg.config import Strict
 from starseg.data.samples import Batch
 from starseg.losses.distillation import sigmoid_kd, sign_split
 from starseg.losses.star import negatives_per_class, upsample
-from starseg.methods.protocol import ClassLossOptions, Group, Method, Network, Schedule, StepContext, register_method
+from starseg.methods.protocol import Group, Network, StepContext, register_method
+from starseg.methods.recipes import Recipe, Recipes, from_recipe
+from starseg.methods.sigmoid import ClassLossOptions, SigmoidMethod
 from starseg.models import Output, Segmenter
 from starseg.models.classifiers import AUXILIARY, HeadLayout, copy_head
 from starseg.replay.memory import MemoryRule
 
 
 class DkdOptions(ClassLossOptions):
+    later_pos_weight: float | None = from_recipe(gt=0)
+    """Weight of positive pixels after step 0; by default the recipe's (1 on VOC, 35 on ADE20K), or `pos_weight` where
+    another one than the recipe's is given."""
     kd: float = Field(5.0, ge=0)
     """Weight of the distillation of logits."""
     dkd: float = Field(5.0, ge=0)
     """Weight of the distillation of their positive and negative parts."""
 
 
+_SIGMOID = SigmoidMethod.recipes
+
+
 @register_method("dkd")
-class Dkd(Method):
+class Dkd(SigmoidMethod):
     summary = "distillation of logits and of their positive and negative parts; new heads start as an auxiliary one"
     source = "Baek et al., NeurIPS 2022"
     layout = HeadLayout((AUXILIARY,))
     Options = DkdOptions
     options: DkdOptions
 
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        return replace(super().defaults(dataset, task), pos_weight=35.0 if dataset == "ade" else 2.0)
+    recipes: ClassVar[Recipes] = {
+        "voc": replace(_SIGMOID["voc"], options={"pos_weight": 2.0, "later_pos_weight": 1.0}),
+        "ade": replace(_SIGMOID["ade"], options={"pos_weight": 35.0, "later_pos_weight": 35.0}),
+    }
+
+    @classmethod
+    def complete_options(cls, options: Strict, recipe: Recipe | None) -> dict[str, Any]:
+        values = options.model_dump()
+        if values["later_pos_weight"] is None and not (
+            recipe and values["pos_weight"] in (None, recipe.options.get("pos_weight"))
+        ):
+            options = options.model_copy(update={"later_pos_weight": values["pos_weight"]})
+        return super().complete_options(options, recipe)
 
     def pos_weight(self, ctx: StepContext) -> float:
-        if self.options.pos_weight is None and ctx.step and ctx.dataset != "ade":
-            return 1.0
-        return super().pos_weight(ctx)
+        weight = self.options.later_pos_weight
+        return float(weight) if ctx.step and weight is not None else super().pos_weight(ctx)
 
     def init_heads(self, ctx: StepContext) -> None:
         if ctx.step:
@@ -94,4 +114,8 @@ class DkdM(Dkd):
     summary = "DKD with an exemplar memory"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "dkd"
-    memory = MemoryRule(score=0.9, size=100, size_ade=300)
+    memory = MemoryRule(score=0.9)
+    recipes: ClassVar[Recipes] = {
+        "voc": replace(Dkd.recipes["voc"], memory_size=100),
+        "ade": replace(Dkd.recipes["ade"], memory_size=300),
+    }

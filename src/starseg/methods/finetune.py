@@ -1,10 +1,11 @@
 """Fine-tuning: the base loss on the new classes alone; the lower bound."""
 
-from starseg.methods.protocol import Method, register_method
+from starseg.methods.protocol import register_method
+from starseg.methods.sigmoid import SigmoidMethod
 
 
 @register_method("finetune")
-class FineTune(Method):
+class FineTune(SigmoidMethod):
     summary = "base loss on the new classes, nothing against forgetting"
     stores = "nothing"
     base_step = "star"

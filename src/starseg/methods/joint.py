@@ -1,16 +1,29 @@
 """Joint training: every class in one step; the upper bound."""
 
-from dataclasses import replace
+from __future__ import annotations
 
-from starseg.methods.protocol import Method, register_method
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from starseg.methods.protocol import register_method
+from starseg.methods.sigmoid import SigmoidMethod
 from starseg.tasks import TaskSequence
+
+if TYPE_CHECKING:
+    from starseg.engine.checkpoint import StepInfo
 
 
 @register_method("joint")
-class Joint(Method):
+class Joint(SigmoidMethod):
     summary = "all classes at once, with all images"
     stores = "nothing (it sees all images)"
     source = "upper bound"
+
+    def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        return "joint training learns all classes in one step, so that there is none to continue from"
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
         return replace(task, steps=(task.order,), base=task.base)

@@ -10,7 +10,7 @@ from starseg.data.samples import Batch
 from starseg.losses.distillation import softmax_kd
 from starseg.losses.star import upsample
 from starseg.methods.protocol import register_method
-from starseg.methods.softmax import Softmax
+from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Output
 
 
@@ -22,7 +22,7 @@ class LwfOptions(Strict):
 
 
 @register_method("lwf")
-class Lwf(Softmax):
+class Lwf(SoftmaxMethod):
     summary = "softmax distillation of the previous model's probabilities"
     source = "Li and Hoiem, ECCV 2016"
     Options = LwfOptions

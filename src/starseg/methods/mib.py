@@ -11,12 +11,12 @@ from starseg.losses.distillation import unbiased_cross_entropy_map, unbiased_kd
 from starseg.losses.reduction import mean
 from starseg.losses.star import upsample
 from starseg.methods.protocol import StepContext, register_method
-from starseg.methods.softmax import Softmax
+from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Output
 from starseg.models.classifiers import BACKGROUND, share_background
 
 
-class BackgroundInit(Softmax):
+class BackgroundInit(SoftmaxMethod):
     """The new classes of a later step start with equal shares of the background's probability."""
 
     def init_heads(self, ctx: StepContext) -> None:

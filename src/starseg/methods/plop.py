@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Strict
@@ -14,7 +14,9 @@ from starseg.losses.pseudo_labels import EntropyHistogram, entropy, fill_in_cert
 from starseg.losses.reduction import mean
 from starseg.losses.star import upsample
 from starseg.methods.mib import BackgroundInit
-from starseg.methods.protocol import Schedule, StepContext, StepSchedule, register_method
+from starseg.methods.protocol import StepContext, register_method
+from starseg.methods.recipes import Recipes, StepSchedule, from_recipe
+from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Output
 from starseg.tasks import BACKGROUND
 
@@ -23,13 +25,16 @@ _FLOOR = 0.001
 
 
 class PlopOptions(Strict):
-    pod: float | None = Field(None, ge=0)
-    """Weight of each feature map's pooled distance; by default 0.01 on VOC, 0.001 on ADE20K."""
-    pod_logits: float | None = Field(None, ge=0)
-    """The same of the logits; by default 5e-4 on VOC, 1e-5 on ADE20K."""
+    pod: float | None = from_recipe(ge=0)
+    """Weight of each feature map's pooled distance; by default the recipe's (0.01 on VOC, 0.001 on ADE20K)."""
+    pod_logits: float | None = from_recipe(ge=0)
+    """The same of the logits; by default the recipe's (5e-4 on VOC, 1e-5 on ADE20K)."""
     threshold: Literal["median", "binned"] = "median"
     """A prediction counts below its class's median entropy; "binned": the published 100 bins of an entropy divided by
     further factors, at least 0.001 (`compat: published`: with the faulty running count)."""
+
+
+_SOFTMAX = SoftmaxMethod.recipes
 
 
 @register_method("plop")
@@ -42,11 +47,12 @@ class Plop(BackgroundInit):
     stages = True
     thresholds: Tensor
 
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        schedule = super().defaults(dataset, task)
-        if dataset == "voc" and task == "10-1":
-            return Schedule(schedule.base, StepSchedule(10, schedule.later.lr), schedule.warmup, schedule.pos_weight)
-        return schedule
+    recipes: ClassVar[Recipes] = {
+        "voc": replace(
+            _SOFTMAX["voc"], options={"pod": 1e-2, "pod_logits": 5e-4}, tasks={"10-1": StepSchedule(10, 1e-3)}
+        ),
+        "ade": replace(_SOFTMAX["ade"], options={"pod": 1e-3, "pod_logits": 1e-5}),
+    }
 
     def begin_step(self, ctx: StepContext) -> None:
         """Measure how uncertain the previous model is of each class where the labels say background."""
@@ -59,10 +65,11 @@ class Plop(BackgroundInit):
             logits = upsample(ctx.old_model(batch.images).logits, batch.labels)
             histogram.update(self.uncertainty(logits), logits.argmax(1), batch.labels == BACKGROUND)
         histogram = EntropyHistogram(ctx.all_reduce_sum(histogram.counts))
-        self.thresholds = histogram.binned_medians(ctx.published, _FLOOR) if binned else histogram.medians()
+        running_index = ctx.choices.binned_running_index
+        self.thresholds = histogram.binned_medians(_FLOOR, running_index) if binned else histogram.medians()
 
     def _binned(self, ctx: StepContext) -> bool:
-        return ctx.published or self.options.threshold == "binned"
+        return ctx.choices.binned_entropy or self.options.threshold == "binned"
 
     def uncertainty(self, old_logits: Tensor) -> Tensor:
         """Of the previous model's prediction: [N, C°, H, W] -> [N, H, W]."""
@@ -85,10 +92,8 @@ class Plop(BackgroundInit):
     def pod(self, output: Output, previous: Output) -> Tensor:
         """Pooled distances of the last four backbone maps, the features and the logits."""
         ctx, options = self.ctx, self.options
-        ade = ctx.dataset == "ade"
-        maps = options.pod if options.pod is not None else 1e-3 if ade else 1e-2
-        logits = options.pod_logits if options.pod_logits is not None else 1e-5 if ade else 5e-4
+        assert options.pod is not None and options.pod_logits is not None, "filled in by apply_recipe"
         new, old = ([m.float() for m in (*(o.stages or ())[-4:], o.features, o.logits)] for o in (output, previous))
-        weights = [maps] * (len(new) - 1) + [logits]
+        weights = [options.pod] * (len(new) - 1) + [options.pod_logits]
         growth = (ctx.first_new + ctx.new_classes) / ctx.new_classes
         return pooled_distillation(new, old, weights, growth, all_reduce_sum=ctx.all_reduce_sum)

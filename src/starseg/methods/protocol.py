@@ -1,27 +1,35 @@
-"""What a method is: losses for a batch, and what it does before and after a step. The engine does the rest."""
+"""The protocol of a method: its losses for a batch, and its work before and after a step. The engine does the rest."""
+
+# ruff: noqa: B027 (a method without a use for a hook leaves it empty)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from starseg.config import RunConfig, Strict, explain
+from starseg.config import SOUND, Choices, RunConfig, Strict, explain
 from starseg.data.samples import Batch
 from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
 from starseg.losses.reduction import identity
-from starseg.losses.star import bce_per_class
+from starseg.methods.recipes import Recipe, Recipes, StepSchedule, recipe_options
 from starseg.models import Output, Segmenter
 from starseg.models.classifiers import SIGMOID, HeadLayout
-from starseg.models.prediction import LargestLogit
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
+
+if TYPE_CHECKING:
+    from starseg.engine.checkpoint import StepInfo
+
+__all__ = ["METHODS", "Group", "Method", "Network", "Recipe", "StepContext", "StepSchedule", "register_method"]
 
 METHODS: dict[str, type[Method]] = {}
 Network = Callable[..., Output]
@@ -29,7 +37,7 @@ T = TypeVar("T", bound="type[Method]")
 
 
 def register_method(name: str) -> Callable[[T], T]:
-    """Class decorator: make a method known under ``name``, in configs and on the command line.
+    """Class decorator: make a method known under ``name``, in configurations and on the command line.
 
     Raises:
         ValueError: the name is taken.
@@ -38,6 +46,9 @@ def register_method(name: str) -> Callable[[T], T]:
     def register(cls: T) -> T:
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
+        from starseg.methods.legacy import adapt
+
+        cls = adapt(cls)
         cls.name = name
         for attribute in ("section", "base_step"):
             if attribute not in cls.__dict__:
@@ -58,30 +69,6 @@ def method_options(name: str, config: RunConfig) -> Strict:
         return METHODS[name].Options.model_validate(config.method_section(METHODS[name].section))
     except ValidationError as error:
         raise UserError(explain(error, METHODS[name].Options, f"{METHODS[name].section}.")) from error
-
-
-@dataclass(frozen=True)
-class StepSchedule:
-    """Epochs and base learning rate of a step."""
-
-    epochs: int
-    lr: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A method's hyper-parameters on a data set.
-
-    Attributes:
-        base, later: step 0, and every step after it.
-        warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
-        pos_weight: of the class loss.
-    """
-
-    base: StepSchedule
-    later: StepSchedule
-    warmup: float
-    pos_weight: float
 
 
 class Group(NamedTuple):
@@ -106,14 +93,13 @@ class StepContext:
 
     Attributes:
         task, step: which classes are new.
-        dataset: the data set's layout, "voc" or "ade".
-        published: ``compat: published`` is on.
         model: the network being trained; its last head is the new one.
         old_model: the frozen previous network, None at step 0.
         iterations: of one epoch.
         scan: one pass over this process's share of the step's augmented training crops, last incomplete batch included;
             images normalised, all on the device. Each name gives other crops.
         generator: for draws during training, on the device; the same draws in every process.
+        choices: which choices of the published code apply.
         all_reduce_sum: sums a tensor over processes, differentiably, so that every process holds the loss of the global
             batch.
         rank, world: number of this process, and of how many.
@@ -121,25 +107,24 @@ class StepContext:
 
     task: TaskSequence
     step: int
-    dataset: str
-    published: bool
     model: Segmenter
     old_model: Segmenter | None
     iterations: int
     scan: Callable[[str], Iterator[Batch]]
     generator: torch.Generator
+    choices: Choices = SOUND
     all_reduce_sum: Callable[[Tensor], Tensor] = identity
     rank: int = 0
     world: int = 1
 
     @property
     def new_classes(self) -> int:
-        """How many this step learns."""
+        """Number of classes that this step learns."""
         return len(self.task.new(self.step))
 
     @property
     def old_classes(self) -> int:
-        """How many the steps before learnt, the background not among them."""
+        """Number of classes learnt in the steps before, without the background."""
         return len(self.task.old(self.step))
 
     @property
@@ -149,92 +134,116 @@ class StepContext:
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """Device of the model."""
         return self.model.mean.device
 
+    @property
+    def add_up(self) -> Callable[[Tensor], Tensor]:
+        """Deprecated name of :attr:`all_reduce_sum`."""
+        warnings.warn("StepContext.add_up is now all_reduce_sum", DeprecationWarning, stacklevel=2)
+        return self.all_reduce_sum
 
-class ClassLossOptions(Strict):
-    """Options of every method built on the base loss."""
 
-    pos_weight: float | None = Field(None, gt=0)
-    """Weight of positive pixels; by default the method's for this data set (STAR: 4 on VOC, 30 on ADE20K)."""
+class Method(ABC):
+    """A method of incremental learning, as the engine uses it.
 
-
-class Method:
-    """A method of the sigmoid family: no background channel, BCE on the new heads, batch norm frozen after step 0.
-
-    Subclasses override what they do differently; :meth:`losses` as it stands is the base loss alone.
+    A method is constructed with its completed options. For each step the engine calls :meth:`load_state_dict`,
+    :meth:`init_heads`, :meth:`freeze`, :meth:`begin_step`, :meth:`param_groups`, then :meth:`losses` once an iteration,
+    and finally :meth:`end_step` and :meth:`state_dict`. :class:`~starseg.methods.SigmoidMethod` and
+    :class:`~starseg.methods.SoftmaxMethod` implement the abstract methods for the two families of classifiers.
     """
 
     name: ClassVar[str]
     section: ClassVar[str]
-    """Of the configuration, with its options; by default its name."""
+    """Section of the configuration with the method's options; by default its name."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     """Where it was published."""
     stores: ClassVar[str] = "the previous model"
-    """What it keeps from one step to the next."""
+    """What it stores from one step to the next."""
     base_step: ClassVar[str]
     """Method whose step 0 is the same, so that a comparison trains it once; by default its own name."""
     layout: ClassVar[HeadLayout] = SIGMOID
+    """The kind of classifier heads."""
     memory: ClassVar[MemoryRule | None] = None
-    """How it keeps and uses old images; None: it keeps none."""
+    """How old images are selected and used as exemplars; None: the method uses none."""
     one_process: ClassVar[bool] = False
     """Whether its losses need the whole batch in one process, so that a run on several is refused."""
-    Options: ClassVar[type[Strict]] = ClassLossOptions
+    recipes: ClassVar[Recipes] = {}
+    """Hyper-parameters by data set; data set packages add theirs with :func:`~starseg.methods.register_recipe`."""
+    Options: ClassVar[type[Strict]] = Strict
+    """Model of the options; those of :func:`~starseg.methods.from_recipe` have the recipe's value by default."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.ctx: StepContext
 
+    @classmethod
+    def complete_options(cls, options: Strict, recipe: Recipe | None) -> dict[str, Any]:
+        """All options by name, those that are not given taken from the recipe where there is one."""
+        values = options.model_dump()
+        given = recipe.options if recipe else {}
+        return values | {key: given[key] for key in recipe_options(cls.Options) if values[key] is None and key in given}
+
     def sequence(self, task: TaskSequence) -> TaskSequence:
         """The steps in which this method learns the task."""
         return task
 
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        """Published hyper-parameters for a data set and, where they differ, a published task."""
-        if dataset == "ade":
-            return Schedule(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4), warmup=0.2, pos_weight=30.0)
-        return Schedule(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4), warmup=0.0, pos_weight=4.0)
+    def notes(self, recipe: Recipe | None) -> list[str]:
+        """How this run deviates from the published method; printed, and marked in every table of the results.
 
-    def notes(self, dataset: str) -> list[str]:
-        """What sets this run apart from the published method; printed, and kept with the results for every table."""
+        Args:
+            recipe: of the run; None where the configuration gives every value itself.
+        """
         return []
 
-    def saliency(self, dataset: str) -> Path | None:
-        """Folder of grey maps, one PNG per training image, that come with the batches; None: not needed."""
+    def extra_maps(self) -> dict[str, Path]:
+        """Folders of grey maps by the name under which they come in :attr:`Batch.extras`.
+
+        A folder holds one PNG per training image, named like it; the maps are cropped like the labels.
+        """
+        return {}
+
+    def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        """Why this method cannot learn new classes on top of a finished step; None if it can.
+
+        Args:
+            info: description of the step.
+            state: what its method stored with it.
+        """
+        if (info.lead, info.conv_heads) != (list(self.layout.lead), self.layout.conv):
+            return f"a step of {info.method} has other classifier heads than {self.name} trains"
         return None
+
+    def replay_counts(self) -> Tensor | None:
+        """[1 + K] stored feature cells of the background and each old class, to replay; None: nothing is replayed."""
+        return None
+
+    def scale_replay(self, share: float) -> dict[str, Any]:
+        """Options that replay this share of what the method replays with its own options."""
+        return {}
 
     def init_heads(self, ctx: StepContext) -> None:
         """Initialise the new head otherwise than at random; called without gradients, with the old weights loaded."""
 
+    @abstractmethod
     def freeze(self, ctx: StepContext) -> None:
-        """Decide what stays as it is: after step 0 batch norm, dropout and (unless published) the old heads."""
-        if ctx.step:
-            ctx.model.freeze_norm()
-            if not ctx.published:
-                ctx.model.heads[:-1].requires_grad_(False)
+        """Freeze what the step does not train."""
 
+    @abstractmethod
     def param_groups(self, ctx: StepContext) -> list[Group]:
-        """Learning-rate factors; every trained parameter is in one group."""
-        model = ctx.model
-        newest = 100.0 if ctx.step else 10.0
-        return [
-            Group("backbone", model.backbone),
-            Group("aspp", model.aspp, 10.0),
-            Group("old heads", model.heads[:-1], 10.0),
-            Group("new head", model.heads[-1], newest),
-        ]
+        """Parameters with their learning-rate factors; every trained parameter is in one group."""
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Called before a step trains, with the model already grown and without gradients; may scan the data.
+        """Called before a step trains, with the new head added and without gradients; may scan the data.
 
-        It must depend on the context alone: a run that was killed in mid-step calls it again.
+        It must depend on the context alone: a run that was interrupted in the middle of a step calls it again.
         """
         self.ctx = ctx
 
+    @abstractmethod
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
-        """Named scalar losses of a batch, already weighted; the engine adds them up and logs them.
+        """Named scalar losses of a batch, already weighted; the engine sums and logs them.
 
         Args:
             batch: normalised images and labels on the device.
@@ -244,26 +253,13 @@ class Method:
         Returns:
             Loss terms by name, of the global batch (see :attr:`StepContext.all_reduce_sum`).
         """
-        return {"bce": self.class_loss(batch, new(batch.images)).sum()}
-
-    def class_loss(self, batch: Batch, output: Output) -> Tensor:
-        """The base loss of the new classes, [K_new]."""
-        ctx = self.ctx
-        new = output.logits[:, len(self.layout.lead) + ctx.old_classes :]
-        return bce_per_class(
-            new.float(), batch.labels, ctx.first_new, self.pos_weight(ctx), ctx.published, ctx.all_reduce_sum
-        )
-
-    def pos_weight(self, ctx: StepContext) -> float:
-        """Weight of positive pixels in the class loss."""
-        return self.options.pos_weight or self.defaults(ctx.dataset).pos_weight
 
     def end_step(self, ctx: StepContext) -> None:
         """Called after a step has trained, with the model in eval mode and without gradients; may scan the data."""
 
-    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+    @abstractmethod
+    def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
         """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""
-        return LargestLogit(published, len(self.layout.lead))
 
     def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels with confident predictions filled in, for the choice of exemplars; see :func:`fill_in`."""
@@ -271,8 +267,8 @@ class Method:
         return fill_in(labels, logits[:, len(self.layout.lead) :], self.memory.score)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must survive a step, kept as bank.safetensors in its directory."""
+        """Tensors that the next step needs, stored as bank.safetensors in the step's directory."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""

@@ -1,27 +1,32 @@
-"""What the methods of the softmax family share (METHODS, "Three families of code", A): one of its columns."""
+"""The family of softmax methods (METHODS, "Three families of code", A): background and classes share one softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from starseg.config import Strict
+from starseg.config import Choices
 from starseg.data.samples import Batch
 from starseg.losses.distillation import cross_entropy_map
 from starseg.losses.reduction import mean
 from starseg.losses.star import upsample
-from starseg.methods.protocol import Group, Method, Network, Schedule, StepContext, StepSchedule
+from starseg.methods.protocol import Group, Method, Network, StepContext
+from starseg.methods.recipes import Recipe, Recipes, StepSchedule
 from starseg.models import Output
 from starseg.models.classifiers import SOFTMAX
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
 
 
-class Softmax(Method):
+class SoftmaxMethod(Method):
     """One softmax over background and classes, everything trained in every step, one learning rate.
 
-    Subclasses say what their loss is in :meth:`terms`; as it stands it is fine-tuning with a softmax.
+    Subclasses define their loss in :meth:`terms`; as it stands, it is fine-tuning with a softmax.
 
     Attributes:
         stages: whether :meth:`terms` is given the backbone's maps, which take memory.
@@ -29,14 +34,13 @@ class Softmax(Method):
 
     layout = SOFTMAX
     stages = False
-    Options = Strict
-
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        epochs = 60 if dataset == "ade" else 30
-        return Schedule(StepSchedule(epochs, 1e-2), StepSchedule(epochs, 1e-3), warmup=0.0, pos_weight=1.0)
+    recipes: ClassVar[Recipes] = {
+        "voc": Recipe(StepSchedule(30, 1e-2), StepSchedule(30, 1e-3)),
+        "ade": Recipe(StepSchedule(60, 1e-2), StepSchedule(60, 1e-3)),
+    }
 
     def freeze(self, ctx: StepContext) -> None:
-        """Nothing, batch norm included."""
+        """Freeze nothing, not even batch norm."""
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
         return [Group("all", ctx.model)]
@@ -50,5 +54,5 @@ class Softmax(Method):
         loss = cross_entropy_map(upsample(output.logits, batch.labels), batch.labels)
         return {"ce": mean(loss, self.ctx.all_reduce_sum)}
 
-    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+    def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
         return partial(torch.argmax, dim=1)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from starseg.config import Strict
-from starseg.data.samples import Batch
+from starseg.config import Choices, Strict
+from starseg.data.samples import EXEMPLAR, Batch
 from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
 from starseg.losses.star import bce_per_class, upsample
-from starseg.methods.protocol import Group, Method, Network, Schedule, StepContext, StepSchedule, register_method
+from starseg.methods.protocol import Group, Method, Network, StepContext, register_method
+from starseg.methods.recipes import Recipe, Recipes, StepSchedule
 from starseg.models.classifiers import BACKGROUND as BACKGROUND_HEAD
 from starseg.models.classifiers import UNKNOWN as UNKNOWN_HEAD
 from starseg.models.classifiers import HeadLayout, copy_head
@@ -23,6 +26,8 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 # Channels: the unknown class, the background, class c at c + 1.
 _UNKNOWN, _BACKGROUND = 0, 1
+SALIENCY = "saliency"
+"""Name of the saliency maps in a batch's extras."""
 
 
 class SsulOptions(Strict):
@@ -41,19 +46,21 @@ class Ssul(Method):
     Options = SsulOptions
     options: SsulOptions
 
-    def defaults(self, dataset: str, task: str | None = None) -> Schedule:
-        if dataset == "ade":
-            return Schedule(StepSchedule(100, 1e-2), StepSchedule(100, 5e-2), warmup=0.1, pos_weight=1.0)
-        return Schedule(StepSchedule(50, 1e-2), StepSchedule(50, 1e-2), warmup=0.0, pos_weight=1.0)
+    recipes: ClassVar[Recipes] = {
+        "voc": Recipe(StepSchedule(50, 1e-2), StepSchedule(50, 1e-2), expected=("saliency_dir",)),
+        "ade": Recipe(StepSchedule(100, 1e-2), StepSchedule(100, 5e-2), warmup=0.1),
+    }
 
-    def saliency(self, dataset: str) -> Path | None:
+    def extra_maps(self) -> dict[str, Path]:
         folder = self.options.saliency_dir
-        if folder is not None and not folder.is_dir():
+        if folder is None:
+            return {}
+        if not folder.is_dir():
             raise UserError(f"ssul.saliency_dir: {folder} is no folder")
-        return folder
+        return {SALIENCY: folder}
 
-    def notes(self, dataset: str) -> list[str]:
-        if dataset == "ade" or self.options.saliency_dir:
+    def notes(self, recipe: Recipe | None) -> list[str]:
+        if self.options.saliency_dir or (recipe and "saliency_dir" not in recipe.expected):
             return []
         return [f"{self.name} without saliency maps (ssul.saliency_dir): all background counts as unknown"]
 
@@ -80,13 +87,13 @@ class Ssul(Method):
         """Label channels [N, H, W] int64, with the previous model's confident predictions [N, C°, H, W] filled in."""
         labels = batch.labels.long()
         unknown = labels == BACKGROUND
-        if batch.saliency is not None:
-            unknown &= batch.saliency > 0
+        if SALIENCY in batch.extras:
+            unknown &= batch.extras[SALIENCY] > 0
         shifted = torch.where(labels == IGNORE, IGNORE, labels + 1)
-        if batch.exemplar is not None:
-            exemplar = batch.exemplar[:, None, None]
+        if EXEMPLAR in batch.extras:
+            exemplar = batch.extras[EXEMPLAR][:, None, None]
             unknown &= ~exemplar
-            if self.ctx.published:
+            if self.ctx.choices.unshifted_exemplar_labels:
                 shifted = torch.where(exemplar, labels, shifted)
         channels = torch.where(unknown, _UNKNOWN, shifted)
         if old_logits is None:
@@ -99,7 +106,7 @@ class Ssul(Method):
         targets = self.targets(batch, old_logits)
         return {"bce": bce_per_class(logits, targets, first_id=0, all_reduce_sum=self.ctx.all_reduce_sum).sum()}
 
-    def rule(self, published: bool) -> Callable[[Tensor], Tensor]:
+    def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
         return merge_unknown
 
     def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -119,4 +126,8 @@ class SsulM(Ssul):
     summary = "SSUL with an exemplar memory that fills half of every batch"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "ssul"
-    memory = MemoryRule(score=0.7, mix="half", labels="seen", size=100, size_ade=300)
+    memory = MemoryRule(score=0.7, mix="half", labels="seen")
+    recipes: ClassVar[Recipes] = {
+        "voc": replace(Ssul.recipes["voc"], memory_size=100),
+        "ade": replace(Ssul.recipes["ade"], memory_size=300),
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,13 +13,18 @@ from torch import Tensor
 from starseg.data.samples import Batch
 from starseg.errors import UserError
 from starseg.losses.star import background_cells, mixed_bce, ocfm, sad
-from starseg.methods.protocol import ClassLossOptions, Method, Network, StepContext, register_method
+from starseg.methods.protocol import Network, StepContext, register_method
+from starseg.methods.recipes import Recipes
+from starseg.methods.sigmoid import ClassLossOptions, SigmoidMethod
 from starseg.models import Output
 from starseg.replay.bank import Norms, PrototypeBank
 from starseg.replay.memory import MemoryRule
 from starseg.replay.plan import ReplayPlan, make_plan
 from starseg.replay.statistics import count_cells, measure, old_model_labels, sample_at_stride
 from starseg.tasks import BACKGROUND
+
+if TYPE_CHECKING:
+    from starseg.engine.checkpoint import StepInfo
 
 
 class StarOptions(ClassLossOptions):
@@ -38,7 +44,7 @@ class StarOptions(ClassLossOptions):
 
 
 @register_method("star")
-class Star(Method):
+class Star(SigmoidMethod):
     summary = "prototype replay: about 2 KB per class in place of old images"
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
@@ -51,6 +57,19 @@ class Star(Method):
         super().__init__(options)
         self.bank: PrototypeBank | None = None
         self.plan: ReplayPlan
+
+    def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        if (reason := super().can_continue(info, state)) is not None:
+            return reason
+        if not PrototypeBank.fits(state):
+            return f"it holds no prototype bank (trained by {info.method}); take a step trained with STAR"
+        return None
+
+    def replay_counts(self) -> Tensor | None:
+        return None if self.bank is None else self.bank.counts
+
+    def scale_replay(self, share: float) -> dict[str, Any]:
+        return {"replay": self.options.replay * share}
 
     def begin_step(self, ctx: StepContext) -> None:
         super().begin_step(ctx)
@@ -102,13 +121,23 @@ class Star(Method):
             self.class_loss(batch, output), extra, new_logits, cells, self.plan.background_ratio, ctx.all_reduce_sum
         )
         region = (labels == BACKGROUND) & (seen > 0)
-        old_classes = bank.prototypes if ctx.published else bank.shown
+        choices = ctx.choices
+        old_classes = bank.prototypes if choices.absent_prototypes_in_sad else bank.shown
         return {
             "mbce": options.mbce * mbce.sum(),
             "ocfm": options.ocfm
             * ocfm(features, previous.features.float(), region, ctx.all_reduce_sum, self.ocfm_epsilon),
             "sad": options.sad
-            * sad(features, labels, ctx.first_new, ctx.new_classes, old_classes, ctx.published, ctx.all_reduce_sum),
+            * sad(
+                features,
+                labels,
+                ctx.first_new,
+                ctx.new_classes,
+                old_classes,
+                absent_classes=choices.absent_classes_in_sad,
+                epsilon=choices.sad_epsilon,
+                all_reduce_sum=ctx.all_reduce_sum,
+            ),
         }
 
     def end_step(self, ctx: StepContext) -> None:
@@ -118,7 +147,7 @@ class Star(Method):
             for batch in ctx.scan("after")
         )
         statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.all_reduce_sum)
-        measured = statistics.finish(self.bank, ctx.published)
+        measured = statistics.finish(self.bank, noise_around_row=ctx.choices.noise_around_row)
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -133,4 +162,4 @@ class StarM(Star):
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
     stores = Star.stores + "; 50 images"
     section = base_step = "star"
-    memory = replace(Star.memory, size=50)
+    recipes: ClassVar[Recipes] = {key: replace(recipe, memory_size=50) for key, recipe in Star.recipes.items()}

@@ -24,11 +24,11 @@ class LargestLogit:
     """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
 
     Attributes:
-        published: argmax of the float32 sigmoids, where saturated ones tie and the first wins.
+        argmax_of_sigmoids: compare the float32 sigmoids, where saturated ones tie and the first wins.
         lead: leading channels that have no say.
     """
 
-    published: bool = False
+    argmax_of_sigmoids: bool = False
     lead: int = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ class LargestLogit:
         return self._ids(best, chosen[winner])
 
     def _score(self, logits: Tensor) -> Tensor:
-        return logits.float().sigmoid() if self.published else logits
+        return logits.float().sigmoid() if self.argmax_of_sigmoids else logits
 
     def _ids(self, best: Tensor, winner: Tensor) -> Tensor:
-        return torch.where(best > (0.5 if self.published else 0), winner + 1, 0)
+        return torch.where(best > (0.5 if self.argmax_of_sigmoids else 0), winner + 1, 0)
 
 
 def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -18,6 +18,9 @@ from starseg.models.classifiers import AUXILIARY, SIGMOID, HeadLayout, make_head
 from starseg.models.decoders import Aspp
 from starseg.models.encoders import make_backbone
 from starseg.ops.fused_layers import fuse_batch_norm
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
 
 FEATURES = 256
 _NORMS = (nn.modules.batchnorm._BatchNorm,)

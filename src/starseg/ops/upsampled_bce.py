@@ -21,14 +21,14 @@ _LINEAR = 40.0
 
 
 class UpsampledBce(torch.autograd.Function):
-    """Sums over the pixels of BCE with logits, per class: ``apply(logits, labels, first_id, pos_weight, published)``.
+    """Sums over the pixels of BCE with logits, per class; call ``apply`` with the arguments below.
 
     Args:
         logits: [N, K, h, w] floats; a pixel's is their bilinear interpolation.
         labels: [N, H, W] ids.
         first_id: the id of channel 0; pixels of other ids are negatives.
         pos_weight: weight of positive pixels.
-        published: ignored pixels are negatives; else they add nothing.
+        ignored_as_negatives: ignored pixels are negatives; else they add nothing.
 
     Returns:
         [K] sums. Their gradient with respect to the small logits is formed along with them, chunk by chunk: what is
@@ -36,7 +36,9 @@ class UpsampledBce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, published: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, first_id: int, pos_weight: float, ignored_as_negatives: bool
+    ) -> Tensor:
         (_, height, width), device = labels.shape, logits.device
         images, classes = logits.shape[:2]
         ids = torch.arange(first_id, first_id + classes, device=device, dtype=logits.dtype)[:, None, None]
@@ -48,7 +50,7 @@ class UpsampledBce(torch.autograd.Function):
             down, across = axis_weights(height, logits, 2), axis_weights(width, logits, 3)
             for n in _slices(images, side):
                 seen = labels[n, None].to(logits.dtype)
-                hidden = None if published else torch.where(seen == IGNORE, -torch.inf, 0.0)
+                hidden = None if ignored_as_negatives else torch.where(seen == IGNORE, -torch.inf, 0.0)
                 for k in _slices(classes, maps // side):
                     positive = torch.eq(seen, ids[k], out=torch.empty_like(seen[:0]))
                     signed_logits = down @ (logits[n, k] @ across.T)

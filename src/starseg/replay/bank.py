@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -51,6 +52,11 @@ class PrototypeBank:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, as in bank.safetensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def fits(cls, state: Mapping[str, Tensor]) -> bool:
+        """Whether tensors by name are a bank's."""
+        return all(f.name in state for f in fields(cls))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:

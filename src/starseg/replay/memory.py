@@ -17,17 +17,11 @@ class MemoryRule:
         score: sigmoid from which on a prediction names a class of an image that may be kept.
         mix: "append" the images to the step's, or let them be "half" of every batch.
         labels: they show the "new" classes alone, like the step's own images, or all classes "seen" so far.
-        size, size_ade: how many are kept by default, and on ADE20K where that differs.
     """
 
     score: float
     mix: Literal["append", "half"] = "append"
     labels: Literal["new", "seen"] = "new"
-    size: int = 0
-    size_ade: int | None = None
-
-    def default_size(self, dataset: str) -> int:
-        return self.size_ade if dataset == "ade" and self.size_ade is not None else self.size
 
 
 class Exemplar(NamedTuple):

@@ -14,6 +14,9 @@ from torch import Tensor
 from starseg.ops.bilinear import largest, resize_at_support, split_classes, subsample_to_support
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
+from starseg.utils.deprecation import old_names
+
+__getattr__ = old_names(__name__)
 
 _EPS = 1e-12
 
@@ -111,20 +114,20 @@ class FeatureStatistics:
         """The statistics of all processes, ``all_reduce_sum`` summing one tensor over them."""
         return FeatureStatistics(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
 
-    def finish(self, old: PrototypeBank | None = None, published: bool = False) -> PrototypeBank:
+    def finish(self, old: PrototypeBank | None = None, *, noise_around_row: bool = False) -> PrototypeBank:
         """The bank entries of the new classes; a class without a cell gets zeros.
 
         Args:
             old: bank of the classes before, if any.
-            published: measure the noise of the k-th new class around row k of [old; new] prototypes, as the
-                published code does, instead of around its own (REFERENCE, row 2).
+            noise_around_row: measure the noise of the k-th new class around row k of [old; new] prototypes, as the
+                published code does, instead of around its own.
         """
         count = self.counts[1:].double()
         safe = count.clamp_min(1)[:, None]
         present = (count > 0)[:, None]
         prototypes = self.unit_sum / self.unit_sum.norm(dim=1, keepdim=True).clamp_min(_EPS)
         centre = prototypes
-        if published and old is not None:
+        if noise_around_row and old is not None:
             centre = torch.cat([old.prototypes.to(prototypes), prototypes])[: len(prototypes)]
         square = self.unit_square_sum / safe - 2 * centre * self.unit_sum / safe + centre.square()
         mean = self.norm_sum / safe[:, 0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starseg.config import RunConfig, load_config
+from starseg.config import RunConfig, choices_for, load_config
 from starseg.data.datasets.base import Dataset
 from starseg.data.index import class_index
 from starseg.data.samples import StepDataset
@@ -79,7 +79,7 @@ class TestSet:
     def predict(self, folder: Path, images: Tensor) -> Tensor:
         """[N, H, W] uint8 training ids of [N, 3, H, W] uint8 images by a step's model."""
         model = self.network(folder)
-        rule = self.method.rule(self.config.compat == "published")
+        rule = self.method.rule(choices_for(self.config.compat))
         parts = []
         for batch in images.split(_BATCH):
             parts.append(predict_upsampled(rule, model.predict(batch), batch.shape[-2:]).byte().cpu())

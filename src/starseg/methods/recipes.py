@@ -1,0 +1,171 @@
+"""Recipes: the hyper-parameters of a method on a data set, and how a configuration is completed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from starseg.config import PhaseConfig, RunConfig, Strict
+from starseg.errors import UserError
+from starseg.tasks import TaskSequence
+
+if TYPE_CHECKING:
+    from starseg.methods.protocol import Method
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Epochs and base learning rate of a step."""
+
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of a method on a data set.
+
+    Attributes:
+        base, later: step 0, and every step after it.
+        warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
+        options: values of the method's options that depend on the data set (:func:`from_recipe`).
+        memory_size: number of old images kept as exemplars.
+        tasks: schedule of the later steps of published tasks that deviate from ``later``, by the task's name.
+        expected: options that the published method sets on this data set and that have no default; a run without them
+            deviates from it (:meth:`Method.notes <starseg.methods.Method.notes>`).
+    """
+
+    base: StepSchedule
+    later: StepSchedule
+    warmup: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    memory_size: int = 0
+    tasks: Mapping[str, StepSchedule] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()
+
+    def later_of(self, task: str | None) -> StepSchedule:
+        """Schedule of the later steps of a task."""
+        return self.tasks.get(task or "", self.later)
+
+
+Recipes = Mapping[str, Recipe]
+"""Recipes by the key of the data set."""
+
+_REGISTERED: dict[tuple[str, str], Recipe] = {}
+
+
+def from_recipe(**constraints: Any) -> Any:
+    """A field of a method's options whose default value, None, stands for the recipe's value.
+
+    Args:
+        constraints: of the field, as for :func:`pydantic.Field`.
+    """
+    return Field(None, json_schema_extra={"from_recipe": True}, **constraints)
+
+
+def recipe_options(options: type[Strict]) -> list[str]:
+    """Names of the options that a recipe sets."""
+    marked = options.model_fields.items()
+    return [
+        name for name, f in marked if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("from_recipe")
+    ]
+
+
+def register_recipe(method: str, dataset: str, recipe: Recipe) -> None:
+    """Add a recipe for a method that is defined elsewhere, as the package of a data set does.
+
+    Args:
+        method: its registered name.
+        dataset: key of the data set.
+        recipe: the hyper-parameters.
+
+    Raises:
+        ValueError: a recipe is already registered for the pair.
+    """
+    if (method, dataset) in _REGISTERED:
+        raise ValueError(f"a recipe for method {method!r} on data set {dataset!r} is already registered")
+    _REGISTERED[method, dataset] = recipe
+
+
+def recipes_of(method: type[Method]) -> dict[str, Recipe]:
+    """All recipes of a method by the key of the data set: its own, and those registered for it."""
+    return {**method.recipes, **{key: recipe for (name, key), recipe in _REGISTERED.items() if name == method.name}}
+
+
+def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
+    """The recipe of a run: the one that ``recipe`` names, else the method's for the data set; None if it has none.
+
+    Raises:
+        UserError: ``recipe`` names a data set that the method has no recipe for.
+    """
+    recipes = recipes_of(method)
+    if config.recipe is not None and config.recipe not in recipes:
+        known = ", ".join(sorted(recipes)) or "none"
+        raise UserError(f"recipe: method {method.name} has no recipe for data set {config.recipe!r}; it has: {known}")
+    return recipes.get(config.recipe or config.data.dataset)
+
+
+def apply_recipe(config: RunConfig, method: type[Method], options: Strict) -> RunConfig:
+    """The configuration with every value that is not given taken from the recipe.
+
+    Args:
+        config: as it was given.
+        method: the configured one.
+        options: the method's, validated.
+
+    Raises:
+        UserError: there is no recipe for the method on the data set, and values are missing.
+    """
+    recipe = find_recipe(config, method)
+    completed = method.complete_options(options, recipe)
+    if recipe is None:
+        if missing := list(_missing(config, method, completed)):
+            raise UserError(_no_recipe(config, method, missing))
+        memory_size = config.memory.size or 0
+        train = config.train
+    else:
+        memory_size = recipe.memory_size if config.memory.size is None else config.memory.size
+        train = config.train.model_copy(
+            update={
+                "base": _filled(config.train.base, recipe.base),
+                "later": _filled(config.train.later, recipe.later_of(config.task.name)),
+                "warmup": recipe.warmup if config.train.warmup is None else config.train.warmup,
+            }
+        )
+    memory = config.memory.model_copy(update={"size": memory_size if method.memory else 0})
+    return config.model_copy(update={"train": train, "memory": memory, method.section: completed})
+
+
+def _filled(given: PhaseConfig, schedule: StepSchedule) -> PhaseConfig:
+    return given.model_copy(update={"epochs": given.epochs or schedule.epochs, "lr": given.lr or schedule.lr})
+
+
+def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]) -> Iterator[str]:
+    """Keys without a value that a recipe would give."""
+    train = config.train
+    for name, phase in (("base", train.base), ("later", train.later)):
+        if name == "base" or _has_later_steps(config, method):
+            yield from (f"train.{name}.{key}" for key in ("epochs", "lr") if getattr(phase, key) is None)
+    if train.warmup is None:
+        yield "train.warmup"
+    if method.memory and config.memory.size is None:
+        yield "memory.size"
+    yield from (f"{method.section}.{key}" for key in recipe_options(method.Options) if options[key] is None)
+
+
+def _has_later_steps(config: RunConfig, method: type[Method]) -> bool:
+    """Whether the method learns the task in more than one step; a task that is only named counts as several."""
+    if config.task.name == "joint":
+        return False
+    steps = tuple((i,) for i in range(1, 1 + len(config.task.steps or (1, 2))))
+    task = TaskSequence("", steps, tuple(f"class{i}" for i in range(1 + len(steps))))
+    return len(method(method.Options()).sequence(task)) > 1
+
+
+def _no_recipe(config: RunConfig, method: type[Method], missing: list[str]) -> str:
+    text = f"no recipe for method {method.name} on data set {config.data.dataset!r}: give {', '.join(missing)}"
+    others = " or ".join(f"recipe={key}" for key in sorted(recipes_of(method), reverse=True))
+    return f"{text}, or take another data set's with {others}" if others else text
