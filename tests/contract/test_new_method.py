@@ -16,7 +16,7 @@ from starseg.contract.checks import gradients_reach_what_learns, shares_of_a_bat
 from starseg.data.samples import Batch
 from starseg.errors import UserError
 from starseg.losses.star import upsample
-from starseg.methods import METHODS, Method, StepContext, load_files, register_method
+from starseg.methods import METHODS, SigmoidMethod, StepContext, load_files, register_method
 from starseg.methods.protocol import Network
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
@@ -45,7 +45,7 @@ def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, m
     path.write_text("import nothing_of_that_name")
     with pytest.raises(UserError, match=r"own_method\.py cannot be loaded: ModuleNotFoundError"):
         load_files()
-    path.write_text("from starseg import Method, register_method\nregister_method('own')(type('Own', (Method,), {}))")
+    path.write_text("from starseg.methods import SigmoidMethod, register_method\nregister_method('own')(type('Own', (SigmoidMethod,), {}))")
     command = [sys.executable, "-m", "starseg", "methods", "own"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "own" in done.stdout
@@ -53,7 +53,7 @@ def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, m
 
 def test_the_suite_finds_a_group_left_out() -> None:
     @register_method("faulty-groups")
-    class Faulty(Method):
+    class Faulty(SigmoidMethod):
         def param_groups(self, ctx: StepContext) -> list:
             return super().param_groups(ctx)[1:]
 
@@ -63,7 +63,7 @@ def test_the_suite_finds_a_group_left_out() -> None:
 
 def test_the_suite_finds_a_mean_of_one_process() -> None:
     @register_method("faulty-mean")
-    class Faulty(Method):
+    class Faulty(SigmoidMethod):
         def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
             logits = upsample(new(batch.images).logits, batch.labels)
             return {"bce": torch.nn.functional.softplus(logits).mean()}
@@ -74,7 +74,7 @@ def test_the_suite_finds_a_mean_of_one_process() -> None:
 
 def test_the_suite_finds_what_is_lost_when_a_step_breaks_off(shapes: Path, tmp_path: Path) -> None:
     @register_method("faulty-memory")
-    class Faulty(Method):
+    class Faulty(SigmoidMethod):
         seen = 0
 
         def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def test_the_suite_finds_what_is_lost_when_a_step_breaks_off(shapes: Path, tmp_p
 
 def test_a_method_may_say_that_it_needs_one_process(shapes: Path, tmp_path: Path) -> None:
     @register_method("alone")
-    class Alone(Method):
+    class Alone(SigmoidMethod):
         one_process = True
 
         def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:

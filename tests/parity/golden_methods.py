@@ -41,7 +41,7 @@ def step_context(old: int, new: int, **changed: object) -> StepContext:
 
 
 def make_method(name: str, ctx: StepContext, dataset: str = "voc", **options: object) -> Method:
-    """A method in the midst of a step, completed with a recipe, without what :meth:`Method.begin_step` would measure."""
+    """A method with a recipe in the midst of a step, without what :meth:`Method.begin_step` would measure."""
     cls = METHODS[name]
     method = cls(cls.Options(**cls.complete_options(cls.Options(**options), cls.recipes[dataset])))
     method.ctx = ctx

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parity.golden import check_close, document, tensors
+from starseg.config import PUBLISHED
 from starseg.engine.fit import make_optimizer
 from starseg.methods import METHODS, StepContext
 from starseg.models import Segmenter
@@ -79,7 +80,7 @@ def test_optimizer_groups(frozen: bool) -> None:
     steps = tuple(tuple(next(ids) for _ in range(n)) for n in sizes)
     names = tuple(map(str, range(1 + sum(sizes))))
     task = TaskSequence("golden", steps, names)
-    ctx = StepContext(task, len(sizes) - 1, "voc", True, network, network, 1, iter, torch.Generator())
+    ctx = StepContext(task, len(sizes) - 1, network, network, 1, iter, torch.Generator(), PUBLISHED)
     method = METHODS["star"](METHODS["star"].Options())
     if frozen:
         method.freeze(ctx)

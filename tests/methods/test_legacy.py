@@ -1,0 +1,89 @@
+"""Methods written for version 0.1.0 register, with warnings, and keep the contract."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import starseg
+from starseg.config import PUBLISHED, SOUND
+from starseg.contract import MethodHarness
+from starseg.contract.checks import the_loss_falls
+from starseg.methods import METHODS, Method, SigmoidMethod, SoftmaxMethod, load_files, register_method
+from starseg.methods.legacy import Schedule
+from starseg.methods.recipes import StepSchedule
+from starseg.utils.deprecation import MOVED, RENAMED
+
+FILE = Path(__file__).with_name("gentle_of_0_1.py")
+
+
+@pytest.fixture(autouse=True)
+def _known_methods() -> Iterator[None]:
+    known, modules = dict(METHODS), dict(sys.modules)
+    yield
+    METHODS.clear()
+    METHODS.update(known)
+    for name in sys.modules.keys() - modules.keys():
+        if name.removeprefix("starseg.") in MOVED or name == FILE.stem:
+            del sys.modules[name]
+
+
+def test_the_example_of_the_version_before_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARSEG_METHODS", str(FILE))
+    with pytest.warns(DeprecationWarning) as caught:
+        load_files()
+    messages = [str(warning.message) for warning in caught]
+    for part in ("starseg.data.step is now", "starseg.distill is now", "starseg.methods.base is now", "SigmoidMethod"):
+        assert any(part in message for message in messages), part
+    assert {Path(warning.filename).name for warning in caught} == {FILE.name}
+    gentle = METHODS["gentle"]
+    assert issubclass(gentle, SigmoidMethod) and gentle.section == "gentle"
+    with pytest.warns(DeprecationWarning, match="add_up is now all_reduce_sum"):
+        the_loss_falls(MethodHarness("gentle"))
+
+
+def test_old_hooks_are_adapted() -> None:
+    with pytest.warns(DeprecationWarning, match=r"recipes|choices|SigmoidMethod") as caught:
+
+        @register_method("old")
+        class Old(Method):
+            def defaults(self, dataset: str, task: str | None = None) -> Schedule:
+                inherited = super().defaults(dataset, task)  # type: ignore[misc]
+                return Schedule(inherited.base, StepSchedule(7, 0.5), 0.25, 9.0)
+
+            def rule(self, published: bool) -> object:  # type: ignore[override]
+                return lambda logits: (logits, published)
+
+    assert len(caught) == 3
+    recipe = METHODS["old"].recipes["ade"]
+    assert (recipe.base.epochs, recipe.later.epochs, recipe.warmup, recipe.options) == (100, 7, 0.25, {"pos_weight": 9})
+    method = METHODS["old"](METHODS["old"].Options())
+    assert method.rule(PUBLISHED)(Tensor())[1] is True and method.rule(SOUND)(Tensor())[1] is False
+
+
+@pytest.mark.parametrize("module", sorted(MOVED))
+def test_moved_modules_are_found(module: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"starseg\.{module} is now starseg\."):
+        old = importlib.import_module(f"starseg.{module}")
+    assert old.__name__ == f"starseg.{module}"
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = old.nothing_of_that_name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in sorted(RENAMED) for name in RENAMED[module]])
+def test_renamed_names_are_found(module: str, name: str) -> None:
+    home, new = RENAMED[module][name].split(":")
+    place = importlib.import_module(f"starseg.{home}")
+    assert getattr(importlib.import_module(f"starseg.{module}"), name) is getattr(place, new)
+
+
+def test_public_names_of_the_version_before() -> None:
+    with pytest.warns(DeprecationWarning, match=r"contract\.Rehearsal is now .*MethodHarness"):
+        from starseg.contract import Rehearsal
+    with pytest.warns(DeprecationWarning, match=r"softmax\.Softmax is now"):
+        from starseg.methods.softmax import Softmax
+    assert Rehearsal is MethodHarness and Softmax is SoftmaxMethod and starseg.Method is Method
