@@ -12,16 +12,16 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from starseg import Method, load_config, register_method, train
+from starseg import load_config, register_method, train
 from starseg.data.samples import Batch
-from starseg.methods import METHODS, StepContext
+from starseg.methods import StepContext
+from starseg.methods.star import Star
 from starseg.models import Output
 from starseg.report.tables import comparison_table
 from starseg.utils.files import read_json
 
 CONFIG = Path(__file__).with_name("voc_subset.yaml")
 SMALL = ["data.crop=128", "train.base.epochs=3", "train.later.epochs=3"]
-Star: type[Method] = METHODS["star"]
 
 
 def _with(ctx: StepContext, **choices: bool) -> StepContext:

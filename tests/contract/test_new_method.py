@@ -45,7 +45,10 @@ def test_a_file_named_by_the_environment_registers_its_methods(tmp_path: Path, m
     path.write_text("import nothing_of_that_name")
     with pytest.raises(UserError, match=r"own_method\.py cannot be loaded: ModuleNotFoundError"):
         load_files()
-    path.write_text("from starseg.methods import SigmoidMethod, register_method\nregister_method('own')(type('Own', (SigmoidMethod,), {}))")
+    path.write_text(
+        "from starseg.methods import SigmoidMethod, register_method\n"
+        "register_method('own')(type('Own', (SigmoidMethod,), {}))"
+    )
     command = [sys.executable, "-m", "starseg", "methods", "own"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "own" in done.stdout

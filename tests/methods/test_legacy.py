@@ -17,7 +17,8 @@ from starseg.methods.legacy import Schedule
 from starseg.methods.recipes import StepSchedule
 from starseg.utils.deprecation import MOVED, RENAMED
 
-FILE = Path(__file__).with_name("gentle_of_0_1.py")
+EXAMPLE = Path(__file__).with_name("gentle_of_0_1.txt")
+"""The example of docs/new-method.md as it was."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +28,20 @@ def _known_methods() -> Iterator[None]:
     METHODS.clear()
     METHODS.update(known)
     for name in sys.modules.keys() - modules.keys():
-        if name.removeprefix("starseg.") in MOVED or name == FILE.stem:
+        if name.removeprefix("starseg.") in MOVED or name == "gentle":
             del sys.modules[name]
 
 
-def test_the_example_of_the_version_before_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STARSEG_METHODS", str(FILE))
+def test_the_example_of_the_version_before_keeps_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "gentle.py"
+    path.write_bytes(EXAMPLE.read_bytes())
+    monkeypatch.setenv("STARSEG_METHODS", str(path))
     with pytest.warns(DeprecationWarning) as caught:
         load_files()
     messages = [str(warning.message) for warning in caught]
     for part in ("starseg.data.step is now", "starseg.distill is now", "starseg.methods.base is now", "SigmoidMethod"):
         assert any(part in message for message in messages), part
-    assert {Path(warning.filename).name for warning in caught} == {FILE.name}
+    assert {Path(warning.filename) for warning in caught} == {path}
     gentle = METHODS["gentle"]
     assert issubclass(gentle, SigmoidMethod) and gentle.section == "gentle"
     with pytest.warns(DeprecationWarning, match="add_up is now all_reduce_sum"):

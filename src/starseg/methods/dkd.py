@@ -49,12 +49,11 @@ class Dkd(SigmoidMethod):
 
     @classmethod
     def complete_options(cls, options: Strict, recipe: Recipe | None) -> dict[str, Any]:
-        values = options.model_dump()
-        if values["later_pos_weight"] is None and not (
-            recipe and values["pos_weight"] in (None, recipe.options.get("pos_weight"))
-        ):
-            options = options.model_copy(update={"later_pos_weight": values["pos_weight"]})
-        return super().complete_options(options, recipe)
+        later, values = options.model_dump()["later_pos_weight"], super().complete_options(options, recipe)
+        # Runs of version 0.1.0 hold the recipe's value as if it had been given, so that it is not told from one given.
+        if later is None and (recipe is None or values["pos_weight"] != recipe.options.get("pos_weight")):
+            values["later_pos_weight"] = values["pos_weight"]
+        return values
 
     def pos_weight(self, ctx: StepContext) -> float:
         weight = self.options.later_pos_weight
