@@ -58,10 +58,11 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: wrong options, or values that are neither given nor in a recipe.
     """
+    # Absolute, so that the run is scored and shown from any folder.
+    data = config.data.model_copy(update={"root": config.data.folder.absolute()})
     method = METHODS[config.method]
     resolved = apply_recipe(config, method, method_options(config.method, config))
-    # Absolute, so that the run is scored and shown from any folder.
-    return resolved.model_copy(update={"data": config.data.model_copy(update={"root": config.data.folder.absolute()})})
+    return resolved.model_copy(update={"data": data})
 
 
 def _resolved_tree(tree: Any) -> Any:
