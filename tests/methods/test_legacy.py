@@ -84,6 +84,12 @@ def test_renamed_names_are_found(module: str, name: str) -> None:
     assert getattr(importlib.import_module(f"starseg.{module}"), name) is getattr(place, new)
 
 
+def test_the_context_s_old_names() -> None:
+    _, ctx, _ = MethodHarness("finetune").enter(0, choices=PUBLISHED)
+    with pytest.warns(DeprecationWarning, match="StepContext"):
+        assert ctx.published and ctx.add_up is ctx.all_reduce_sum
+
+
 def test_public_names_of_the_version_before() -> None:
     with pytest.warns(DeprecationWarning, match=r"contract\.Rehearsal is now .*MethodHarness"):
         from starseg.contract import Rehearsal

@@ -59,10 +59,10 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: wrong options, or values that are neither given nor in a recipe.
     """
-    method = METHODS[config.method]
-    resolved = apply_recipe(config, method, method_options(config.method, config))
     # Absolute, so that the run is scored and shown from any folder.
     data = config.data.model_copy(update={"root": data_root(config.data).absolute()})
+    method = METHODS[config.method]
+    resolved = apply_recipe(config, method, method_options(config.method, config))
     return resolved.model_copy(update={"data": data})
 
 

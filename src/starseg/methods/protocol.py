@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from starseg.config import SOUND, Choices, RunConfig, Strict, explain
+from starseg.config import PUBLISHED, SOUND, Choices, RunConfig, Strict, explain
 from starseg.data.samples import Batch
 from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
@@ -136,6 +136,12 @@ class StepContext:
     def device(self) -> torch.device:
         """Device of the model."""
         return self.model.mean.device
+
+    @property
+    def published(self) -> bool:
+        """Deprecated: whether all :attr:`choices` are the published code's."""
+        warnings.warn("StepContext.published is now the named StepContext.choices", DeprecationWarning, stacklevel=2)
+        return self.choices == PUBLISHED
 
     @property
     def add_up(self) -> Callable[[Tensor], Tensor]:
