@@ -1,4 +1,4 @@
-"""A published checkpoint with the golden weights is read and written under its own names (golden README, section 5)."""
+"""A published checkpoint with the golden weights is read and written under its own names (docs/reference/golden.md)."""
 
 from pathlib import Path
 

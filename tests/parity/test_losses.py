@@ -1,4 +1,4 @@
-"""Losses and their gradients against losses.npz (golden README, section 1)."""
+"""Losses and their gradients against losses.npz (docs/reference/golden.md)."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_ocfm(case: str) -> None:
     loss = ocfm(features, g["feat_old"], g["region"][:, 0].bool())
     loss.backward()
     if g["loss"].isnan():
-        # Deviation by design (REFERENCE, row 4): an empty region is 0 with zero gradients, not NaN.
+        # Deviation by design (docs/fidelity.md, row 4): an empty region is 0 with zero gradients, not NaN.
         assert loss == 0 and features.grad.abs().max() == 0
     else:
         check_close(loss, g["loss"])

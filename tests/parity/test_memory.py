@@ -1,4 +1,4 @@
-"""Exemplar selection against memory_selection.{json,npz} (golden README, section 9)."""
+"""Exemplar selection against memory_selection.{json,npz} (docs/reference/golden.md)."""
 
 import pytest
 import torch
@@ -29,5 +29,5 @@ def test_round_robin(step: str) -> None:
 def test_classes_with_confident_predictions_filled_in(step: str) -> None:
     given, g = tensors("memory_selection", f"{step}/"), document("memory_selection")[step]
     filled = fill_in(given["labels"], given["logits"], 0.9)
-    # Deviation by design (REFERENCE, row 7): the published labels are one class off; channel c is class c + 1.
+    # Deviation by design (docs/fidelity.md, row 7): the published labels are one class off; channel c is class c + 1.
     assert [[i for i in torch.unique(m).tolist() if i] for m in filled] == g["labels_with_aligned_channels"]

@@ -1,4 +1,4 @@
-"""SSUL, DKD and Adapter against ssul.npz, dkd.npz and adapter.npz (README of the golden folder)."""
+"""SSUL, DKD and Adapter against ssul.npz, dkd.npz and adapter.npz (docs/reference/golden.md)."""
 
 from dataclasses import replace
 from types import SimpleNamespace

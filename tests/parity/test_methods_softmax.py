@@ -1,4 +1,4 @@
-"""Softmax methods against mib.npz, kd.npz, plop_pseudo.npz and plop_pod.npz (README of the golden folder)."""
+"""Softmax methods against mib.npz, kd.npz, plop_pseudo.npz and plop_pod.npz (docs/reference/golden.md)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The network with generated weights (golden README, section 5)."""
+"""The network with generated weights (docs/reference/golden.md, model_io.npz)."""
 
 import hashlib
 import zlib

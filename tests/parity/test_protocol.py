@@ -1,4 +1,4 @@
-"""Evaluator, prediction rule, schedules, tasks, filters and masks (golden README, sections 6 to 8)."""
+"""Evaluator, prediction rule, schedules, tasks, filters and masks (docs/reference/golden.md, "STAR's files")."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Statistics, counts, replay plan and replayed features (golden README, sections 2 to 4)."""
+"""Statistics, counts, replay plan and replayed features (docs/reference/golden.md, "STAR's files")."""
 
 import pytest
 import torch

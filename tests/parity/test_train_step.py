@@ -1,4 +1,4 @@
-"""One training iteration through STAR's own begin_step and losses (golden README, section 4)."""
+"""One training iteration through STAR's own begin_step and losses (docs/reference/golden.md, train_step_voc.npz)."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ Kind = Literal["train", "val", "test"]
 
 
 def select_images(pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:
-    """Positions of the images that a step sees (REFERENCE, "The problem").
+    """Positions of the images that a step sees (docs/reference/star.md, "The protocol").
 
     Args:
         pixels: [N, 256] class index.

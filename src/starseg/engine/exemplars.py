@@ -96,7 +96,7 @@ def locate(names: Iterable[str], split: Split, previous: Path) -> Split:
 def choose_memory(
     data: RunData, step: int, size: int, previous: Path, seed: int, found: Callable[[int], Tensor]
 ) -> Memory:
-    """Choose the memory of ``step`` from what step - 1 kept and trained on (REFERENCE, "STAR-M").
+    """Choose the memory of ``step`` from what step - 1 kept and trained on (docs/reference/star.md, "Exemplar memory").
 
     Args:
         data: of the run.

@@ -1,4 +1,4 @@
-"""Figures from a confusion matrix (REFERENCE, "Reported")."""
+"""Figures from a confusion matrix (docs/reference/star.md, "Evaluation")."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class EntropyHistogram:
             floor: also that of a class without values.
             running_index: as published, the running count adds the bin's index in place of its content, and three bins
                 are never looked up. A class whose bins do not match by chance gets infinity or, with few pixels, the
-                floor (METHODS, "PLOP", bugs 1 and 3).
+                floor (docs/reference/baselines.md, "PLOP", bugs 1 and 3).
         """
         rows = (_binned_median(row, running_index) for row in self.counts.tolist())
         return torch.tensor([max(median, floor) for median in rows], device=self.counts.device)

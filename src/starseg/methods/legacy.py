@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from starseg.config import PUBLISHED, Choices
-from starseg.methods.protocol import Method
+from starseg.methods.protocol import ADAPTERS, Method
 from starseg.methods.recipes import Recipe, StepSchedule, recipe_options
 from starseg.methods.sigmoid import SigmoidMethod
 from starseg.methods.softmax import SoftmaxMethod
@@ -80,3 +80,6 @@ def _recipes(cls: Any) -> dict[str, Recipe]:
         options = {"pos_weight": schedule.pos_weight} if "pos_weight" in recipe_options(cls.Options) else {}
         recipes[dataset] = Recipe(schedule.base, schedule.later, schedule.warmup, options)
     return recipes
+
+
+ADAPTERS.append(adapt)

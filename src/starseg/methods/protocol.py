@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Group", "Method", "Network", "Recipe", "StepContext", "StepSchedule", "register_method"]
 
 METHODS: dict[str, type[Method]] = {}
+ADAPTERS: list[Callable[[Any], Any]] = []
+"""Applied to every class that is registered; :mod:`starseg.methods.legacy` adds one."""
 Network = Callable[..., Output]
 T = TypeVar("T", bound="type[Method]")
 
@@ -46,9 +48,8 @@ def register_method(name: str) -> Callable[[T], T]:
     def register(cls: T) -> T:
         if name in METHODS:
             raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__module__}")
-        from starseg.methods.legacy import adapt
-
-        cls = adapt(cls)
+        for adapt in ADAPTERS:
+            cls = adapt(cls)
         cls.name = name
         for attribute in ("section", "base_step"):
             if attribute not in cls.__dict__:

@@ -1,4 +1,4 @@
-"""The family of softmax methods (METHODS, "Three families of code", A): background and classes share one softmax."""
+"""The family of softmax methods (docs/reference/baselines.md): background and classes share one softmax."""
 
 from __future__ import annotations
 

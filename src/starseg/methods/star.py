@@ -1,4 +1,4 @@
-"""STAR: prototype replay, background repeat, OCFM and SAD (NeurIPS 2023; REFERENCE, "Training one step")."""
+"""STAR: prototype replay, background repeat, OCFM and SAD (NeurIPS 2023; docs/reference/star.md)."""
 
 from __future__ import annotations
 

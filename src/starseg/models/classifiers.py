@@ -1,4 +1,4 @@
-"""Classifier heads: what their channels mean, how they are built, and how a new one starts (METHODS, "What is common").
+"""Classifier heads: channels, construction, initialisation (docs/reference/baselines.md, "What is common").
 
 The logits of a network are its leading channels (background, unknown, auxiliary: none is a class), then the class
 heads in order of learning. A class head counts classes only, so 1 + the sum of their sizes is the number of ids.

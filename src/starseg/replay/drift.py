@@ -1,4 +1,4 @@
-"""Adapter's correction of old prototypes: how far the features of old classes moved in a step (METHODS, "Adapter")."""
+"""Adapter's drift compensation of old prototypes (docs/reference/baselines.md, "Adapter")."""
 
 from __future__ import annotations
 

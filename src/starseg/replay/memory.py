@@ -1,4 +1,4 @@
-"""Exemplar memory: which images STAR-M, SSUL-M and DKD-M keep (REFERENCE, "STAR-M"; the selection is SSUL's)."""
+"""Exemplar memory: which images STAR-M, SSUL-M and DKD-M keep (docs/reference/star.md; the selection is SSUL's)."""
 
 from __future__ import annotations
 

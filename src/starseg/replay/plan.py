@@ -1,4 +1,4 @@
-"""How much is replayed in a step (REFERENCE, "Before step t trains")."""
+"""How much is replayed in a step (docs/reference/star.md, "The replay plan")."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReplayPlan:
 def make_adapter_plan(
     setting: Setting, stored: Tensor, predicted: Tensor, labelled: Tensor, iterations: int
 ) -> ReplayPlan:
-    """Adapter's replay plan (METHODS, "Adapter"): a feature of each class at least, totals of classes as stored.
+    """Adapter's replay plan: at least one feature per class (docs/reference/baselines.md, "Adapter").
 
     Args:
         labelled: [K_new] grid cells of the new classes; the rest as in :func:`make_plan`.
