@@ -12,10 +12,11 @@ import starseg
 from starseg.config import PUBLISHED, SOUND
 from starseg.contract import MethodHarness
 from starseg.contract.checks import the_loss_falls
-from starseg.methods import METHODS, Method, SigmoidMethod, SoftmaxMethod, load_files, register_method
+from starseg.methods import METHODS, Method, SigmoidMethod, SoftmaxMethod, register_method
 from starseg.methods.legacy import Schedule
 from starseg.methods.recipes import StepSchedule
 from starseg.utils.deprecation import MOVED, RENAMED
+from starseg.utils.plugins import load_files
 
 EXAMPLE = Path(__file__).with_name("gentle_of_0_1.txt")
 """The example of docs/new-method.md as it was."""
@@ -37,7 +38,7 @@ def test_the_example_of_the_version_before_keeps_the_contract(monkeypatch: pytes
     path.write_bytes(EXAMPLE.read_bytes())
     monkeypatch.setenv("STARSEG_METHODS", str(path))
     with pytest.warns(DeprecationWarning) as caught:
-        load_files()
+        load_files("STARSEG_METHODS")
     messages = [str(warning.message) for warning in caught]
     for part in ("starseg.data.step is now", "starseg.distill is now", "starseg.methods.base is now", "SigmoidMethod"):
         assert any(part in message for message in messages), part
