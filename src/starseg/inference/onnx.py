@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,7 @@ def sample_images(step_dir: Path, given: Sequence[str], count: int) -> list[Tens
 
 def _fitted(predictor: Predictor, images: Sequence[Tensor]) -> list[np.ndarray]:
     """Resize images [1, 3, H, W] as ``starseg predict`` does before the network."""
-    sizes = [
-        fitted_size(image.shape[1], image.shape[2], predictor.crop, predictor.model.output_stride) for image in images
-    ]
+    sizes = [fitted_size(image.shape[1], image.shape[2], predictor.crop, predictor.model.multiple) for image in images]
     return [
         resize_image(image, list(size), antialias=True)[None].numpy() for image, size in zip(images, sizes, strict=True)
     ]
@@ -127,7 +125,7 @@ def write_onnx(predictor: Predictor, path: Path) -> None:
     torch's exporter by tracing takes a second and gives named dynamic sizes; the one by ``torch.export`` takes minutes
     over the size arithmetic of backbones with "same" padding.
     """
-    example = torch.zeros(2, 3, predictor.crop, predictor.crop + predictor.model.output_stride, dtype=torch.uint8)
+    example = torch.zeros(2, 3, predictor.crop, predictor.crop + predictor.model.multiple, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -154,9 +152,10 @@ def _metadata(predictor: Predictor, int8: bool) -> dict[str, str]:
         "std": model.std.flatten().tolist(),
         "normalisation": "(pixel / 255 - mean) / std, done in the graph",
         "crop": predictor.crop,
-        "output_stride": model.output_stride,
+        "output_stride": model.multiple,
         "rule": (inspect.getdoc(rule) or info.method).splitlines()[0],
-        "source": {k: getattr(info, k) for k in ("method", "backbone", "dataset", "task", "setting", "step", "seed")},
+        "architecture": asdict(info.architecture),
+        "source": {k: getattr(info, k) for k in ("method", "dataset", "task", "setting", "step", "seed")},
         "int8": int8,
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

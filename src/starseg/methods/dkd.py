@@ -71,8 +71,8 @@ class Dkd(SigmoidMethod):
     def param_groups(self, ctx: StepContext) -> list[Group]:
         model, decay = ctx.model, not ctx.step
         return [
-            Group("backbone", model.backbone, 1.0, decay),
-            Group("aspp", model.aspp, 10.0, decay),
+            Group("encoder", model.encoder, 1.0, decay),
+            Group("decoder", model.decoder, 10.0, decay),
             Group("auxiliary head", model.lead, 10.0, decay),
             Group("old heads", model.heads[:-1], 10.0, decay),
             Group("new head", model.heads[-1], 10.0),

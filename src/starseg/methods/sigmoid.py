@@ -44,8 +44,8 @@ class SigmoidMethod(Method):
         model = ctx.model
         newest = 100.0 if ctx.step else 10.0
         return [
-            Group("backbone", model.backbone),
-            Group("aspp", model.aspp, 10.0),
+            Group("encoder", model.encoder),
+            Group("decoder", model.decoder, 10.0),
             Group("old heads", model.heads[:-1], 10.0),
             Group("new head", model.heads[-1], newest),
         ]
