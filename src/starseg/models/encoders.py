@@ -71,6 +71,18 @@ class Encoder(nn.Module):
         side = math.ceil(_SIDE / self.multiple) * self.multiple
         return next(self.body.parameters()).new_zeros(1, 3, side, side)
 
+    @property
+    def convolutional(self) -> bool:
+        """Whether it takes images of any size as they are."""
+        return self.multiple == 1
+
+    def fix_size(self, side: int) -> None:
+        """Resample position embeddings for square images of ``side`` pixels, once instead of for every batch."""
+        for module in self.body.modules():
+            resample: Any = getattr(module, "set_input_size", None)
+            if resample and getattr(module, "dynamic_img_size", False):
+                resample(img_size=(side, side))
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, *, *] of normalised images, from shallow to deep."""
         maps = self.body(images)

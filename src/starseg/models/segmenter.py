@@ -210,9 +210,9 @@ class Segmenter(nn.Module):
 
     def _fit(self, images: Tensor) -> Tensor:
         """Images in the nearest size that the encoder takes."""
-        if self.encoder.multiple == 1:
+        if self.encoder.convolutional:
             return images
-        size = [max(1, round(side / self.multiple)) * self.multiple for side in images.shape[-2:]]
+        size = [max(1, round(int(side) / self.multiple)) * self.multiple for side in images.shape[-2:]]
         return images if size == list(images.shape[-2:]) else resize(images, size)
 
     def _grid(self, maps: Sequence[Tensor], images: Tensor) -> Sequence[int]:
