@@ -117,7 +117,7 @@ def _fitted(predictor: Predictor, images: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _odd(predictor: Predictor, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the first image twice in a batch and, if the file takes it, at sizes that are not multiples of the stride."""
+    """The first image twice in a batch and, if the file takes it, in sizes that are not multiples of the stride."""
     twice = np.concatenate([batches[0], batches[0][..., ::-1]])
     if not predictor.model.encoder.convolutional:
         return [twice]
