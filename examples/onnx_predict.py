@@ -45,6 +45,8 @@ def main(model: str, *files: str) -> int:
             continue
         factor = crop / min(image.size) / stride
         size = [max(1, round(side * factor)) * stride for side in image.size]
+        if about.get("size") == "crop":
+            size = [crop, crop]
         pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
         (mask,) = session.run(["mask"], {"images": pixels.transpose(2, 0, 1)[None]})
         result = Image.fromarray(mask[0]).resize(image.size, Image.Resampling.NEAREST)

@@ -115,16 +115,17 @@ def tiny(tiny_tree: dict, tmp_path: Path) -> dict:
 def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps [cat, dog], [cow] with random weights and dataset ids that are not training ids. Not to be changed."""
     from starseg.engine.checkpoint import StepInfo, save_step
-    from starseg.models import Segmenter
+    from starseg.models import Architecture, make_network
 
     run = tmp_path_factory.mktemp("random") / "run"
     torch.manual_seed(0)
+    architecture = Architecture("test_resnet")
     for heads in ([2, 1], [2]):
-        model, count, step = Segmenter("test_resnet", heads).eval(), 1 + sum(heads), len(heads) - 1
+        model, count, step = make_network(architecture, heads).eval(), 1 + sum(heads), len(heads) - 1
         for head in model.heads:
             torch.nn.init.normal_(head.weight, std=3.0)
         info = StepInfo(
-            **{"backbone": "test_resnet", "output_stride": 16, "head_sizes": heads, "method": "star", "dataset": "voc"},
+            **{"architecture": architecture, "head_sizes": heads, "method": "star", "dataset": "voc"},
             **{"names": ["background", "cat", "dog", "cow"][:count], "dataset_ids": [0, 8, 12, 10][:count]},
             **{"task": "t", "step": step, "setting": "overlap", "seed": 0, "compat": None, "base": 2, "crop": 64},
             test_fill=0,

@@ -74,7 +74,10 @@ class ModelConfig(Strict):
     """Section `model`: the network."""
 
     backbone: str = "resnet101.tv_in1k"
-    """Any timm backbone with `features_only`."""
+    """The encoder: any timm model with `features_only` that accepts images of any size (docs/protocol.md)."""
+    decoder: Literal["aspp", "fpn", "linear"] = "aspp"
+    """What turns the encoder's maps into features: "aspp" on the deepest map (DeepLabV3), "fpn" a light feature
+    pyramid over all maps, "linear" a projection of all maps."""
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True

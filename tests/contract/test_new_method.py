@@ -62,7 +62,7 @@ def test_the_suite_finds_a_missing_parameter_group() -> None:
         def param_groups(self, ctx: StepContext) -> list:
             return super().param_groups(ctx)[1:]
 
-    with pytest.raises(AssertionError, match=r"not both: \['backbone"):
+    with pytest.raises(AssertionError, match=r"not both: \['encoder"):
         gradients_reach_what_learns(MethodHarness("faulty-groups"))
 
 

@@ -156,9 +156,9 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "background as a class": (_set(STEPS, [[0, 1]]), "unknown class ids [0]"),
     "ignore as a class": (_set(STEPS, [[255, 1]]), "unknown class ids [255]"),
     "unknown backbone": (_set("model.backbone", "resnet1001"), "model.backbone: timm has no model 'resnet1001'"),
-    "backbone without a stride": (
-        _set("model.backbone", "vit_tiny_patch16_224"),
-        "model.backbone: 'vit_tiny_patch16_224'",
+    "backbone of one image size": (
+        _set("model.backbone", "coat_tiny"),
+        "model.backbone: 'coat_tiny'",
     ),
     "weights missing": (_set("model.pretrained", "/nowhere.pth"), "model.pretrained: /nowhere.pth does not exist"),
     "weights cut off": (_weights(b"PK\x03\x04"), "weights.pth is no file of plain weights"),
@@ -263,13 +263,21 @@ def _swap_bank(path: Path) -> None:
 
 STEP: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no model.json": ("model.json", Path.unlink, "no step directory (it holds no model.json)"),
-    "newer version": ("model.json", _json(lambda m: m.update(format=9)), "format 9, this starseg reads format 1"),
+    "newer version": ("model.json", _json(lambda m: m.update(format=9)), "format 9, this starseg reads formats 1 to 2"),
     "damaged model.json": ("model.json", _cut, "model.json: damaged, not valid JSON"),
     "model.json lacks a key": ("model.json", _json(lambda m: m.pop("names")), "model.json: "),
     "weights cut off": ("model.safetensors", _cut, "model.safetensors: damaged, not what was written"),
     "weights missing": ("model.safetensors", Path.unlink, "model.safetensors: missing or damaged"),
-    "another backbone": ("model.json", _json(lambda m: m.update(backbone="resnet18")), "does not fit model.json"),
-    "backbone unknown": ("model.json", _json(lambda m: m.update(backbone="nonet")), "timm has no model 'nonet'"),
+    "another backbone": (
+        "model.json",
+        _json(lambda m: m["architecture"].update(encoder="resnet18")),
+        "does not fit model.json",
+    ),
+    "backbone unknown": (
+        "model.json",
+        _json(lambda m: m["architecture"].update(encoder="nonet")),
+        "timm has no model 'nonet'",
+    ),
     "damaged metrics.json": ("metrics.json", _cut, "metrics.json: damaged, not valid JSON"),
 }
 TRAIN_ONLY: dict[str, tuple[str, Callable[[Path], Any], str]] = {

@@ -66,7 +66,7 @@ def test_trained_batch_norm_and_dropout() -> None:
     network, _ = fabric.setup(ctx.model.train(), optimizer)
     maps: list[torch.Tensor] = []
     micro = MicroBatches(fabric, network, lambda *call: (maps.append((out := network(*call)).features), out)[1], 2)
-    norm = ctx.model.aspp.last_conv[1]
+    norm = ctx.model.decoder.last_conv[1]
     micro.backward(micro(rehearsal.batch(0).images).logits.sum())
     assert norm.num_batches_tracked == 2
     assert len(maps) == 4 and torch.equal(maps[0], maps[2].detach()) and torch.equal(maps[1], maps[3].detach())

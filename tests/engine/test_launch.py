@@ -13,7 +13,7 @@ from starseg.config import TrainConfig, parse_config
 from starseg.engine.launch import check_world_size, make_fabric, refuse_without_compiler, synchronise_norm
 from starseg.engine.run_data import workers_for
 from starseg.errors import UserError
-from starseg.models import Segmenter
+from starseg.models import Architecture, make_network
 from starseg.models.classifiers import HeadLayout
 
 
@@ -45,7 +45,7 @@ def _norms(module: nn.Module) -> list[BatchNorm2d | SyncBatchNorm]:
     ("device", "world", "synchronised"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)]
 )
 def test_batch_norm_is_synchronised_on_several_gpus(device: str, world: int, synchronised: bool) -> None:
-    model = Segmenter("test_resnet", [2])
+    model = make_network(Architecture("test_resnet"), [2])
     before = model.state_dict()
     fabric = SimpleNamespace(device=torch.device(device), world_size=world)
     synchronise_norm(model, fabric)
@@ -60,11 +60,11 @@ def test_batch_norm_is_synchronised_on_several_gpus(device: str, world: int, syn
 
 def test_frozen_batch_norm_stays_fused_with_its_convolution() -> None:
     """As in later steps, of which some train the batch norms of their new head alone."""
-    model = Segmenter("test_resnet", [2, 1], layout=HeadLayout(conv=True))
-    fused = [norm.fused for norm in _norms(model.backbone)]
+    model = make_network(Architecture("test_resnet"), [2, 1], layout=HeadLayout(conv=True))
+    fused = [norm.fused for norm in _norms(model.encoder)]
     model.freeze_all_but(model.heads[-1:])
     synchronise_norm(model.train(), SimpleNamespace(device=torch.device("cuda"), world_size=2))
-    assert any(fused) and [norm.fused for norm in _norms(model.backbone)] == fused
+    assert any(fused) and [norm.fused for norm in _norms(model.encoder)] == fused
     norms = {name: isinstance(m, SyncBatchNorm) for name, m in model.named_modules() if m in _norms(model)}
     assert norms == {name: name.startswith("heads.1") for name in norms} and any(norms.values())
     assert {name for name, m in model.train().named_modules() if m in _norms(model) and m.training} == {

@@ -29,8 +29,7 @@ def test_which_methods_continue_from_a_step(name: str) -> None:
     run.walk(1)
     layout = METHODS[name].layout
     info = StepInfo(
-        backbone="test_resnet",
-        output_stride=16,
+        architecture=run.architecture,
         head_sizes=[3],
         names=list(run.task.class_names(0)),
         dataset_ids=list(run.task.dataset_ids(0)),

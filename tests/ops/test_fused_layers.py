@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from starseg.bench.reference import unfused
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network
 from starseg.ops.fused_layers import BatchNorm2d, Conv2d
 
 
 def network() -> Segmenter:
     """In float64, with batch norms that do something."""
-    model = Segmenter("test_resnet", [3]).double()
+    model = make_network(Architecture("test_resnet"), [3]).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values, low, high in (
@@ -31,7 +31,7 @@ def test_outputs_gradients_and_statistics(frozen: bool) -> None:
     model = network()
     if frozen:
         model.freeze_norm()
-    model.aspp.project[-1].p = 0.0
+    model.decoder.project[-1].p = 0.0
     plain, images = unfused(model), torch.randn(2, 3, 64, 48).double().contiguous(memory_format=torch.channels_last)
     found = []
     for each in (model, plain):

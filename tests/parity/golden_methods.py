@@ -31,7 +31,7 @@ def step_context(old: int, new: int, **changed: object) -> StepContext:
     settings = {
         "task": TaskSequence("golden", steps, tuple(f"class{i}" for i in range(1 + old + new))),
         "step": 1,
-        "model": SimpleNamespace(mean=torch.zeros(1), output_stride=1),
+        "model": SimpleNamespace(mean=torch.zeros(1), stride=1),
         "old_model": object(),
         "iterations": 1,
         "scan": lambda name: iter(()),
@@ -56,5 +56,5 @@ def answering(logits: Tensor, features: Tensor | None = None, maps: list[Tensor]
     """A network that gives these outputs whatever it is asked."""
     if features is None:
         features = torch.zeros(len(logits), 1, 1, 1)
-    output = Output(features, logits, body=maps[-1] if maps else None, stages=maps)
-    return lambda images, extra_features=None, stages=False: output
+    output = Output(features, logits, maps=maps)
+    return lambda images, extra_features=None, maps=False: output

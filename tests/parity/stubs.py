@@ -40,7 +40,7 @@ def star_context(setting: str, n_old: int, n_new: int, batches: list[Batch], str
         task=TaskSequence("golden", steps, names, setting),
         step=1,
         choices=PUBLISHED,
-        model=SimpleNamespace(output_stride=stride, mean=torch.zeros(1)),
+        model=SimpleNamespace(stride=stride, mean=torch.zeros(1)),
         old_model=old,
         iterations=len(batches),
         scan=lambda name: iter(batches),

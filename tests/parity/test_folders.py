@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from parity import golden, golden_methods
-from parity.test_model import generated, published_name
-from starseg.models import Segmenter
+from parity.test_model import generated, published
+from starseg.models import Architecture, make_network
 from starseg.ops.bilinear import resize
 
 HERE = Path(__file__).parent
@@ -62,13 +62,13 @@ def test_the_folder_named_by_the_environment_is_read(
 def test_a_checkpoint_may_have_other_heads(tmp_path: Path) -> None:
     """Three heads, as in no published task; the expected outputs are computed here."""
     sizes, salt = [10, 1, 3], "other"
-    network = Segmenter("resnet101", sizes).eval()
+    network = make_network(Architecture("resnet101"), sizes).eval()
     keys = []
-    for name, tensor in network.state_dict().items():
-        value = generated(published_name(name), list(tensor.shape), salt)
+    for name, tensor in published(network.state_dict()).items():
+        value = generated(name, list(tensor.shape), salt)
         tensor.copy_(torch.from_numpy(value))
         digest = hashlib.sha256(value.tobytes()).hexdigest()[:16]
-        keys.append({"name": published_name(name), "shape": list(tensor.shape), "sha256_16": digest})
+        keys.append({"name": name, "shape": list(tensor.shape), "sha256_16": digest})
     parameters = sum(p.numel() for p in network.parameters())
     content = {"salt": salt, "classes": sizes, "n_parameters": parameters, "keys": keys}
     (tmp_path / "state_dict_keys.json").write_text(json.dumps(content))

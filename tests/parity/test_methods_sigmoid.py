@@ -90,7 +90,7 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.mean = torch.zeros(1)
 
-    def __call__(self, images: Tensor, extra_features: Tensor | None = None, stages: bool = False) -> Output:
+    def __call__(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
         x = self.features
         logits = torch.cat([self.auxiliary(x.detach()), *(head(x) for head in self.heads)], 1)
         return Output(x, logits)
@@ -235,7 +235,7 @@ def test_prototypes_follow_the_features() -> None:
     class Model(SimpleNamespace):
         __call__ = staticmethod(network("new"))
 
-    ctx = replace(ctx, model=Model(mean=torch.zeros(1), output_stride=1))
+    ctx = replace(ctx, model=Model(mean=torch.zeros(1), stride=1))
     method = make_method("adapter", ctx)
     method.bank = _bank(g)
     method.plan = SimpleNamespace(carried=method.bank.counts)

@@ -1,6 +1,7 @@
 """The network with generated weights (docs/reference/golden.md, model_io.npz)."""
 
 import hashlib
+import re
 import zlib
 
 import numpy as np
@@ -11,7 +12,8 @@ from parity.golden import check_close, document, tensors
 from starseg.config import PUBLISHED
 from starseg.engine.fit import make_optimizer
 from starseg.methods import METHODS, StepContext
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network
+from starseg.models.architectures import published_keys
 from starseg.ops.bilinear import resize
 from starseg.tasks import TaskSequence
 
@@ -33,15 +35,16 @@ def generated(key: str, shape: list[int], salt: str) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def published_name(name: str) -> str:
-    return name.replace("heads.", "cls.", 1) if name.startswith("heads.") else name
+def published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the published names."""
+    return {re.sub(r"^heads\.", "cls.", name): value for name, value in published_keys(state).items()}
 
 
 @pytest.fixture(scope="module")
 def model() -> Segmenter:
     keys = document("state_dict_keys")
-    network = Segmenter("resnet101", keys["classes"])
-    own = {published_name(k): v for k, v in network.state_dict().items()}
+    network = make_network(Architecture("resnet101"), keys["classes"])
+    own = published(network.state_dict())
     assert {k: list(v.shape) for k, v in own.items()} == {k["name"]: k["shape"] for k in keys["keys"]}
     assert sum(p.numel() for p in network.parameters()) == keys["n_parameters"]
     for entry in keys["keys"]:
@@ -57,7 +60,7 @@ def test_outputs(model: Segmenter, index: int) -> None:
     run = document("model_layer_stats")["runs"][index]
     g = tensors("model_io", f"in{run['input']}/")
     extra = g["fake_features"].T if "fake_features" in g else None
-    output = model(g["image"], extra, stages=True)
+    output = model(g["image"], extra, maps=True)
     check_close(output.features, g["x_pl"], 1e-4)
     check_close(output.logits, g["logits_small"], 1e-4)
     check_close(resize(output.logits, g["image"].shape[-2:]), g["logits"], 1e-4)
@@ -65,7 +68,7 @@ def test_outputs(model: Segmenter, index: int) -> None:
         check_close(output.extra_logits.T, g["logits_fake"], 1e-4)
         cells = output.logits.movedim(1, -1)[g["region_bg"].bool()]
         check_close(cells.T, g["logits_extra_bg"], 1e-4)
-    maps = [*output.stages[-4:], output.body, output.features]
+    maps = [*output.maps[-4:], output.maps[-1], output.features]
     for layer, actual in zip(run["layers"], maps, strict=True):
         assert list(actual.shape) == layer["shape"]
         summary = [actual.mean(), actual.std(unbiased=False), actual.min(), actual.max()]
@@ -75,7 +78,7 @@ def test_outputs(model: Segmenter, index: int) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_optimizer_groups(frozen: bool) -> None:
     stats, sizes = document("model_layer_stats"), document("state_dict_keys")["classes"]
-    network = Segmenter("resnet101", sizes)
+    network = make_network(Architecture("resnet101"), sizes)
     ids = iter(range(1, 1 + sum(sizes)))
     steps = tuple(tuple(next(ids) for _ in range(n)) for n in sizes)
     names = tuple(map(str, range(1 + sum(sizes))))
@@ -86,7 +89,7 @@ def test_optimizer_groups(frozen: bool) -> None:
         method.freeze(ctx)
     groups = {g["name"]: g["params"] for g in make_optimizer(method, ctx, 1e-3, 1e-4).param_groups}
     want = stats["param_groups"][f"freeze_all_bn={frozen}"]
-    pairs = {"backbone": "backbone", "aspp": "aspp", "old heads": "old_classifier", "new head": "new_classifier"}
+    pairs = {"encoder": "backbone", "decoder": "aspp", "old heads": "old_classifier", "new head": "new_classifier"}
     for ours, theirs in pairs.items():
         assert len(groups[ours]) == want[theirs]["n_tensors"]
         assert sum(p.numel() for p in groups[ours]) == want[theirs]["n_elements"]
@@ -94,12 +97,12 @@ def test_optimizer_groups(frozen: bool) -> None:
 
 
 def test_batch_norm_and_dropout_settings() -> None:
-    stats, network = document("model_layer_stats"), Segmenter("resnet101", [1])
+    stats, network = document("model_layer_stats"), make_network(Architecture("resnet101"), [1])
 
     def norms(part: torch.nn.Module) -> list[torch.nn.BatchNorm2d]:
         return [m for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
-    assert sorted({m.momentum for m in norms(network.backbone)}) == stats["bn"]["momentum_backbone"]
-    assert sorted({m.momentum for m in norms(network.aspp)}) == stats["bn"]["momentum_elsewhere"]
+    assert sorted({m.momentum for m in norms(network.encoder)}) == stats["bn"]["momentum_backbone"]
+    assert sorted({m.momentum for m in norms(network.decoder)}) == stats["bn"]["momentum_elsewhere"]
     assert sorted({m.eps for m in norms(network)}) == stats["bn"]["eps"]
     assert sorted({m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)}) == stats["dropout_p"]

@@ -20,7 +20,7 @@ from starseg.config import TrainConfig
 from starseg.data.samples import Batch
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.launch import make_fabric
-from starseg.models import Segmenter
+from starseg.models import Architecture, make_network
 from starseg.models.prediction import LargestLogit
 
 CLASSES = {"voc": (20, 3), "ade": (150, 8)}
@@ -34,7 +34,7 @@ class EvalPath:
     def __init__(self, classes: int, shown: int, images: int, side: int, backbone: str) -> None:
         torch.manual_seed(0)
         device = make_fabric(TrainConfig()).device
-        self.model, self.rule = Segmenter(backbone, [classes]).eval().to(device), LargestLogit()
+        self.model, self.rule = make_network(Architecture(backbone), [classes]).eval().to(device), LargestLogit()
         labels = torch.randint(0, classes + 1, (images, side, side), dtype=torch.uint8)
         pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)
         self.batch = Batch(pixels, labels, torch.arange(images))

@@ -79,7 +79,7 @@ def dense_later(
     plan: ReplayPlan,
 ) -> Tensor:
     """Compute STAR's loss in a later step; ``output.extra_logits`` belong to the replayed features."""
-    labels, stride, known = batch.labels, ctx.model.output_stride, ctx.old_classes
+    labels, stride, known = batch.labels, ctx.model.stride, ctx.old_classes
     pixels, old_pixels = (resize(o.logits, labels.shape[-2:]) for o in (output, previous))
     seen = dense_old_prediction(old_pixels, options.old_threshold)
     assert output.extra_logits is not None, "the bench replays features"
@@ -146,7 +146,7 @@ def dense_confusion(model: Segmenter, rule: Callable[[Tensor], Tensor], batches:
 
     See :func:`starseg.engine.evaluate.confusion_matrix`.
     """
-    classes = 1 + sum(model.head_sizes)
+    classes = 1 + model.classes
     total = torch.zeros(classes, classes, dtype=torch.int64)
     for batch in batches:
         for image, label in zip(batch.images.split(1), batch.labels.split(1), strict=True):

@@ -22,12 +22,11 @@ from starseg.data.samples import Batch
 from starseg.methods import StepContext
 from starseg.methods.star import Star, StarOptions
 from starseg.models import Output, Segmenter
-from starseg.models.decoders import FEATURES
 from starseg.replay.bank import PrototypeBank
 from starseg.replay.plan import ReplayPlan
 from starseg.tasks import IGNORE, TaskSequence
 
-_STRIDE, _REPLAYED = 16, 5
+_STRIDE, _WIDTH, _REPLAYED = 16, 256, 5
 FEW_CLASSES, MANY_CLASSES = 10, 150
 
 
@@ -54,7 +53,7 @@ def loss_cases(crop: int) -> dict[str, Case]:
 class _NoNetwork:
     """Stand-in with the attributes that a method reads from the network."""
 
-    output_stride = _STRIDE
+    stride = _STRIDE
     mean = torch.zeros(1)
 
 
@@ -72,7 +71,7 @@ class LossPath:
         self.previous = _output(case.batch, known, cells, 0) if known else None
         self.leaves = [t.requires_grad_() for t in self.output if isinstance(t, Tensor)]
         self.ctx = self.method.ctx = _context(case)
-        prototypes = torch.nn.functional.normalize(torch.randn(known, FEATURES), dim=1)
+        prototypes = torch.nn.functional.normalize(torch.randn(known, _WIDTH), dim=1)
         norms = torch.ones(known)
         self.bank = PrototypeBank(torch.ones(1 + known), prototypes, prototypes.abs(), norms, norms)
         self.plan = ReplayPlan(torch.full((known,), _REPLAYED), 1.0, 0.5, torch.ones(1 + known))
@@ -114,7 +113,7 @@ def _labels(case: Case) -> Tensor:
 
 
 def _output(batch: int, classes: int, cells: int, replayed: int) -> Output:
-    features = torch.rand(batch, FEATURES, cells, cells).contiguous(memory_format=torch.channels_last)
+    features = torch.rand(batch, _WIDTH, cells, cells).contiguous(memory_format=torch.channels_last)
     logits = (2 * torch.randn(batch, classes, cells, cells) - 3).contiguous(memory_format=torch.channels_last)
     return Output(features, logits, torch.randn(replayed, classes) if replayed else None)
 

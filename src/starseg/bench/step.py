@@ -23,7 +23,7 @@ from starseg.bench.run import Case, LossPath, alternate, beside_dense, mega, pea
 from starseg.config import TrainConfig
 from starseg.engine.fit import StepTraining
 from starseg.engine.launch import make_fabric
-from starseg.models import Segmenter
+from starseg.models import Architecture, make_network
 from starseg.utils.clock import Clock
 
 BACKBONE = "resnet101"
@@ -38,7 +38,7 @@ class StepPath:
         path = LossPath(case)
         config = TrainConfig(precision=precision, compile=compiled, warmup=0.0, batch_size=case.batch)
         fabric = make_fabric(config)
-        old = Segmenter(backbone, [case.old]).requires_grad_(False).eval()
+        old = make_network(Architecture(backbone), [case.old]).requires_grad_(False).eval()
         model = copy.deepcopy(old).requires_grad_(True)
         model.add_head(case.new)
         self.generator = torch.Generator(fabric.device).manual_seed(0)

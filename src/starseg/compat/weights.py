@@ -15,7 +15,8 @@ from starseg.config import RunConfig
 from starseg.data.datasets import DATASETS, list_dataset
 from starseg.engine.checkpoint import StepInfo
 from starseg.errors import UserError
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network, upgrade_keys
+from starseg.models.architectures import published_keys
 from starseg.replay.bank import PrototypeBank
 from starseg.utils.files import write_atomic
 
@@ -95,14 +96,13 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         raise UserError(
             f"{path}: its heads hold {sizes} classes, task {task.name} of its configuration has {expected} up to there"
         )
-    model = Segmenter(run.model.backbone, sizes, run.model.output_stride)
+    model = make_network(Architecture.of(run.model), sizes)
     try:
-        model.load_state_dict(_renamed(state, _HEADS))
+        model.load_state_dict(upgrade_keys(_renamed(state, _HEADS)))
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit {run.model.backbone}: {str(error).splitlines()[1].strip()}") from error
     info = StepInfo(
-        backbone=run.model.backbone,
-        output_stride=run.model.output_stride,
+        architecture=model.architecture,
         head_sizes=sizes,
         names=list(task.class_names(step)),
         dataset_ids=list(task.dataset_ids(step)),
@@ -149,7 +149,7 @@ def save_published(folder: Path, epoch: int, model: dict[str, Tensor], bank: Pro
 
     The optimizer, schedule and scaler of the published files are left empty: nothing resumes from a finished step.
     """
-    state = _renamed(model, {new: old for old, new in _HEADS.items()})
+    state = published_keys(_renamed(model, {new: old for old, new in _HEADS.items()}))
     content: dict[str, Any] = {"arch": "DeepLabV3", "epoch": epoch, "state_dict": state, "monitor_best": 0}
     _save(folder / checkpoint_name(epoch), content | {"optimizer": {}, "lr_scheduler": {}, "scaler": {}})
     norms = torch.stack([bank.norm_mean, bank.norm_std])

@@ -18,7 +18,7 @@ from starseg.data.samples import Batch
 from starseg.engine.fit import make_optimizer
 from starseg.methods import METHODS, Method, StepContext
 from starseg.methods.recipes import recipes_of
-from starseg.models import Output, Segmenter
+from starseg.models import Architecture, Output, Segmenter, make_network
 from starseg.tasks import IGNORE, Setting, TaskSequence
 
 BACKBONE, SIDE, IMAGES = "test_resnet", 64, 4
@@ -58,6 +58,7 @@ class MethodHarness:
         options: of the method.
         lr: base learning rate.
         setting: "overlap" or "disjoint".
+        architecture: of the network.
         model, state: what the last finished step left.
     """
 
@@ -66,6 +67,7 @@ class MethodHarness:
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 3e-4
     setting: Setting = "overlap"
+    architecture: Architecture = field(default_factory=lambda: Architecture(BACKBONE))
     model: Segmenter | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -94,9 +96,9 @@ class MethodHarness:
         with _SEEDING:
             torch.manual_seed(step)
             if self.model is None:
-                model = Segmenter(BACKBONE, [new], layout=method.layout)
+                model = make_network(self.architecture, [new], method.layout)
             else:
-                model, old = (Segmenter(BACKBONE, self.model.head_sizes, layout=method.layout) for _ in range(2))
+                model, old = (make_network(self.architecture, self.model.head_sizes, method.layout) for _ in range(2))
                 for network in (model, old):
                     network.load_state_dict(self.model.state_dict())
                 method.load_state_dict(through_a_file(self.state))
@@ -161,10 +163,10 @@ def total(method: Method, ctx: StepContext, batch: Batch) -> Tensor:
         torch.manual_seed(0)
     ctx.generator.manual_seed(0)
 
-    def old(images: Tensor, stages: bool = False) -> Output:
+    def old(images: Tensor, maps: bool = False) -> Output:
         assert ctx.old_model is not None
         with torch.no_grad():
-            return ctx.old_model(images, stages=stages)
+            return ctx.old_model(images, maps=maps)
 
     losses = method.losses(batch, ctx.model, old if ctx.old_model is not None else None)
     for name, value in losses.items():

@@ -33,20 +33,19 @@ class MicroBatches:
         self.calls: list[tuple[Any, ...]] = []
         self.leaves: list[Tensor] = []
 
-    def __call__(self, images: Tensor, extra_features: Tensor | None = None, stages: bool = False) -> Output:
+    def __call__(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
         """The outputs of all parts, joined, as leaves of a graph."""
         parts = images.tensor_split(self.parts)
-        self.calls = [(part, None if i else extra_features, stages) for i, part in enumerate(parts)]
+        self.calls = [(part, None if i else extra_features, maps) for i, part in enumerate(parts)]
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         with torch.no_grad(), self._same_draws():
             found = [self.run(*call) for call in self.calls]
             for buffer, before in buffers:
                 buffer.copy_(before)
-        maps = [torch.cat(same) for same in zip(*map(_maps, found), strict=True)]
+        joined = [torch.cat(same) for same in zip(*map(_maps, found), strict=True)]
         extra = found[0].extra_logits
-        self.leaves = [value.requires_grad_() for value in (*maps, *([] if extra is None else [extra]))]
-        deep = maps[2:] or None
-        return Output(maps[0], maps[1], extra, deep and deep[-1], deep)
+        self.leaves = [value.requires_grad_() for value in (*joined, *([] if extra is None else [extra]))]
+        return Output(joined[0], joined[1], extra, joined[2:] or None)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss of the outputs to the network's parameters'."""
@@ -76,4 +75,4 @@ class MicroBatches:
 
 
 def _maps(output: Output) -> list[Tensor]:
-    return [output.features, output.logits, *(output.stages or [])]
+    return [output.features, output.logits, *(output.maps or [])]

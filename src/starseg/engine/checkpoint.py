@@ -14,14 +14,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from starseg.errors import UserError
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network, upgrade_keys
 from starseg.models.classifiers import HeadLayout
 from starseg.utils.deprecation import old_names
 from starseg.utils.files import read_json, write_atomic, write_json
 
 __getattr__ = old_names(__name__)
 
-FORMAT = 1
+FORMAT, BANK_FORMAT = 2, 1
 
 
 def read_results(run: Path) -> Any:
@@ -71,7 +71,7 @@ class StepInfo:
     """model.json: what a step directory's weights are.
 
     Attributes:
-        backbone, output_stride, head_sizes: of the network.
+        architecture, head_sizes: of the network.
         names, dataset_ids: by training id, the background first.
         method, dataset, task, setting, step, seed, compat: where it comes from.
         base: how many classes tables call old.
@@ -80,8 +80,7 @@ class StepInfo:
         lead, conv_heads: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
     """
 
-    backbone: str
-    output_stride: int
+    architecture: Architecture
     head_sizes: list[int]
     names: list[str]
     dataset_ids: list[int]
@@ -107,7 +106,7 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
     if bank:
         tensors = {k: v.cpu().contiguous() for k, v in bank.items()}
         # One entry: safetensors writes several in an order that differs from process to process.
-        metadata = {"starseg": json.dumps({"format": FORMAT, "classes": info.names[1:]})}
+        metadata = {"starseg": json.dumps({"format": BANK_FORMAT, "classes": info.names[1:]})}
         files["bank.safetensors"] = save(tensors, metadata)
     for name, data in files.items():
         write_atomic(folder / name, data)
@@ -151,8 +150,10 @@ def load_info(folder: Path) -> StepInfo:
         raise UserError(f"{folder}: no step directory (it holds no model.json){f'; {hint}: {steps}' if steps else ''}")
     raw = read_json(folder / "model.json")
     version = raw.pop("format", None)
-    if version != FORMAT:
-        raise UserError(f"{folder / 'model.json'}: format {version}, this starseg reads format {FORMAT}")
+    if version not in range(1, FORMAT + 1):
+        raise UserError(f"{folder / 'model.json'}: format {version}, this starseg reads formats 1 to {FORMAT}")
+    if version == 1 and "architecture" not in raw:
+        raw["architecture"] = {"encoder": raw.pop("backbone", None), "stride": raw.pop("output_stride", None)}
     try:
         return TypeAdapter(StepInfo).validate_python(raw)
     except ValidationError as error:
@@ -169,8 +170,8 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
     """
     info = load_info(folder)
     layout = HeadLayout(tuple(info.lead), info.conv_heads)
-    model = Segmenter(info.backbone, info.head_sizes, info.output_stride, layout=layout)
-    state, own = read_tensors(folder / "model.safetensors"), model.state_dict()
+    model = make_network(info.architecture, info.head_sizes, layout)
+    state, own = upgrade_keys(read_tensors(folder / "model.safetensors")), model.state_dict()
     if wrong := [k for k in own | state if k not in own or k not in state or own[k].shape != state[k].shape]:
         raise UserError(
             f"{folder}: model.safetensors does not fit model.json: {len(wrong)} tensors are missing, unknown or of "

@@ -69,7 +69,7 @@ def confusion_matrix(
         [1 + C, 1 + C] int64, rows the labels, columns the predictions.
     """
     model.eval()
-    classes = 1 + sum(model.head_sizes)
+    classes = 1 + model.classes
     total = torch.zeros(classes**2, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
         predicted = predict_upsampled(rule, model.predict(batch.images), batch.labels.shape[-2:])

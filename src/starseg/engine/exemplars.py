@@ -131,7 +131,7 @@ def confident_classes(
         positions: their positions in the training split, ascending.
         fill_in: labels [N, H, W] with the confident predictions in logits [N, C, H, W] filled in.
     """
-    ids = 1 + sum(model.head_sizes)
+    ids = 1 + model.classes
     total = torch.zeros(len(positions), ids, dtype=torch.int64, device=model.mean.device)
     for batch in batches:
         logits = resize(model(batch.images).logits.float(), batch.labels.shape[-2:])

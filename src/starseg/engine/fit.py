@@ -22,7 +22,7 @@ from starseg.engine.guard import Guard
 from starseg.engine.state import TrainingState, process_states, restore_process
 from starseg.errors import UserError
 from starseg.methods import Method, StepContext
-from starseg.models import Output, Segmenter
+from starseg.models import Output, Segmenter, upgrade_keys
 from starseg.utils.clock import Clock
 from starseg.utils.progress import Bar
 
@@ -63,9 +63,9 @@ def to_device(batch: Batch, model: Segmenter) -> Batch:
 
 
 @torch.no_grad()
-def _frozen(fabric: Fabric, model: Segmenter, images: Tensor, stages: bool = False) -> Output:
+def _frozen(fabric: Fabric, model: Segmenter, images: Tensor, maps: bool = False) -> Output:
     with fabric.autocast():
-        return model(images, stages=stages)
+        return model(images, maps=maps)
 
 
 class StepTraining:
@@ -131,7 +131,7 @@ class StepTraining:
         """Continue from a state; the names of what is reset, as another device's does not fit."""
         precision, generator, reset = self.fabric.strategy.precision, self.ctx.generator, []
         self.iteration = state.iteration
-        self.ctx.model.load_state_dict(state.model)
+        self.ctx.model.load_state_dict(upgrade_keys(state.model))
         self.optimizer.load_state_dict(state.optimizer)
         self.schedule.load_state_dict(state.schedule)
         if state.precision or not precision.state_dict():

@@ -10,15 +10,15 @@ from starseg.engine import checkpoint
 from starseg.engine.setup import PreparedRun
 from starseg.engine.state import clear
 from starseg.engine.step import TrainedStep
+from starseg.models import Architecture
 from starseg.utils.files import read_json, write_json
 
 
-def step_info(run: PreparedRun, step: int, head_sizes: list[int]) -> checkpoint.StepInfo:
+def step_info(run: PreparedRun, step: int, architecture: Architecture, head_sizes: list[int]) -> checkpoint.StepInfo:
     """What model.json says of a step of this run."""
     config, task = run.config, run.task
     return checkpoint.StepInfo(
-        backbone=config.model.backbone,
-        output_stride=config.model.output_stride,
+        architecture=architecture,
         head_sizes=head_sizes,
         names=list(task.class_names(step)),
         dataset_ids=list(task.dataset_ids(step)),
@@ -42,7 +42,7 @@ def publish_step(run: PreparedRun, trained: TrainedStep) -> None:
     step, memory, folder = trained.step, trained.memory, run.step_dir(trained.step)
     if run.config.memory.size and step:
         memory.save(folder, run.step_dir(step - 1), step, run.config.memory.copy_files)
-    info = step_info(run, step, trained.model.head_sizes)
+    info = step_info(run, step, trained.model.architecture, trained.model.head_sizes)
     checkpoint.save_step(folder, trained.model, info, trained.bank, trained.metrics)
     clear(folder)
 

@@ -166,7 +166,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
         UserError: it is not finished, or learnt something else than ``mine``.
     """
     info = checkpoint.load_info(source)
-    network = ("backbone", "output_stride", "lead", "conv_heads")
+    network = ("architecture", "lead", "conv_heads")
     same = (*network, "dataset_ids", "names", "dataset", "setting", "crop", "compat")
     if changed := [k for k in same if getattr(info, k) != getattr(mine, k)]:
         raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")

@@ -23,7 +23,8 @@ from starseg.engine.setup import PreparedRun, prepare
 from starseg.engine.step import Step
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
-from starseg.models.encoders import make_backbone
+from starseg.models import Architecture, make_network
+from starseg.models.builders import check_crop
 
 
 class Runner:
@@ -135,9 +136,9 @@ class Runner:
         if first and not checkpoint.is_finished(run.step_dir(first - 1)):
             raise UserError(f"step {first} needs step {first - 1}, which is not finished: {run.step_dir(first - 1)}")
         if first == 0 and start_from:
-            refuse_to_adopt(start_from, step_info(run, 0, [len(run.task.new(0))]))
+            refuse_to_adopt(start_from, step_info(run, 0, Architecture.of(model), [len(run.task.new(0))]))
         elif first == 0:
-            make_backbone(model.backbone, model.output_stride, model.pretrained)
+            check_crop(make_network(Architecture.of(model), [1], pretrained=model.pretrained), run.config.data.crop)
 
 
 def __getattr__(name: str) -> Any:

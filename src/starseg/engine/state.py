@@ -22,6 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from starseg.errors import UserError
+from starseg.models import upgrade_keys
 from starseg.utils.files import write_atomic
 
 CURRENT, PREVIOUS = "resume.ckpt", "resume.previous.ckpt"
@@ -183,5 +184,5 @@ def restore_process(states: list[dict[str, Any]], model: nn.Module, fabric: Fabr
         if own["cuda"] is not None and fabric.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], fabric.device)
         buffers: dict[str, Tensor] = dict(model.named_buffers())
-        for name, value in own["buffers"].items():
+        for name, value in upgrade_keys(own["buffers"]).items():
             buffers[name].copy_(value)

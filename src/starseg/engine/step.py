@@ -31,7 +31,7 @@ from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state,
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.methods import StepContext
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
 
@@ -135,7 +135,7 @@ class Step:
         config, new = self.config.model, len(self.run.task.new(self.number))
         if self.number == 0:
             layout = self.method.layout
-            return Segmenter(config.backbone, [new], config.output_stride, config.pretrained, layout), None
+            return make_network(Architecture.of(config), [new], layout, config.pretrained), None
         previous = self.run.step_dir(self.number - 1)
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))

@@ -57,10 +57,11 @@ def batch_size(images: int) -> int:
     return max(least, min(most, images // 4))
 
 
-def crop_size(short_sides: Sequence[int], stride: int) -> int:
-    """Return the images' median short side, rounded to whole feature cells, within bounds."""
+def crop_size(short_sides: Sequence[int], multiple: int) -> int:
+    """Return the images' median short side, rounded to a multiple of ``multiple`` pixels, within bounds."""
     least, most = CROP
-    return int(min(max(round(median(short_sides) / stride) * stride, least), most))
+    fitted = min(max(round(median(short_sides) / multiple) * multiple, least), most)
+    return int(fitted) // multiple * multiple or multiple
 
 
 def replay_share(stored: float, cells: int) -> float:

@@ -88,7 +88,7 @@ class SourceStep:
         """Share of :attr:`stored` to replay beside so many new images of a crop size; None: nothing is replayed."""
         if self.stored is None:
             return None
-        return replay_share(float(self.stored.sum()), images * (crop // self.info.output_stride) ** 2)
+        return replay_share(float(self.stored.sum()), images * (crop // self.info.architecture.stride) ** 2)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from starseg.finetuning.prepare import (
 )
 from starseg.finetuning.preview import before_after_table, print_preview
 from starseg.methods import METHODS
-from starseg.models.encoders import make_backbone
+from starseg.models import Architecture, make_network
 from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
 from starseg.utils.files import read_json, write_json
@@ -42,7 +42,7 @@ FOLDER = "learn"
 _TRIAL = 3
 
 
-def _crop(request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, stride: int) -> int:
+def _crop(request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, multiple: int) -> int:
     if source:
         if request.crop not in (None, source.info.crop):
             raise UserError(
@@ -50,10 +50,12 @@ def _crop(request: LearnRequest, source: SourceStep | None, prepared_step: Prepa
                 "stored statistics rest; leave --crop out"
             )
         return source.info.crop
-    return request.crop or crop_size([min(image_size(photo.image)) for photo in prepared_step.photos], stride)
+    return request.crop or crop_size([min(image_size(photo.image)) for photo in prepared_step.photos], multiple)
 
 
-def make_config(request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, root: Path) -> RunConfig:
+def make_config(
+    request: LearnRequest, source: SourceStep | None, prepared_step: PreparedStep, root: Path, multiple: int = 16
+) -> RunConfig:
     """The run that learns the prepared_step's last step, its schedule fitted to the number of images.
 
     Args:
@@ -61,6 +63,7 @@ def make_config(request: LearnRequest, source: SourceStep | None, prepared_step:
         source: gives network, crop and options.
         prepared_step: gives classes and images.
         root: the prepared data.
+        multiple: what the network needs the crop to be a multiple of.
     """
     images = int(prepared_step.training.sum())
     batch, phase = batch_size(images), LATER if source else FIRST
@@ -68,13 +71,14 @@ def make_config(request: LearnRequest, source: SourceStep | None, prepared_step:
     rate = phase.learning_rate(epochs * (images // batch))
     model: dict[str, Any] = {"pretrained": False}
     if source:
-        model |= {"backbone": source.info.backbone, "output_stride": source.info.output_stride}
+        network = source.info.architecture
+        model |= {"backbone": network.encoder, "decoder": network.decoder, "output_stride": network.stride}
     else:
         pretrained = True if request.pretrained is None else request.pretrained
         rate = rate if pretrained else phase.rates[1]
         model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
         model |= {"backbone": request.backbone} if request.backbone else {}
-    crop = _crop(request, source, prepared_step, model.get("output_stride", 16))
+    crop = _crop(request, source, prepared_step, multiple)
     section = METHODS[request.method].section
     options = source.config.method_section(section) if source and source.config else {}
     if source and (share := source.replay_share(images, crop)) is not None:
@@ -113,11 +117,16 @@ def _refuse_out(request: LearnRequest) -> None:
         ) from error
 
 
-def _refuse_backbone(request: LearnRequest) -> None:
-    """Refuse a network that cannot be built or weights that are not available, before any mask is read."""
+def _crop_multiple(request: LearnRequest) -> int:
+    """What a new network needs the crop to be a multiple of.
+
+    Raises:
+        UserError: it cannot be built, or its weights are not available; told before any mask is read.
+    """
     model = ModelConfig()
     weights = model.pretrained if request.pretrained is None else request.pretrained
-    make_backbone(request.backbone or model.backbone, model.output_stride, weights)
+    architecture = Architecture(request.backbone or model.backbone, model.decoder, model.output_stride)
+    return make_network(architecture, [1], pretrained=weights).multiple
 
 
 def _holds_prepared(run: Path, prepared: Path) -> bool:
@@ -242,8 +251,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
     """
     source = open_source_step(request.source, request.method) if request.source else None
     _refuse_out(request)
-    if not source:
-        _refuse_backbone(request)
+    multiple = _crop_multiple(request) if not source else source.info.architecture.stride
     out = request.out.resolve()
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +259,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
             prepared = Path(temporary) / FOLDER
             prepared_step = prepare_step(request, source, prepared, console)
-            config = make_config(request, source, prepared_step, prepared if dry_run else out / FOLDER)
+            config = make_config(request, source, prepared_step, prepared if dry_run else out / FOLDER, multiple)
             _check_same_data(config, prepared)
             print_preview(prepared_step, config, source, console)
             if dry_run:

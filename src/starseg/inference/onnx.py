@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,59 +105,77 @@ def sample_images(step_dir: Path, given: Sequence[str], count: int) -> list[Tens
 
 
 def _fitted(predictor: Predictor, images: Sequence[Tensor]) -> list[np.ndarray]:
-    """Resize images [1, 3, H, W] as ``starseg predict`` does before the network."""
-    sizes = [
-        fitted_size(image.shape[1], image.shape[2], predictor.crop, predictor.model.output_stride) for image in images
-    ]
+    """Resize images [1, 3, H, W] as ``starseg predict`` does before the network, or to the file's own size."""
+    crop, model = predictor.crop, predictor.model
+    if not model.encoder.convolutional:
+        sizes = [(crop, crop)] * len(images)
+    else:
+        sizes = [fitted_size(image.shape[1], image.shape[2], crop, model.multiple) for image in images]
     return [
         resize_image(image, list(size), antialias=True)[None].numpy() for image, size in zip(images, sizes, strict=True)
     ]
 
 
-def _odd(batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the first image at sizes that are not multiples of the stride, and twice in a batch."""
+def _odd(predictor: Predictor, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The first image twice in a batch and, if the file takes it, in sizes that are not multiples of the stride."""
+    twice = np.concatenate([batches[0], batches[0][..., ::-1]])
+    if not predictor.model.encoder.convolutional:
+        return [twice]
     first = torch.from_numpy(batches[0])
     height, width = first.shape[-2:]
     other = resize_image(first, [height * 3 // 4 + 5, width + 27], antialias=True).numpy()
-    return [other, np.concatenate([batches[0], batches[0][..., ::-1]])]
+    return [other, twice]
 
 
 def write_onnx(predictor: Predictor, path: Path) -> None:
-    """Trace the graph with dynamic batch, height and width.
+    """Trace the graph with a dynamic batch size and, for a convolutional encoder, dynamic height and width.
+
+    A transformer's position embeddings and windows are computed for the size of the training crops.
 
     torch's exporter by tracing takes a second and gives named dynamic sizes; the one by ``torch.export`` takes minutes
     over the size arithmetic of backbones with "same" padding.
     """
-    example = torch.zeros(2, 3, predictor.crop, predictor.crop + predictor.model.output_stride, dtype=torch.uint8)
+    graph, crop = copy.deepcopy(Graph(predictor)).eval(), predictor.crop
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}, "mask": {0: "batch"}}
+    if graph.model.encoder.convolutional:
+        example = torch.zeros(2, 3, crop, crop + graph.model.multiple, dtype=torch.uint8)
+        for name, first in (("images", 2), ("logits", 2), ("mask", 1)):
+            axes[name] |= {first: "height", first + 1: "width"}
+    else:
+        example = torch.zeros(2, 3, crop, crop, dtype=torch.uint8)
+        graph.model.encoder.fix_size(crop)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Graph(predictor).eval(),
+            graph,
             (example,),
             str(path),
             dynamo=False,
             opset_version=OPSET,
             input_names=["images"],
             output_names=["logits", "mask"],
-            dynamic_axes={name: {0: "batch", a: "height", a + 1: "width"} for name, a in (("images", 2), ("mask", 1))}
-            | {"logits": {0: "batch", 2: "height", 3: "width"}},
+            dynamic_axes=axes,
         )
 
 
 def _metadata(predictor: Predictor, int8: bool) -> dict[str, str]:
     info, model = predictor.info, predictor.model
+    free = model.encoder.convolutional
     rule = getattr(predictor.rule, "func", predictor.rule)
     values = {
         "classes": predictor.classes,
         "dataset_ids": predictor.dataset_ids,
-        "input": "uint8 RGB [batch, 3, height, width], not normalised; short side as `crop`",
+        "input": "uint8 RGB [batch, 3, height, width], not normalised; "
+        + ("short side as `crop`" if free else "height and width as `crop`"),
+        "size": "any" if free else "crop",
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
         "normalisation": "(pixel / 255 - mean) / std, done in the graph",
         "crop": predictor.crop,
-        "output_stride": model.output_stride,
+        "output_stride": model.multiple,
         "rule": (inspect.getdoc(rule) or info.method).splitlines()[0],
-        "source": {k: getattr(info, k) for k in ("method", "backbone", "dataset", "task", "setting", "step", "seed")},
+        "architecture": asdict(info.architecture),
+        "source": {k: getattr(info, k) for k in ("method", "dataset", "task", "setting", "step", "seed")},
         "int8": int8,
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
@@ -253,7 +272,7 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         path = Path(folder) / "float.onnx"
         write_onnx(predictor, path)
-        result = compare(path, graph, [*checked, *_odd(checked)])
+        result = compare(path, graph, [*checked, *_odd(predictor, checked)])
         if result.logits > _LOGIT_TOLERANCE * max(1, result.largest) or result.masks < _MASK_AGREEMENT:
             raise UserError(f"{step_dir}: the ONNX file disagrees with torch, so it was not kept: {result}")
         console.print(f"float32: {path.stat().st_size / 2**20:.1f} MB, {result}", highlight=False, soft_wrap=True)

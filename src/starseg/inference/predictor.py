@@ -208,10 +208,10 @@ class Predictor:
         """Return the network's input size at scale 1."""
         height, width = image.shape[1:]
         short = max(self.crop, min(height, width)) if options.window else self.crop
-        return fitted_size(height, width, short, self.model.output_stride)
+        return fitted_size(height, width, short, self.model.multiple)
 
     def _scaled(self, size: tuple[int, int], scale: float, options: Options) -> list[int]:
-        stride = self.model.output_stride
+        stride = self.model.multiple
         least = self.crop // stride if options.window else 1
         return [max(least, round(side / stride * scale)) * stride for side in size]
 
@@ -233,7 +233,7 @@ class Predictor:
         """Compute logits [N, C, h, w] of uint8 images [N, 3, H, W] whose sides are multiples of the output stride."""
         if not options.window:
             return self.logits(images)
-        stride = self.model.output_stride
+        stride = self.model.stride
         cells, (height, width) = self.crop // stride, (side // stride for side in images.shape[-2:])
         total = torch.zeros(len(images), 1, height, width, device=self.model.mean.device)
         count = torch.zeros(height, width, device=total.device)

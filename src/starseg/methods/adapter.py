@@ -61,6 +61,6 @@ class Adapter(Star):
         drift = Drift.zeros(ctx.old_classes, old.prototypes.shape[1], ctx.device)
         for batch in ctx.scan("after"):
             previous, output = ctx.old_model(batch.images), ctx.model(batch.images)
-            labels = sample_at_stride(batch.labels, ctx.model.output_stride)
+            labels = sample_at_stride(batch.labels, ctx.model.stride)
             drift.update(previous.features, previous.logits, output.features, output.logits, labels)
         self.bank = drift.move(self.bank, old.counts[1:], ctx.all_reduce_sum)

@@ -69,13 +69,13 @@ class Dkd(SigmoidMethod):
             ctx.model.freeze_norm()
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
-        model, decay = ctx.model, not ctx.step
+        roles, decay = ctx.model.roles, not ctx.step
         return [
-            Group("backbone", model.backbone, 1.0, decay),
-            Group("aspp", model.aspp, 10.0, decay),
-            Group("auxiliary head", model.lead, 10.0, decay),
-            Group("old heads", model.heads[:-1], 10.0, decay),
-            Group("new head", model.heads[-1], 10.0),
+            Group("encoder", roles.encoder, 1.0, decay),
+            Group("decoder", roles.decoder, 10.0, decay),
+            Group("auxiliary head", roles.lead, 10.0, decay),
+            Group("old heads", roles.old, 10.0, decay),
+            Group("new head", roles.new, 10.0),
         ]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:

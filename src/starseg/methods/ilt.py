@@ -1,4 +1,4 @@
-"""ILT: LwF and a squared distance between backbone features (Michieli and Zanuttigh, ICCV Workshops 2019)."""
+"""ILT: LwF and a squared distance between encoder features (Michieli and Zanuttigh, ICCV Workshops 2019)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from starseg.models import Output
 
 class IltOptions(LwfOptions):
     features: float = Field(100.0, ge=0)
-    """Weight of the mean squared difference of the backbone's last maps."""
+    """Weight of the mean squared difference of the encoder's last map."""
 
 
 @register_method("ilt")
 class Ilt(Lwf):
-    summary = "LwF, and the backbone's features kept near the previous model's"
+    summary = "LwF, and the encoder's features kept near the previous model's"
     base_step = "lwf"
     source = "Michieli and Zanuttigh, ICCVW 2019"
     Options = IltOptions
     options: IltOptions
-    stages = True
+    maps = True
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
         terms = super().terms(batch, output, previous)
         if previous is not None:
-            assert output.body is not None and previous.body is not None
-            change = (output.body.float() - previous.body.float()).square()
+            assert output.maps is not None and previous.maps is not None
+            change = (output.maps[-1].float() - previous.maps[-1].float()).square()
             terms["features"] = self.options.features * mean(change, self.ctx.all_reduce_sum)
         return terms

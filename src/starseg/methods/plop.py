@@ -44,7 +44,7 @@ class Plop(BackgroundInit):
     source = "Douillard et al., CVPR 2021"
     Options = PlopOptions
     options: PlopOptions
-    stages = True
+    maps = True
     thresholds: Tensor
 
     recipes: ClassVar[Recipes] = {
@@ -90,10 +90,10 @@ class Plop(BackgroundInit):
         return {"ce": mean(loss, ctx.all_reduce_sum), "pod": self.pod(output, previous)}
 
     def pod(self, output: Output, previous: Output) -> Tensor:
-        """Pooled distances of the last four backbone maps, the features and the logits."""
+        """Pooled distances of the encoder's last four maps, the features and the logits."""
         ctx, options = self.ctx, self.options
         assert options.pod is not None and options.pod_logits is not None, "filled in by apply_recipe"
-        new, old = ([m.float() for m in (*(o.stages or ())[-4:], o.features, o.logits)] for o in (output, previous))
+        new, old = ([m.float() for m in (*(o.maps or ())[-4:], o.features, o.logits)] for o in (output, previous))
         weights = [options.pod] * (len(new) - 1) + [options.pod_logits]
         growth = (ctx.first_new + ctx.new_classes) / ctx.new_classes
         return pooled_distillation(new, old, weights, growth, all_reduce_sum=ctx.all_reduce_sum)

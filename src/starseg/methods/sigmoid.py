@@ -40,14 +40,14 @@ class SigmoidMethod(Method):
                 ctx.model.heads[:-1].requires_grad_(False)
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
-        """ASPP and heads learn ten times as fast as the backbone, after step 0 the new head 100 times."""
-        model = ctx.model
+        """Decoder and heads learn ten times as fast as the encoder, after step 0 the new head 100 times."""
+        roles = ctx.model.roles
         newest = 100.0 if ctx.step else 10.0
         return [
-            Group("backbone", model.backbone),
-            Group("aspp", model.aspp, 10.0),
-            Group("old heads", model.heads[:-1], 10.0),
-            Group("new head", model.heads[-1], newest),
+            Group("encoder", roles.encoder),
+            Group("decoder", roles.decoder, 10.0),
+            Group("old heads", roles.old, 10.0),
+            Group("new head", roles.new, newest),
         ]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:

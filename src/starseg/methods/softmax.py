@@ -29,11 +29,11 @@ class SoftmaxMethod(Method):
     Subclasses define their loss in :meth:`terms`; as it stands, it is fine-tuning with a softmax.
 
     Attributes:
-        stages: whether :meth:`terms` is given the backbone's maps, which take memory.
+        maps: whether :meth:`terms` is given the encoder's maps, which take memory.
     """
 
     layout = SOFTMAX
-    stages = False
+    maps = False
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(30, 1e-2), StepSchedule(30, 1e-3)),
         "ade": Recipe(StepSchedule(60, 1e-2), StepSchedule(60, 1e-3)),
@@ -46,8 +46,8 @@ class SoftmaxMethod(Method):
         return [Group("all", ctx.model)]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
-        previous = old(batch.images, stages=self.stages) if old else None
-        return self.terms(batch, new(batch.images, stages=self.stages), previous)
+        previous = old(batch.images, maps=self.maps) if old else None
+        return self.terms(batch, new(batch.images, maps=self.maps), previous)
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
         """Named losses from the outputs of the new and, after step 0, the previous network."""

@@ -76,8 +76,8 @@ class Ssul(Method):
     def param_groups(self, ctx: StepContext) -> list[Group]:
         model = ctx.model
         return [
-            Group("backbone", model.backbone, 0.1),
-            Group("aspp", model.aspp),
+            Group("encoder", model.encoder, 0.1),
+            Group("decoder", model.decoder),
             Group("unknown head", model.lead[UNKNOWN_HEAD]),
             Group("background head", model.lead[BACKGROUND_HEAD], 1e-4 if ctx.step else 1.0),
             Group("class heads", model.heads),

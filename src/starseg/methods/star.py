@@ -81,7 +81,7 @@ class Star(SigmoidMethod):
                 f"{ctx.step - 1}; that step was trained by another method or holds another task"
             )
         self.bank = self.bank.to(ctx.device)
-        ids, stride, threshold = ctx.first_new + ctx.new_classes, ctx.model.output_stride, self.options.old_threshold
+        ids, stride, threshold = ctx.first_new + ctx.new_classes, ctx.model.stride, self.options.old_threshold
         cells = torch.zeros(ids, dtype=torch.int64, device=ctx.device)
         for batch in ctx.scan("before"):
             cells += count_cells(batch.labels, ctx.old_model(batch.images).logits, stride, ids, threshold)
@@ -143,7 +143,7 @@ class Star(SigmoidMethod):
     def end_step(self, ctx: StepContext) -> None:
         """Measure the new classes in one pass and append them to the bank."""
         cells = (
-            (ctx.model(batch.images).features, sample_at_stride(batch.labels, ctx.model.output_stride))
+            (ctx.model(batch.images).features, sample_at_stride(batch.labels, ctx.model.stride))
             for batch in ctx.scan("after")
         )
         statistics = measure(cells, ctx.first_new, ctx.new_classes).reduce(ctx.all_reduce_sum)

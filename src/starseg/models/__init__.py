@@ -1,5 +1,7 @@
-"""The segmentation network: timm backbone, ASPP, one head a step."""
+"""The segmentation network: an encoder, a decoder, and one classifier head per step."""
 
+from starseg.models.architectures import Architecture, upgrade_keys
+from starseg.models.builders import make_network
 from starseg.models.segmenter import Output, Segmenter
 
-__all__ = ["Output", "Segmenter"]
+__all__ = ["Architecture", "Output", "Segmenter", "make_network", "upgrade_keys"]

@@ -1,7 +1,11 @@
-"""timm backbones as dilated feature extractors, and where their ImageNet weights come from."""
+"""Encoders from timm: convolutional networks, dilated to the output stride, and vision transformers.
+
+Shape letters: N images, H W pixels.
+"""
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +18,75 @@ from torch import Tensor, nn
 
 from starseg.errors import UserError
 
+_SIDE = 64
+# Raised by timm where an architecture lacks an argument or an operation.
+_UNFIT = (RuntimeError, AttributeError, TypeError, AssertionError, NotImplementedError)
+# How timm's transformers are told to take images of any size; those without such an argument come last.
+_ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# Momentum of the running statistics, as published.
+_MOMENTUM = 0.01
+
 
 @dataclass(frozen=True)
-class Backbone:
-    """A feature extractor and what a segmenter must know of it.
+class Preprocess:
+    """How images become a network's input: (pixel / 255 - mean) / std, RGB.
 
     Attributes:
-        module: maps [N, 3, H, W] to a list of feature maps, the deepest last.
-        channels: of the deepest map.
-        mean, std: RGB statistics (of images in 0..1) its weights expect.
+        mean, std: of each channel, for pixels in 0..1.
     """
 
-    module: nn.Module
-    channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class Encoder(nn.Module):
+    """A timm model as a feature extractor.
+
+    Args:
+        body: maps [N, 3, H, W] to a list of maps, the deepest last.
+        channels, strides: of each map.
+        multiple: what the sides of its input are multiples of; 1 for any size.
+        channels_last: whether ``body`` gives maps as [N, h, w, C].
+        preprocess: what its weights expect.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        channels: list[int],
+        strides: list[int],
+        preprocess: Preprocess,
+        multiple: int = 1,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.body, self.channels, self.strides, self.preprocess = body, channels, strides, preprocess
+        self.multiple, self.channels_last = multiple, channels_last
+        for module in body.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = _MOMENTUM
+
+    def example(self) -> Tensor:
+        """A black image of the smallest size that reaches every layer, on the encoder's device."""
+        side = math.ceil(_SIDE / self.multiple) * self.multiple
+        return next(self.body.parameters()).new_zeros(1, 3, side, side)
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it takes images of any size as they are."""
+        return self.multiple == 1
+
+    def fix_size(self, side: int) -> None:
+        """Resample position embeddings for square images of ``side`` pixels, once instead of for every batch."""
+        for module in self.body.modules():
+            resample: Any = getattr(module, "set_input_size", None)
+            if resample and getattr(module, "dynamic_img_size", False):
+                resample(img_size=(side, side))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps [N, C, *, *] of normalised images, from shallow to deep."""
+        maps = self.body(images)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
 
 def _lite0_file() -> Path:
@@ -64,18 +122,22 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_backbone_weights(module: nn.Module, path: Path) -> None:
-    """Load ImageNet weights by name, or, where a file names its layers otherwise, by order.
+def load_encoder_weights(body: nn.Module, path: Path) -> None:
+    """Load ImageNet weights into a timm feature extractor, by name, or by order where the names differ.
 
-    The order counts only when every tensor of the backbone has its counterpart of the same shape in the same place;
-    what follows in the file (a classifier) is left out.
+    By order, every tensor of the encoder must have its counterpart of the same shape in the same place; what follows
+    in the file (a classifier) is left out.
 
     Raises:
-        UserError: the file does not fit this backbone.
+        UserError: the file does not fit this encoder.
     """
-    state, own = _read_weights(path), module.state_dict()
+    state, own = _read_weights(path), body.state_dict()
+    # A transformer is wrapped by timm: its names have a prefix here that its files lack.
+    names = {key: key.removeprefix("model.") for key in own}
     if set(own) <= set(state):
-        picked = {k: state[k] for k in own}
+        picked = {key: state[key] for key in own}
+    elif set(names.values()) <= set(state):
+        picked = {key: state[name] for key, name in names.items()}
     else:
         picked = dict(zip(own, state.values(), strict=False))
     if wrong := [k for k, v in own.items() if k not in picked or picked[k].shape != v.shape]:
@@ -83,11 +145,48 @@ def load_backbone_weights(module: nn.Module, path: Path) -> None:
             f"model.pretrained: {path} does not fit this backbone: {len(wrong)} of {len(own)} tensors are missing "
             f"or have another shape, the first is {wrong[0]}"
         )
-    module.load_state_dict(picked)
+    body.load_state_dict(picked)
 
 
-def make_backbone(name: str, output_stride: int, pretrained: bool | Path) -> Backbone:
-    """Create a timm backbone with ``features_only``.
+def _create(name: str, output_stride: int, pretrained: bool) -> tuple[Any, bool]:
+    """A timm model with ``features_only``, and whether it is fully convolutional, dilated to the output stride."""
+    try:
+        return timm.create_model(name, features_only=True, output_stride=output_stride, pretrained=pretrained), True
+    except _UNFIT as error:
+        unfit: Exception = error
+    for extra in _ANY_SIZE:
+        try:
+            return timm.create_model(name, features_only=True, pretrained=pretrained, **extra), False
+        except TypeError as error:
+            unfit = error
+        except _UNFIT as error:
+            unfit = error
+            break
+    raise UserError(f"model.backbone: {name!r} gives no feature maps: {unfit}") from unfit
+
+
+def _check_free_size(name: str, encoder: Encoder) -> None:
+    """Refuse a model that is bound to one input size, or that was not built for feature extraction."""
+    image = encoder.example()
+    try:
+        with torch.no_grad():
+            maps = encoder.eval()(image)
+    except _UNFIT as error:
+        raise UserError(
+            f"model.backbone: {name!r} does not take images of {image.shape[-1]} x {image.shape[-1]} pixels ({error}); "
+            "take one that is not bound to one input size, such as a ResNet, ConvNeXt, ViT or Swin"
+        ) from error
+    encoder.train()
+    want = [(c, image.shape[-1] // s) for c, s in zip(encoder.channels, encoder.strides, strict=True)]
+    if [(m.shape[1], m.shape[2]) for m in maps] != want:
+        raise UserError(f"model.backbone: {name!r} gives maps of other shapes than timm says, {want}")
+
+
+def make_encoder(name: str, output_stride: int, pretrained: bool | Path) -> Encoder:
+    """Create a timm model with ``features_only``.
+
+    A model that can be dilated to the output stride is; others (ViT, Swin, ...) keep their own strides, and the
+    decoder resizes their maps.
 
     Args:
         name: timm model name.
@@ -95,30 +194,35 @@ def make_backbone(name: str, output_stride: int, pretrained: bool | Path) -> Bac
         pretrained: ImageNet weights, none, or a file with them.
 
     Raises:
-        UserError: unknown backbone, one without dilated features, weights that cannot be had or do not fit.
+        UserError: an unknown model, one that gives no feature maps or takes one image size only, weights that cannot
+            be had or do not fit.
     """
     weights = _PACKAGED[name]() if pretrained is True and name in _PACKAGED else pretrained
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"model.backbone: timm has no model {name!r}; see timm.list_models()")
     try:
-        module: Any = timm.create_model(
-            name, features_only=True, output_stride=output_stride, pretrained=weights is True
-        )
-    except (RuntimeError, AttributeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"model.backbone: {name!r} gives no features at output stride {output_stride}: {error}"
-        ) from error
+        body, dilated = _create(name, output_stride, weights is True)
+    except UserError:
+        raise
     except Exception as error:  # the hub client's own exceptions: no network, unknown tag, no such repository
         raise UserError(
             f"model.pretrained: cannot download the weights of {name!r} ({type(error).__name__}); give a file in place "
             "of true (starseg learn: --pretrained FILE), set it to false (--pretrained no), or take a model.backbone "
             f"(--backbone) whose weights come as a package: {', '.join(_PACKAGED)}"
         ) from error
-    stride, channels = module.feature_info.reduction()[-1], module.feature_info.channels()[-1]
-    if stride != output_stride:
-        raise UserError(f"model.backbone: {name!r} reaches stride {stride}, not {output_stride}")
-    if isinstance(weights, Path):
-        load_backbone_weights(module, weights)
     cfg = timm.get_pretrained_cfg(name)
     mean, std = (cfg.mean, cfg.std) if cfg else (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-    return Backbone(module, channels, tuple(mean), tuple(std))
+    strides = body.feature_info.reduction()
+    encoder = Encoder(
+        body,
+        body.feature_info.channels(),
+        strides,
+        Preprocess(tuple(mean), tuple(std)),
+        1 if dilated else math.lcm(*strides),
+        str(getattr(body, "output_fmt", "")).endswith("NHWC"),
+    )
+    if not dilated:
+        _check_free_size(name, encoder)
+    if isinstance(weights, Path):
+        load_encoder_weights(body, weights)
+    return encoder

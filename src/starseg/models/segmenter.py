@@ -1,36 +1,38 @@
-"""DeepLabV3 with one classifier head per step (docs/protocol.md).
+"""A segmentation network: encoder, decoder, and one classifier head per step (docs/protocol.md).
 
-Shape letters: N images, H W pixels, h w feature cells, D feature channels (256), C logit channels: those of the leading
-heads (none in STAR), then the classes without background.
+Shape letters: N images, H W pixels, h w feature cells, D feature channels, C logit channels: those of the leading heads
+(none in STAR), then the classes without background.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+import timm.layers
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
+from starseg.models.architectures import Architecture
 from starseg.models.classifiers import AUXILIARY, SIGMOID, HeadLayout, make_head
-from starseg.models.decoders import Aspp
-from starseg.models.encoders import make_backbone
+from starseg.models.encoders import Encoder, Preprocess
+from starseg.ops.bilinear import resize
 from starseg.ops.fused_layers import fuse_batch_norm
 from starseg.utils.deprecation import old_names
 
 __getattr__ = old_names(__name__)
 
-FEATURES = 256
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-# Three channels are interpolated by another kernel on a CPU, whose last bit differs.
-_FEWEST = 4
-# Maps of an image that are upsampled at a time: few enough for a CPU's cache.
-_AT_A_TIME = 8
+# Of timm's own norms, those that are no subclass of torch's; which of them there are depends on timm's version.
+_TIMM_NORMS = tuple(
+    getattr(timm.layers, name)
+    for name in ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d")
+    if hasattr(timm.layers, name)
+)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_TIMM_NORMS)
+_DROPOUTS = (nn.modules.dropout._DropoutNd, timm.layers.DropPath, timm.layers.DropBlock2d, timm.layers.PatchDropout)
 # Of the images that go through a network at a time: their maps stay in a CPU's cache (docs/performance.md).
 _PIXELS = 512 * 512
-_DROPOUTS = (nn.modules.dropout._DropoutNd, DropPath)
 
 
 class Output(NamedTuple):
@@ -40,29 +42,40 @@ class Output(NamedTuple):
         features: [N, D, h, w], the map the heads and the prototypes live on.
         logits: [N, C, h, w], not upsampled: the leading channels, then class c + 1 at channel c of the rest.
         extra_logits: [M, C] of the extra features, or None.
-        body: [N, B, h, w] backbone output, or None.
-        stages: backbone maps from shallow to deep, or None.
+        maps: the encoder's, from shallow to deep, or None.
     """
 
     features: Tensor
     logits: Tensor
     extra_logits: Tensor | None = None
-    body: Tensor | None = None
-    stages: list[Tensor] | None = None
+    maps: list[Tensor] | None = None
+
+
+class Roles(NamedTuple):
+    """The parts of a network, as a method tells the optimizer of them.
+
+    Attributes:
+        encoder, decoder: before the classifier.
+        lead: heads of the leading channels.
+        old, new: class heads of the steps before, and of the last one.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    lead: nn.Module
+    old: nn.Module
+    new: nn.Module
 
 
 class Segmenter(nn.Module):
-    """Backbone, ASPP, leading heads and one head per step.
+    """Encoder, decoder, leading heads and one head per step; :func:`starseg.models.make_network` makes one.
 
     Args:
-        backbone: timm model name.
+        architecture: what encoder and decoder were built from.
+        encoder: gives maps.
+        decoder: gives features on a grid; see :mod:`starseg.models.decoders`.
         head_sizes: new classes of each step so far.
-        output_stride: 8 or 16.
-        pretrained: ImageNet weights of the backbone: yes, no, or a file.
         layout: the kind of heads, and which lead.
-
-    Raises:
-        UserError: see :func:`starseg.models.encoders.make_backbone`.
     """
 
     mean: Tensor
@@ -70,41 +83,63 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        backbone: str,
+        architecture: Architecture,
+        encoder: Encoder,
+        decoder: nn.Module,
         head_sizes: list[int],
-        output_stride: int = 16,
-        pretrained: bool | Path = False,
         layout: HeadLayout = SIGMOID,
     ) -> None:
         super().__init__()
-        parts = make_backbone(backbone, output_stride, pretrained)
-        self.backbone_name, self.output_stride = backbone, output_stride
-        self.backbone = parts.module
-        for module in self.backbone.modules():
-            if isinstance(module, _NORMS):
-                module.momentum = 0.01
-        self.aspp = Aspp(parts.channels, output_stride)
-        self.layout = layout
-        self.lead = nn.ModuleDict({name: make_head(FEATURES, 1, layout.conv) for name in layout.lead})
+        self.architecture, self.layout, self.stride = architecture, layout, architecture.stride
+        self.encoder, self.decoder = encoder, decoder
+        self.lead = nn.ModuleDict({name: make_head(self.width, 1, layout.conv) for name in layout.lead})
         self.heads = nn.ModuleList()
         self.head_sizes: list[int] = []
         for size in head_sizes:
             self.add_head(size)
-        self.register_buffer("mean", torch.tensor(parts.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(parts.std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(self.preprocess.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.preprocess.std).view(3, 1, 1), persistent=False)
         self._frozen: Sequence[nn.Module] = ()
         self.fuse_batch_norm()
 
+    @property
+    def width(self) -> int:
+        """Feature channels."""
+        return int(self.decoder.width)  # type: ignore[arg-type]
+
+    @property
+    def classes(self) -> int:
+        """How many it tells apart, the background not among them."""
+        return sum(self.head_sizes)
+
+    @property
+    def multiple(self) -> int:
+        """What sides of images are multiples of, for whole cells and no resizing before the encoder."""
+        return math.lcm(self.stride, self.encoder.multiple)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What :meth:`normalize` does."""
+        return self.encoder.preprocess
+
+    @property
+    def roles(self) -> Roles:
+        """Its parts."""
+        return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1])
+
     def fuse_batch_norm(self) -> None:
         """Use the layers of :mod:`starseg.ops.fused_layers`; call it again after batch norms were replaced."""
-        fuse_batch_norm(self.backbone, 3)
-        fuse_batch_norm(self.aspp, self.aspp.in_channels)
+        image = self.encoder.example()
+        fuse_batch_norm(self.encoder, image)
+        cells = [max(1, image.shape[-1] // stride) for stride in self.encoder.strides]
+        maps = [image.new_zeros(1, c, n, n) for c, n in zip(self.encoder.channels, cells, strict=True)]
+        fuse_batch_norm(self.decoder, maps, self._grid(maps, image))
         self.to(memory_format=torch.channels_last)
 
     def add_head(self, classes: int) -> None:
         """Append a randomly initialised head for ``classes`` new classes."""
-        like = next(self.aspp.parameters())
-        self.heads.append(make_head(FEATURES, classes, self.layout.conv).to(like.device))
+        like = next(self.encoder.parameters())
+        self.heads.append(make_head(self.width, classes, self.layout.conv).to(like.device))
         self.head_sizes.append(classes)
 
     def cut_heads(self, keep: int) -> list[nn.Module]:
@@ -114,10 +149,10 @@ class Segmenter(nn.Module):
         return taken
 
     def freeze_norm(self, keep: Iterable[nn.Module] = ()) -> None:
-        """Freeze batch norm (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so.
+        """Freeze norm layers (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so.
 
         Args:
-            keep: heads whose batch norm goes on learning.
+            keep: heads whose norms go on learning.
         """
         kept = {module for head in keep for module in head.modules()}
         still = [m for m in self.modules() if m not in kept and isinstance(m, (*_NORMS, *_DROPOUTS))]
@@ -127,7 +162,7 @@ class Segmenter(nn.Module):
         self.train(self.training)
 
     def freeze_all_but(self, heads: Iterable[nn.Module]) -> None:
-        """Freeze everything, batch norm and dropout as in :meth:`freeze_norm`, but ``heads``."""
+        """Freeze everything, norms and dropout as in :meth:`freeze_norm`, but ``heads``."""
         heads = list(heads)
         self.requires_grad_(False)
         self.freeze_norm(heads)
@@ -142,7 +177,7 @@ class Segmenter(nn.Module):
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images [N, 3, H, W] on any device to the backbone's input, channels last."""
+        """uint8 images [N, 3, H, W] on any device to the encoder's input, channels last."""
         images = images.to(self.mean.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
@@ -157,18 +192,31 @@ class Segmenter(nn.Module):
         at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
         return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
 
-    def forward(self, images: Tensor, extra_features: Tensor | None = None, stages: bool = False) -> Output:
+    def forward(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
         """Run the network.
 
         Args:
             images: [N, 3, H, W] normalised floats.
             extra_features: [M, D] replayed features to classify as well.
-            stages: also return the backbone's maps.
+            maps: also return the encoder's maps.
         """
-        maps = self.backbone(images)
-        features = self.aspp(maps[-1])
+        images = self._fit(images)
+        found = self.encoder(images)
+        features = self.decoder(found, self._grid(found, images))
         extra = None
         if extra_features is not None and len(extra_features):
             extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
-        logits = self.classify(features)
-        return Output(features, logits, extra, maps[-1] if stages else None, maps if stages else None)
+        return Output(features, self.classify(features), extra, found if maps else None)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Images in the nearest size that the encoder takes."""
+        if self.encoder.convolutional:
+            return images
+        size = [max(1, round(int(side) / self.multiple)) * self.multiple for side in images.shape[-2:]]
+        return images if size == list(images.shape[-2:]) else resize(images, size)
+
+    def _grid(self, maps: Sequence[Tensor], images: Tensor) -> Sequence[int]:
+        """Height and width of the feature map, that of a map of the same stride where there is one."""
+        if self.stride in self.encoder.strides:
+            return maps[self.encoder.strides.index(self.stride)].shape[-2:]
+        return [side // self.stride for side in images.shape[-2:]]

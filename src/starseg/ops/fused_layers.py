@@ -23,8 +23,6 @@ from torch.autograd.graph import Node
 
 # A tap's product has in_channels columns; with few of them the copies outweigh it.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
-# Of the input that shows which batch norm follows which convolution.
-_SIDE = 64
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -161,16 +159,18 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
     return slice(first, last + 1), slice(stride * first + offset, stride * last + offset + 1, stride)
 
 
-def fuse_batch_norm(network: nn.Module, channels: int) -> None:
-    """Replace the plain convolutions and batch norms of a network by those of this module.
+def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
+    """Replace the plain convolutions and batch norms of a network by those of this module, if it has batch norms.
 
     A batch norm is fused with the convolution before it if nothing else reads the convolution's output, which the
     autograd graph of one small forward pass shows.
 
     Args:
-        network: maps [N, channels, H, W] to a map or a list of maps.
-        channels: of its input.
+        network: gives a map or a list of maps.
+        inputs: to call it with for the small pass.
     """
+    if not any(type(module) in (nn.BatchNorm2d, BatchNorm2d) for module in network.modules()):
+        return
     for module in network.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
@@ -180,11 +180,11 @@ def fuse_batch_norm(network: nn.Module, channels: int) -> None:
             module.norm = ()
         elif isinstance(module, BatchNorm2d):
             module.fused = False
-    for conv, norm in _pairs(network, channels):
+    for conv, norm in _pairs(network, inputs):
         conv.norm, norm.fused = (norm,), True
 
 
-def _pairs(network: nn.Module, channels: int) -> list[tuple[Conv2d, BatchNorm2d]]:
+def _pairs(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Conv2d, BatchNorm2d]]:
     """Return the convolutions with the batch norms that are the only readers of their outputs."""
     convs: dict[Node, Conv2d] = {}
     norms: list[tuple[Node | None, BatchNorm2d]] = []
@@ -197,15 +197,21 @@ def _pairs(network: nn.Module, channels: int) -> list[tuple[Conv2d, BatchNorm2d]
 
     modes = {module: module.training for module in network.modules()}
     hooks = [m.register_forward_hook(note) for m in modes if isinstance(m, (Conv2d, BatchNorm2d))]
-    like = next(network.parameters())
     with torch.enable_grad():
-        found = network.eval()(like.new_zeros(1, channels, _SIDE, _SIDE).requires_grad_())
+        found = network.eval()(*_with_gradient(inputs))
     for hook in hooks:
         hook.remove()
     for module, training in modes.items():
         module.training = training
     readers = _readers([found] if isinstance(found, Tensor) else found)
     return [(convs[node], norm) for node, norm in norms if node in convs and readers[node] == 1]
+
+
+def _with_gradient(value: Any) -> Any:
+    """The same with tensors, in lists too, that need a gradient, so that frozen layers have a graph as well."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_()
+    return type(value)(map(_with_gradient, value)) if type(value) in (list, tuple) else value
 
 
 def _readers(outputs: Iterable[Tensor]) -> Counter[Node]:

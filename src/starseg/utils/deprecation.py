@@ -92,6 +92,10 @@ RENAMED: dict[str, dict[str, str]] = {
         "background_cells": "losses.star:background_cells",
     },
     "methods.base": {"Phase": "methods.recipes:StepSchedule"},
+    "models.backbones": {
+        "make_backbone": "models.encoders:make_encoder",
+        "load_backbone_weights": "models.encoders:load_encoder_weights",
+    },
     "methods.softmax": {"Softmax": "methods.softmax:SoftmaxMethod"},
     "models.lean": {"lighten": "ops.fused_layers:fuse_batch_norm"},
     "models.segmenter": {
