@@ -125,3 +125,10 @@ def test_the_prediction_rule() -> None:
     assert LargestLogit(argmax_of_sigmoids=True)(logits).tolist() == [[0, 2, 0, 1]], (
         "saturated sigmoids tie, the first wins"
     )
+
+
+def test_parts_by_their_former_names_warn() -> None:
+    model = make_network(Architecture("test_resnet"), [1])
+    for old, new in (("backbone", "encoder"), ("aspp", "decoder"), ("output_stride", "stride")):
+        with pytest.warns(DeprecationWarning, match=f"Segmenter.{old} is now Segmenter.{new}"):
+            assert getattr(model, old) is getattr(model, new)

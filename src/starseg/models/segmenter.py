@@ -7,8 +7,9 @@ Shape letters: N images, H W pixels, h w feature cells, D feature channels, C lo
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.layers
 import torch
@@ -31,6 +32,7 @@ _TIMM_NORMS = tuple(
 )
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_TIMM_NORMS)
 _DROPOUTS = (nn.modules.dropout._DropoutNd, timm.layers.DropPath, timm.layers.DropBlock2d, timm.layers.PatchDropout)
+_FORMER = {"backbone": "encoder", "aspp": "decoder", "output_stride": "stride"}
 # Of the images that go through a network at a time: their maps stay in a CPU's cache (docs/performance.md).
 _PIXELS = 512 * 512
 
@@ -126,6 +128,13 @@ class Segmenter(nn.Module):
     def roles(self) -> Roles:
         """Its parts."""
         return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1])
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up a part by its name in version 0.1.0, with a warning."""
+        if name in _FORMER:
+            warnings.warn(f"Segmenter.{name} is now Segmenter.{_FORMER[name]}", DeprecationWarning, stacklevel=2)
+            return getattr(self, _FORMER[name])
+        return super().__getattr__(name)
 
     def fuse_batch_norm(self) -> None:
         """Use the layers of :mod:`starseg.ops.fused_layers`; call it again after batch norms were replaced."""
