@@ -25,8 +25,8 @@ from starseg.contract import runs
 from starseg.contract.checks import gradients_reach_what_learns, the_loss_falls
 from starseg.contract.harness import MethodHarness
 from starseg.engine.checkpoint import load_info, load_model
-from starseg.engine.runner import Runner
 from starseg.errors import UserError
+from starseg.experiments.train import train
 from starseg.models import Architecture, make_network
 from starseg.models.architectures import published_keys, upgrade_keys
 from starseg.models.builders import BUILDERS, Parts, check_crop, register_builder
@@ -222,7 +222,7 @@ def test_a_crop_that_does_not_fit_is_refused(encoder: str, crop: int, message: s
 def test_a_run_with_such_a_crop_writes_nothing(tiny: dict) -> None:
     tiny |= {"model": {"backbone": "starseg_test_swin", "pretrained": False}, "data": {**tiny["data"], "crop": 48}}
     with pytest.raises(UserError, match=r"data\.crop: 48"):
-        Runner(parse_config(tiny), Console(quiet=True)).run()
+        train(parse_config(tiny), console=Console(quiet=True))
     assert not Path(tiny["out"]).exists()
 
 
