@@ -1,9 +1,10 @@
-"""The contract of a method: checks that every registered method passes, also those of other packages.
+"""Contract of a method: checks that every registered method must pass, including those of other packages.
 
     from starseg.contract import check_method
     check_method("mine")
 
-Each of :data:`CHECKS` takes a :class:`MethodHarness`, which takes a method through a few steps on random images.
+Each function in :data:`CHECKS` receives a :class:`MethodHarness`, which runs a method through a few steps on random
+images.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ __all__ = ["CHECKS", "MethodHarness", "check_method", "check_resume", "check_run
 
 
 def check_method(name: str, **options: Any) -> None:
-    """Run all checks on a registered method.
+    """Run all checks on a registered method, with these options.
 
     Raises:
-        AssertionError: says what the method does that it must not.
+        AssertionError: a check fails; the message says how.
     """
     for check in CHECKS:
         check(MethodHarness(name, options=options))

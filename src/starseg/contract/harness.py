@@ -1,4 +1,4 @@
-"""A short run of a method on random images without files, for checks of what it does in each step."""
+"""A short run of a method on random images, without files, to check what it does in each step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from starseg.tasks import IGNORE, Setting, TaskSequence
 
 BACKBONE, SIDE, IMAGES = "test_resnet", 64, 4
 ITERATIONS = 6
-# torch's global generator is shared by the threads that stand for processes.
+# Guards torch's global generator, which the threads that stand for processes share.
 _SEEDING = threading.Lock()
 
 
 def random_batch(seed: int, new: Sequence[int], old: Sequence[int] = ()) -> Batch:
-    """Normalised noise with a patch of a new class in each of three quarters, a colour a class, the last strip ignored.
+    """Return noise images with a patch of a new class in three of their quarters, one colour per class.
 
-    The fourth quarter is background: plain, or a patch of an old class.
+    The fourth quarter is background: plain, or a patch of an old class. The last four columns are ignored.
     """
     draw = torch.Generator().manual_seed(seed)
     half = SIDE // 2
@@ -50,16 +50,16 @@ def random_batch(seed: int, new: Sequence[int], old: Sequence[int] = ()) -> Batc
 
 @dataclass
 class MethodHarness:
-    """A method taken through the steps of a small task, as the engine does it.
+    """Run of a method through the steps of a small task, as the engine does it.
 
     Attributes:
-        name: of a registered method.
+        name: name of a registered method.
         steps: classes of each step.
-        options: of the method.
+        options: options of the method.
         lr: base learning rate.
         setting: "overlap" or "disjoint".
-        architecture: of the network.
-        model, state: what the last finished step left.
+        architecture: architecture of the model.
+        model, state: model and method state after the last finished step.
     """
 
     name: str
@@ -73,25 +73,33 @@ class MethodHarness:
 
     @property
     def task(self) -> TaskSequence:
-        """The steps, under this setting."""
+        """The steps in which the method learns the classes, under this setting."""
         size = 1 + max(c for step in self.steps for c in step)
         task = TaskSequence("rehearsal", self.steps, tuple(f"class{i}" for i in range(size)), self.setting)
         return self.method().sequence(task)
 
     def method(self) -> Method:
-        """A new one, with the options and what the first of its recipes adds to them."""
+        """Return a new instance, with the options completed by the method's first recipe."""
         cls = METHODS[self.name]
         recipe = next(iter(recipes_of(cls).values()), None)
         options = cls.complete_options(cls.Options(**self.options), recipe)
         return cls(cls.Options(**options))
 
     def batch(self, step: int) -> Batch:
-        """Images of a step, labelled with its new classes."""
+        """Return images of a step, labelled with its new classes."""
         first = 1 + len(self.task.old(step))
         return random_batch(step, range(first, first + len(self.task.new(step))), range(1, first))
 
     def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD]:
-        """Grow the network of the step before and prepare a step, its method taking up the state from a file."""
+        """Prepare a step: add a head to the previous step's model, and load the method's state from a file.
+
+        Args:
+            step: index of the step.
+            context: fields of the step context to replace.
+
+        Returns:
+            The method, its context and an optimizer.
+        """
         method, new, old = self.method(), len(self.task.new(step)), None
         with _SEEDING:
             torch.manual_seed(step)
@@ -123,7 +131,7 @@ class MethodHarness:
         return method, ctx, make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
 
     def train(self, method: Method, ctx: StepContext, optimizer: SGD, batch: Batch, times: int) -> list[float]:
-        """Losses of repeated iterations on one batch, each with the same draws."""
+        """Repeat iterations on one batch, each with the same random draws, and return their losses."""
         values = []
         ctx.model.train()
         for _ in range(times):
@@ -135,14 +143,14 @@ class MethodHarness:
         return values
 
     def leave(self, method: Method, ctx: StepContext) -> None:
-        """Finish a step and keep what the next one gets: the network and the method's state."""
+        """Finish a step, and keep the model and the method's state for the next one."""
         ctx.model.eval()
         with torch.no_grad():
             method.end_step(ctx)
         self.model, self.state = ctx.model, method.state_dict()
 
     def walk(self, until: int) -> None:
-        """Train and finish the steps left before ``until``."""
+        """Train and finish the remaining steps before ``until``."""
         for step in range(len(self.model.heads) if self.model else 0, until):
             method, ctx, optimizer = self.enter(step)
             self.train(method, ctx, optimizer, self.batch(step), 2)
@@ -150,7 +158,7 @@ class MethodHarness:
 
 
 def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A method's state as the next step reads it."""
+    """Return a method's state after a round trip through a file, as the next step reads it."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
         save_file({name: value.contiguous() for name, value in state.items()}, path)
@@ -158,7 +166,11 @@ def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total(method: Method, ctx: StepContext, batch: Batch) -> Tensor:
-    """The sum of a batch's losses, with the same draws at every call."""
+    """Return the sum of a batch's losses, with the same random draws in every call.
+
+    Raises:
+        AssertionError: a loss is not a finite scalar.
+    """
     with _SEEDING:
         torch.manual_seed(0)
     ctx.generator.manual_seed(0)

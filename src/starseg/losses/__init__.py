@@ -1,4 +1,4 @@
-"""Loss functions: pure functions of tensors, summed over processes where they are means."""
+"""Loss functions: pure functions of tensors, whose means are taken over all processes."""
 
 from starseg.losses.reduction import AllReduceSum, identity, mean, ratio
 from starseg.losses.star import bce_per_class, negatives_per_class, one_hot, upsample

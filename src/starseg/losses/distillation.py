@@ -1,8 +1,9 @@
-"""Class losses and distillation of softmax and sigmoid classifiers as pure functions (golden cases in tests/parity).
+"""Class losses and distillation losses of softmax and sigmoid classifiers, as pure functions.
 
-Shape letters: N images, H W pixels, h w feature cells, D feature channels, C logit channels (softmax: the background is
-channel 0), C° those of the previous model. Labels are training ids, 0 background, 255 ignore; they number softmax
-channels. ``all_reduce_sum`` sums over processes, see :mod:`starseg.losses.star`.
+Golden cases are in tests/parity. Shape letters: N images, H W pixels, h w feature cells, D feature channels, C logit
+channels (of a softmax, channel 0 is the background), C° logit channels of the previous model, K classes, L entries of
+an embedding. Labels are training ids, 0 background, 255 ignore; they are also the channel indices of a softmax.
+``all_reduce_sum`` sums a tensor over processes (:mod:`starseg.losses.reduction`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ _SCALES = (1, 2, 4)
 
 
 def cross_entropy_map(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every pixel, 0 where it is ignored: [N, C, H, W], [N, H, W] -> [N, H, W]."""
+    """Return the cross-entropy of every pixel, 0 where it is ignored: [N, C, H, W], [N, H, W] -> [N, H, W]."""
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
 
 
 def unbiased_cross_entropy_map(logits: Tensor, labels: Tensor, old: int) -> Tensor:
-    """MiB's cross-entropy of every pixel (Cermelli et al., CVPR 2020, eq. 5): old classes may hide in the background.
+    """Return MiB's cross-entropy of every pixel, in which the background includes the old classes.
+
+    Source: Cermelli et al., CVPR 2020, eq. 5.
 
     Args:
         logits: [N, C, H, W].
         labels: [N, H, W]; ids below ``old`` are background.
-        old: C°, whose probabilities add up to the background's.
+        old: C°, the number of leading channels whose probabilities add up to the background's.
 
     Returns:
         [N, H, W], 0 where a pixel is ignored.
@@ -46,13 +49,13 @@ def unbiased_cross_entropy_map(logits: Tensor, labels: Tensor, old: int) -> Tens
 def softmax_kd(
     logits: Tensor, old_logits: Tensor, alpha: float = 1.0, all_reduce_sum: AllReduceSum = identity
 ) -> Tensor:
-    """LwF's distillation: -mean over pixels and C° channels of q log softmax(the first C° logits).
+    """Return LwF's distillation loss, -mean over pixels and C° channels of q log softmax(first C° logits).
 
     Args:
         logits: [N, C, H, W].
-        old_logits: [N, C°, H, W].
-        alpha: sharpness of the target, q = softmax(alpha z°).
-        all_reduce_sum: over processes.
+        old_logits: [N, C°, H, W], z° below.
+        alpha: sharpness of the target q = softmax(alpha z°).
+        all_reduce_sum: sums a tensor over processes.
     """
     log_p = logits[:, : old_logits.shape[1]].log_softmax(1)
     return -mean((old_logits * alpha).softmax(1) * log_p, all_reduce_sum)
@@ -61,9 +64,9 @@ def softmax_kd(
 def unbiased_kd(
     logits: Tensor, old_logits: Tensor, alpha: float = 1.0, all_reduce_sum: AllReduceSum = identity
 ) -> Tensor:
-    """MiB's distillation (eq. 8): the background's probability is its own and that of the new classes.
+    """Return MiB's distillation loss (eq. 8), in which the background's probability includes the new classes'.
 
-    Arguments as in :func:`softmax_kd`.
+    The arguments are those of :func:`softmax_kd`.
     """
     old = old_logits.shape[1]
     background = torch.cat([logits[:, :1], logits[:, old:]], 1).logsumexp(1, keepdim=True)
@@ -72,29 +75,30 @@ def unbiased_kd(
 
 
 def sigmoid_kd(logits: Tensor, old_logits: Tensor, all_reduce_sum: AllReduceSum = identity) -> Tensor:
-    """BCE of each class against the old model's probability, a mean over pixels: two [N, K, H, W] -> [K]."""
+    """Return each class's BCE against the previous model's probability, a mean over pixels: two [N, K, H, W] -> [K]."""
     loss = F.binary_cross_entropy_with_logits(logits, old_logits.sigmoid(), reduction="none")
     return ratio(loss.sum((0, 2, 3)), loss[:, 0].numel(), all_reduce_sum)[0]
 
 
 def sign_split(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """DKD's two halves of a logit (Baek et al., NeurIPS 2022, eq. 5): what positive and negative weights contribute.
+    """Split logits into the contributions of positive and of negative weights (Baek et al., NeurIPS 2022, eq. 5).
 
     Args:
         features: [N, D, h, w].
-        weight: [K, D, 1, 1] of the class heads.
+        weight: [K, D, 1, 1] weights of the class heads.
 
     Returns:
-        Two [N, K, h, w]; without the bias, their sum is the logit.
+        Two [N, K, h, w]; their sum is the logit without the bias.
     """
     return F.conv2d(features, weight.clamp_min(0)), F.conv2d(features, weight.clamp_max(0))
 
 
 def local_pod(maps: Tensor) -> Tensor:
-    """PLOP's pooled embedding (Douillard et al., CVPR 2021, eq. 4): [N, D, h, w] -> [N, L].
+    """Return PLOP's pooled embedding (Douillard et al., CVPR 2021, eq. 4): [N, D, h, w] -> [N, L].
 
-    For s = 1, 2, 4 the map is cut into s x s regions of floor(h / s) x floor(w / s), remainders left out; of each
-    region the row means and the column means, one after the other. Published: square maps only.
+    For each s in 1, 2, 4 the map is divided into s x s regions of floor(h / s) x floor(w / s) cells, leaving out the
+    remainder. The embedding concatenates the row means and the column means of every region. The published code accepts
+    square maps only.
     """
     n, _, h, w = maps.shape
     parts = []
@@ -110,7 +114,7 @@ def local_pod(maps: Tensor) -> Tensor:
 def pooled_distance(
     new: Tensor, old: Tensor, pool: Callable[[Tensor], Tensor], all_reduce_sum: AllReduceSum = identity
 ) -> Tensor:
-    """Mean over the images of the L2 distance between the pooled squares of two maps [N, D, h, w]."""
+    """Return the mean over images of the L2 distance between two maps [N, D, h, w], squared and then pooled."""
     distance = (pool(new.square()) - pool(old.square())).norm(dim=1)
     return mean(distance, all_reduce_sum)
 
@@ -123,16 +127,16 @@ def pooled_distillation(
     pool: Callable[[Tensor], Tensor] = local_pod,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
-    """Weighted pooled distances of several maps (PLOP, eq. 6).
+    """Return the weighted mean of the pooled distances of several maps (PLOP, eq. 6).
 
     Args:
-        new: maps [N, D, h, w] of the new model and last its small logits [N, C, h, w] with channel 0 the background, to
-            which the new classes' logits are added.
-        old: likewise of the old model, its logits [N, C°, h, w].
+        new: maps [N, D, h, w] of the new model, and last its logits [N, C, h, w] at feature resolution; the new
+            classes' logits are added to channel 0, the background.
+        old: the same maps of the previous model, with logits [N, C°, h, w].
         weights: one per map.
-        growth: all classes per new class, with the background; the sum is scaled by its square root.
+        growth: number of all classes, with the background, per new class; the result is scaled by its square root.
         pool: [N, D, h, w] -> [N, L].
-        all_reduce_sum: over processes.
+        all_reduce_sum: sums a tensor over processes.
     """
     logits, channels = new[-1], old[-1].shape[1]
     background = logits[:, :1] + logits[:, channels:].sum(1, keepdim=True)

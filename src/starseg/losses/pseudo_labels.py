@@ -1,6 +1,7 @@
-"""Pseudo-labels: what a frozen previous model says of pixels that are labelled background.
+"""Pseudo-labels: predictions of the frozen previous model for pixels that are labelled background.
 
-Shape letters: N images, H W pixels, C logit channels. Labels are training ids, 0 background, 255 ignore.
+Shape letters: N images, H W pixels, C logit channels, C° logit channels of the previous model. Labels are training ids,
+0 background, 255 ignore.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 
 def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, background: int = BACKGROUND) -> Tensor:
-    """Labels with the confident predictions of a sigmoid classifier filled in where they say background.
+    """Replace background labels by the confident predictions of a sigmoid classifier.
 
     Args:
         labels: [N, H, W].
-        logits: [N, C, H, W], channel lead + c is label c + 1.
-        score: sigmoid from which on a prediction counts.
-        lead: leading channels, which can win but are no class.
+        logits: [N, C, H, W]; channel lead + c is label c + 1.
+        score: smallest sigmoid at which a prediction counts.
+        lead: number of leading channels, which can win but are not classes.
         background: labels up to this one are background.
 
     Returns:
@@ -33,22 +34,26 @@ def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, backgro
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax as a share of the largest possible one, ln C: [N, C, H, W] -> [N, H, W] in [0, 1]."""
+    """Return the entropy of the softmax, divided by its maximum ln C: [N, C, H, W] -> [N, H, W] in [0, 1]."""
     log_p = logits.log_softmax(1)
     return -(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])
 
 
 def published_entropy(logits: Tensor, total: int) -> Tensor:
-    """PLOP's uncertainty as published: :func:`entropy` divided by C ln ``total`` once more, ``total`` all channels.
+    """Return PLOP's uncertainty as published: :func:`entropy` divided by C ln(``total``), [N, H, W].
 
-    So it is at most 1 / (C ln total), and with many classes every value falls into the first of 100 bins.
+    It is at most 1 / (C ln total), so with many classes every value falls into the first of 100 bins.
+
+    Args:
+        logits: [N, C, H, W].
+        total: number of all channels, including the new classes'.
     """
     return entropy(logits) / (logits.shape[1] * math.log(total))
 
 
 @dataclass
 class EntropyHistogram:
-    """Counts of values in [0, 1] by class.
+    """Histogram of values in [0, 1] for each class.
 
     Attributes:
         counts: [C, bins] int64.
@@ -58,16 +63,20 @@ class EntropyHistogram:
 
     @classmethod
     def zeros(cls, classes: int, bins: int, device: torch.device) -> EntropyHistogram:
+        """Return a histogram without values."""
         return cls(torch.zeros(classes, bins, dtype=torch.int64, device=device))
 
     def update(self, values: Tensor, classes: Tensor, chosen: Tensor) -> None:
-        """Add the ``chosen`` of ``values`` [N, H, W] to the rows of their ``classes``."""
+        """Add the ``chosen`` (bool) of ``values`` to the rows of their ``classes`` (int64); all are [N, H, W]."""
         bins = self.counts.shape[1]
         places = classes[chosen] * bins + (values[chosen] * bins).long().clamp(0, bins - 1)
         self.counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
 
     def medians(self) -> Tensor:
-        """[C] medians to half a bin: the mean of the two middle values; 0 for a class without values."""
+        """Return the [C] medians, exact to half a bin; 0 for a class without values.
+
+        Of an even number of values it is the mean of the two middle ones.
+        """
         counts = self.counts.cumsum(1)
         total = counts[:, -1:]
         middle = torch.cat([(total - 1) // 2, total // 2], 1).clamp_min(0)
@@ -76,13 +85,13 @@ class EntropyHistogram:
         return torch.where(total[:, 0] > 0, medians, 0.0)
 
     def binned_medians(self, floor: float, running_index: bool = False) -> Tensor:
-        """[C] medians, linear inside the bin and at least ``floor``, as PLOP takes them from 100 bins.
+        """Return the [C] medians as PLOP takes them from 100 bins: linear within the bin and at least ``floor``.
 
         Args:
-            floor: also that of a class without values.
-            running_index: as published, the running count adds the bin's index in place of its content, and three bins
-                are never looked up. A class whose bins do not match by chance gets infinity or, with few pixels, the
-                floor (docs/reference/baselines.md, "PLOP", bugs 1 and 3).
+            floor: smallest median, also that of a class without values.
+            running_index: as published, the running count adds a bin's index in place of its content, and three bins
+                are never read. Unless a class's bins match by chance, its median becomes infinity or, with few pixels,
+                the floor (docs/reference/baselines.md, "PLOP", bugs 1 and 3).
         """
         rows = (_binned_median(row, running_index) for row in self.counts.tolist())
         return torch.tensor([max(median, floor) for median in rows], device=self.counts.device)
@@ -107,18 +116,18 @@ def _binned_median(counts: list[int], running_index: bool) -> float:
 def fill_in_certain(
     labels: Tensor, old_logits: Tensor, uncertainty: Tensor, thresholds: Tensor, old: int
 ) -> tuple[Tensor, Tensor]:
-    """PLOP's pseudo-labels (Douillard et al., CVPR 2021, section 3.3).
+    """Return PLOP's pseudo-labels (Douillard et al., CVPR 2021, section 3.3).
 
     Args:
         labels: [N, H, W]; ids below ``old`` are background.
-        old_logits: [N, C°, H, W] of a softmax classifier.
-        uncertainty: [N, H, W] of its predictions.
-        thresholds: [C°]; a prediction less uncertain than its class's counts.
+        old_logits: [N, C°, H, W] of a softmax classifier, the previous model's.
+        uncertainty: [N, H, W] uncertainty of its predictions.
+        thresholds: [C°]; a prediction counts if its uncertainty is below the threshold of its class.
         old: C°.
 
     Returns:
-        [N, H, W] int64 labels, background pixels with the prediction or, where it is unsure, 255; and [N] the share of
-        them that is sure.
+        [N, H, W] int64 labels, in which a background pixel has the predicted class if the prediction counts, else 255;
+        and [N] the share of background pixels whose prediction counts.
     """
     background = labels < old
     predicted = old_logits.argmax(1)

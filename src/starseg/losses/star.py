@@ -1,4 +1,4 @@
-"""Loss terms as pure functions (Chen et al., NeurIPS 2023; golden cases in tests/parity).
+"""Losses of STAR and Adapter as pure functions (Chen et al., NeurIPS 2023; golden cases in tests/parity).
 
 Shape letters: N images, H W pixels, h w feature cells, D feature channels, K classes, M feature vectors. Logits have no
 background channel. Labels are training ids, 0 background, 255 ignore. Keyword arguments select numerical choices of the
@@ -20,12 +20,12 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits [N, C, h, w] as float32 at the size of the labels [N, H, W]."""
+    """Resize logits [N, C, h, w] to the size of the labels [N, H, W], in float32."""
     return resize(logits.float(), labels.shape[-2:])
 
 
 def one_hot(labels: Tensor, first_id: int, classes: int) -> Tensor:
-    """[N, H, W] training ids -> [N, K, H, W] bool masks of ids ``first_id`` .. ``first_id + classes - 1``."""
+    """Return bool masks [N, K, H, W] of the ids ``first_id`` .. ``first_id + classes - 1`` in labels [N, H, W]."""
     ids = torch.arange(first_id, first_id + classes, device=labels.device)
     return labels[:, None] == ids[:, None, None]
 
@@ -39,15 +39,15 @@ def bce_per_class(
     ignored_as_negatives: bool = False,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
-    """Base loss: per class c, BCE of its logit against [y = c], averaged over the pixels.
+    """Return the base loss: for each class c, the BCE of its logit against [y = c], averaged over the pixels.
 
     Args:
         logits: [N, K, h, w] float32 of the new classes; upsampled by :class:`~starseg.ops.upsampled_bce.UpsampledBce`.
         labels: [N, H, W]; old ids are background.
         first_id: training id of channel 0.
         pos_weight: weight of positive pixels.
-        ignored_as_negatives: ignored pixels count as negatives; by default they leave the loss and its mean.
-        all_reduce_sum: over processes.
+        ignored_as_negatives: count ignored pixels as negatives; by default they are left out of the loss and its mean.
+        all_reduce_sum: sums a tensor over processes.
 
     Returns:
         [K]; 0 where every pixel is ignored.
@@ -58,12 +58,16 @@ def bce_per_class(
 
 
 def negatives_per_class(logits: Tensor, all_reduce_sum: AllReduceSum = identity) -> tuple[Tensor, Tensor]:
-    """BCE against 0 of [M, K] logits (L_replay and L_bg): its mean over M, [K], 0 for M = 0; and M of all processes."""
+    """Return the BCE of logits [M, K] against 0 (L_replay and L_bg).
+
+    Returns:
+        [K] means over M, 0 if M is 0; and M. Both are those of all processes.
+    """
     return ratio(F.softplus(logits).sum(0), len(logits), all_reduce_sum)
 
 
 def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: Tensor, background_weight: Tensor) -> Tensor:
-    """mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
+    """Return mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
     total = new + replay_weight * replay + background_weight * background
     return total / (1 + replay_weight + background_weight)
 
@@ -76,21 +80,21 @@ def mixed_bce(
     background_ratio: float,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
-    """Class loss of a later step: a batch's own, mixed with replayed features and repeated background cells.
+    """Return the class loss of a later step: the batch's base loss, mixed with replayed features and background cells.
 
     Args:
-        new: [K], the batch's own (:func:`bce_per_class`).
+        new: [K], base loss of the batch (:func:`bce_per_class`).
         replayed: [M, K] logits of the replayed features.
         logits: [N, K, h, w] of the batch.
-        cells: [N, h, w] bool, its background cells.
-        background_ratio: how many times these count.
-        all_reduce_sum: over processes.
+        cells: [N, h, w] bool, background cells of the batch.
+        background_ratio: how many times the background cells count.
+        all_reduce_sum: sums a tensor over processes.
 
     Returns:
         [K].
     """
     replay, replays = negatives_per_class(replayed, all_reduce_sum)
-    # Indexing by the cells would wait for a GPU to count them.
+    # Boolean indexing by the cells would synchronise with the GPU to count them.
     negatives = F.softplus(logits).masked_fill_(~cells[:, None], 0)
     background, repeated = ratio(negatives.sum((0, 2, 3)), cells.sum(), all_reduce_sum)
     total = all_reduce_sum(torch.full((), cells.numel(), device=cells.device))
@@ -104,17 +108,17 @@ def ocfm(
     all_reduce_sum: AllReduceSum = identity,
     epsilon: float = 0.0,
 ) -> Tensor:
-    """Old-class feature maintenance: squared feature change where the old model sees an old class.
+    """Old-class feature maintenance: squared feature change where the previous model predicts an old class.
 
     Args:
         features: [N, D, h, w] float32.
-        old_features: likewise, of the old model.
-        region: [N, H, W] bool, [p > 0 and y = 0].
-        all_reduce_sum: over processes.
-        epsilon: added to the denominator once for all processes (Adapter).
+        old_features: [N, D, h, w] float32 of the previous model.
+        region: [N, H, W] bool, [p > 0 and y = 0], with p the previous model's prediction.
+        all_reduce_sum: sums a tensor over processes.
+        epsilon: added to the denominator once, not once per process (Adapter).
 
     Returns:
-        Scalar sum (x - x_old)^2 M / (D sum M), M the region resized to h x w; 0 for an empty region.
+        Scalar sum (x - x_old)^2 M / (D sum M), with M the region resized to h x w; 0 for an empty region.
     """
     mask = resize(region[:, None].to(features.dtype), features.shape[-2:])
     change = ((features - old_features).square().sum(1, keepdim=True) * mask).sum() / features.shape[1]
@@ -133,26 +137,27 @@ def sad(
     epsilon: float = 1e-3,
     all_reduce_sum: AllReduceSum = identity,
 ) -> Tensor:
-    """Similarity-aware discrimination: keeps each new class's centre away from the nearest old prototype.
+    """Similarity-aware discrimination: keep each new class's centre away from the nearest old prototype.
 
     Args:
         features: [N, D, h, w] float32.
         labels: [N, H, W].
         first_id: training id of the first new class.
-        classes: how many new classes, K.
+        classes: K, the number of new classes.
         old_prototypes: [P, D] unit vectors.
-        absent_classes: a class absent from the batch adds the constant 1; by default absent classes leave the mean.
+        absent_classes: let a class that is absent from the batch add the constant 1; by default absent classes are left
+            out of the mean.
         epsilon: smallest norm by which a vector is divided; it bounds the gradient where a feature vector is (nearly)
             zero.
-        all_reduce_sum: over processes.
+        all_reduce_sum: sums a tensor over processes.
 
     Returns:
-        Scalar mean over the new classes of 1 / (distance to the nearest old prototype); 0 if there is none.
+        Scalar mean over the new classes of 1 / (distance to the nearest old prototype); 0 if there is no old prototype.
     """
     if not len(old_prototypes):
         return features.sum() * 0
     weights = resize(one_hot(labels, first_id, classes).to(features.dtype), features.shape[-2:])
-    # Weights are divided by the features' norms in place of the features: the same sums, and no second feature map.
+    # Dividing the weights by the norms gives the same sums as dividing the features, without a second feature map.
     norms = features.norm(dim=1, keepdim=True).clamp_min(epsilon)
     sums = all_reduce_sum(((weights / norms).flatten(2) @ features.flatten(2).mT).sum(0))
     distance = torch.cdist(F.normalize(sums, dim=1, eps=epsilon), old_prototypes).amin(1).clamp_min(1e-6)
@@ -163,16 +168,16 @@ def sad(
 
 
 def uncertainty(logits: Tensor, labels: Tensor, all_reduce_sum: AllReduceSum = identity) -> Tensor:
-    """Adapter's constraint on uncertain pixels (Zhu et al., AAAI 2025): widens the lead of the best class.
+    """Adapter's uncertainty-aware constraint (Zhu et al., AAAI 2025): widen the margin of the best class.
 
     Args:
         logits: [N, K, H, W] of all classes.
         labels: [N, H, W].
-        all_reduce_sum: over processes.
+        all_reduce_sum: sums a tensor over processes.
 
     Returns:
-        Scalar mean of [m (1 - (s1 - s2))]^2, s1 >= s2 the two largest sigmoids, s1 without gradient; m is 0 where the
-        best class is the label or s1 > 0.7, else 1.
+        Scalar mean of [m (1 - (s1 - s2))]^2, where s1 >= s2 are the two largest sigmoids, s1 without gradient; m is 0
+        where the best class is the label or s1 > 0.7, else 1.
     """
     best, second, winner = top_two(logits)
     open_ = (winner + 1 != labels) & (best <= 0.7)
@@ -180,12 +185,12 @@ def uncertainty(logits: Tensor, labels: Tensor, all_reduce_sum: AllReduceSum = i
 
 
 def top_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two largest sigmoids over dimension 1 and the first one's channel; of one class the second is 0."""
+    """Return the two largest sigmoids over dimension 1 and the first one's channel; of one class the second is 0."""
     values, winners = logits.sigmoid().topk(min(2, logits.shape[1]), dim=1)
     second = values[:, 1] if values.shape[1] > 1 else torch.zeros_like(values[:, 0])
     return values[:, 0], second, winners[:, 0]
 
 
 def background_cells(grid_labels: Tensor, grid_old: Tensor) -> Tensor:
-    """[N, h, w] bool: cells labelled background in which the old model sees nothing either."""
+    """Return the cells labelled background in which the previous model predicts no class either, [N, h, w] bool."""
     return (grid_labels == BACKGROUND) & (grid_old == BACKGROUND)

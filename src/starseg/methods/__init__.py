@@ -1,8 +1,8 @@
-"""Incremental learning methods: every module of this package registers its own.
+"""Class-incremental learning methods; importing this package registers every method that it defines.
 
-Other packages add theirs through entry points of the group ``starseg.methods``, each naming a module (or an object in
-it) that registers methods when it is imported. A file alone is named by the environment: ``STARSEG_METHODS=gentle.py``,
-several with ``:`` between them.
+Other packages add methods through entry points of the group ``starseg.methods``, each of which names a module (or an
+object in one) that registers methods when it is imported. The environment variable ``STARSEG_METHODS`` names single
+files, as in ``STARSEG_METHODS=gentle.py``, separated by ``:``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DFT*: the heads of all steps exist from the start; later steps train those still to come (DFT's repository)."""
+"""DFT*: the heads of all steps exist from the start; a later step trains its own and future ones (DFT's repository)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @register_method("dft")
 class Dft(SoftmaxMethod):
-    """A step directory holds the heads of the classes seen; those of later steps are this method's state."""
+    """One softmax over the heads of all steps, which exist from step 0.
+
+    A step directory holds the heads of the classes seen so far; the heads of future steps are this method's state.
+    """
 
     summary = "one softmax over all steps' heads from the start; later steps train the heads alone"
     source = "DFT* (published code)"
@@ -38,10 +41,15 @@ class Dft(SoftmaxMethod):
         self.future: list[dict[str, Tensor]] = []
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        """Return why no further class can be learnt: the heads of all steps are planned at step 0."""
         return f"{self.name} has the heads of all steps from the start, and so learns no class that was not planned"
 
     def init_heads(self, ctx: StepContext) -> None:
-        """Append the heads of the steps to come, and take up what this step's and theirs learnt as negatives."""
+        """Append the heads of future steps, and restore what they and this step's head learnt as negatives.
+
+        Raises:
+            UserError: the stored heads do not fit this step and those after it.
+        """
         for step in range(ctx.step + 1, len(ctx.task)):
             ctx.model.add_head(len(ctx.task.new(step)))
         if not ctx.step:
@@ -56,16 +64,20 @@ class Dft(SoftmaxMethod):
             head.load_state_dict(state)
 
     def freeze(self, ctx: StepContext) -> None:
+        """After step 0, freeze everything but the heads of this step and of future steps."""
         if ctx.step:
             ctx.model.freeze_all_but(ctx.model.heads[ctx.step :])
 
     def end_step(self, ctx: StepContext) -> None:
+        """Remove the heads of future steps from the model and keep them as this method's state."""
         self.future = [_copy(head) for head in ctx.model.cut_heads(ctx.step + 1)]
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of the future heads, named ``i.weight`` and ``i.bias`` with i counted from 0."""
         return {f"{i}.{name}": value for i, state in enumerate(self.future) for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the weights of the heads of this step and of future steps."""
         steps = 1 + max((int(name.split(".")[0]) for name in state), default=-1)
         self.future = [{n: state[f"{i}.{n}"] for n in ("weight", "bias")} for i in range(steps)]
 

@@ -1,4 +1,4 @@
-"""DKD and DKD-M: logits distilled whole and split by the sign of the weights (Baek et al., NeurIPS 2022)."""
+"""DKD and DKD-M: distillation of logits and of their positive and negative parts (Baek et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from starseg.replay.memory import MemoryRule
 
 
 class DkdOptions(ClassLossOptions):
+    """Options of DKD and DKD-M."""
+
     later_pos_weight: float | None = from_recipe(gt=0)
-    """Weight of positive pixels after step 0; by default the recipe's (1 on VOC, 35 on ADE20K), or `pos_weight` where
-    another one than the recipe's is given."""
+    """Weight of positive pixels after step 0; by default the recipe's value (1 on VOC, 35 on ADE20K), or
+    `pos_weight` if that differs from the recipe's value."""
     kd: float = Field(5.0, ge=0)
-    """Weight of the distillation of logits."""
+    """Weight of the distillation of the logits."""
     dkd: float = Field(5.0, ge=0)
-    """Weight of the distillation of their positive and negative parts."""
+    """Weight of the distillation of the logits' positive and negative parts."""
 
 
 _SIGMOID = SigmoidMethod.recipes
@@ -36,6 +38,11 @@ _SIGMOID = SigmoidMethod.recipes
 
 @register_method("dkd")
 class Dkd(SigmoidMethod):
+    """Distillation of the logits and of their positive and negative parts, with an auxiliary head.
+
+    The auxiliary head is trained towards 0 on every pixel; the head of a new class starts as a copy of it.
+    """
+
     summary = "distillation of logits and of their positive and negative parts; new heads start as an auxiliary one"
     source = "Baek et al., NeurIPS 2022"
     layout = HeadLayout((AUXILIARY,))
@@ -49,26 +56,34 @@ class Dkd(SigmoidMethod):
 
     @classmethod
     def complete_options(cls, options: Strict, recipe: Recipe | None) -> dict[str, Any]:
+        """Fill in the recipe's values; ``later_pos_weight`` follows a ``pos_weight`` that differs from the recipe's."""
         later, values = options.model_dump()["later_pos_weight"], super().complete_options(options, recipe)
-        # Runs of version 0.1.0 hold the recipe's value as if it had been given, so that it is not told from one given.
+        # Configurations saved by version 0.1.0 contain the recipe's value as if the user had given it, so a value equal
+        # to the recipe's does not count as given.
         if later is None and (recipe is None or values["pos_weight"] != recipe.options.get("pos_weight")):
             values["later_pos_weight"] = values["pos_weight"]
         return values
 
     def pos_weight(self, ctx: StepContext) -> float:
+        """Return ``later_pos_weight`` after step 0 if it is set, else ``pos_weight``."""
         weight = self.options.later_pos_weight
         return float(weight) if ctx.step and weight is not None else super().pos_weight(ctx)
 
     def init_heads(self, ctx: StepContext) -> None:
+        """After step 0, start every new class as a copy of the auxiliary head."""
         if ctx.step:
             copy_head(ctx.model.lead[AUXILIARY], ctx.model.heads[-1])
 
     def freeze(self, ctx: StepContext) -> None:
-        """After step 0 batch norm and dropout; old heads go on learning."""
+        """After step 0, freeze batch norm and dropout; the old heads keep learning."""
         if ctx.step:
             ctx.model.freeze_norm()
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
+        """Return groups in which decoder and heads learn ten times as fast as the encoder.
+
+        After step 0, weight decay applies to the new head only.
+        """
         roles, decay = ctx.model.roles, not ctx.step
         return [
             Group("encoder", roles.encoder, 1.0, decay),
@@ -79,6 +94,7 @@ class Dkd(SigmoidMethod):
         ]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Return the base loss, the auxiliary head's loss and, after step 0, the distillation terms."""
         output = new(batch.images)
         auxiliary = upsample(output.logits[:, :1], batch.labels)
         terms = {
@@ -88,7 +104,7 @@ class Dkd(SigmoidMethod):
         return terms if old is None else {**terms, **self.distill(batch, output, old(batch.images))}
 
     def distill(self, batch: Batch, output: Output, previous: Output) -> dict[str, Tensor]:
-        """The three terms of the old classes, each a sum over them."""
+        """Return the three distillation terms, each summed over the old classes."""
         ctx, options = self.ctx, self.options
         assert ctx.old_model is not None
         old = slice(1, 1 + ctx.old_classes)
@@ -104,12 +120,14 @@ class Dkd(SigmoidMethod):
 
 
 def class_weights(model: Segmenter, heads: int) -> Tensor:
-    """[K, D, 1, 1] weights of a network's first class heads."""
+    """Return the weights [K, D, 1, 1] of a model's first ``heads`` class heads."""
     return torch.cat([head.get_parameter("weight") for head in model.heads[:heads]])
 
 
 @register_method("dkd-m")
 class DkdM(Dkd):
+    """DKD with an exemplar memory."""
+
     summary = "DKD with an exemplar memory"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "dkd"

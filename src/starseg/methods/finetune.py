@@ -6,6 +6,8 @@ from starseg.methods.sigmoid import SigmoidMethod
 
 @register_method("finetune")
 class FineTune(SigmoidMethod):
+    """Base loss on the new classes, with nothing to prevent forgetting."""
+
     summary = "base loss on the new classes, nothing against forgetting"
     stores = "nothing"
     base_step = "star"

@@ -13,12 +13,16 @@ from starseg.models import Output
 
 
 class IltOptions(LwfOptions):
+    """Options of ILT: those of LwF and the weight of the feature distillation."""
+
     features: float = Field(100.0, ge=0)
-    """Weight of the mean squared difference of the encoder's last map."""
+    """Weight of the mean squared difference between the two models' last encoder maps."""
 
 
 @register_method("ilt")
 class Ilt(Lwf):
+    """LwF with distillation of the encoder's features."""
+
     summary = "LwF, and the encoder's features kept near the previous model's"
     base_step = "lwf"
     source = "Michieli and Zanuttigh, ICCVW 2019"
@@ -27,6 +31,7 @@ class Ilt(Lwf):
     maps = True
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
+        """Return LwF's losses and, after step 0, the feature distillation."""
         terms = super().terms(batch, output, previous)
         if previous is not None:
             assert output.maps is not None and previous.maps is not None

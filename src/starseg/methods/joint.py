@@ -1,4 +1,4 @@
-"""Joint training: every class in one step; the upper bound."""
+"""Joint training: all classes in one step; the upper bound."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @register_method("joint")
 class Joint(SigmoidMethod):
+    """Training of all classes in a single step on all images."""
+
     summary = "all classes at once, with all images"
     stores = "nothing (it sees all images)"
     source = "upper bound"
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        """Return why no step can follow: joint training learns all classes in a single one."""
         return "joint training learns all classes in one step, so that there is none to continue from"
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
+        """Return the task with all its classes in one step."""
         return replace(task, steps=(task.order,), base=task.base)

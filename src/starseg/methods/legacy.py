@@ -1,4 +1,4 @@
-"""Methods written for the protocol of version 0.1.0, adapted with a warning; to be removed with the next version."""
+"""Adapters for methods written for the protocol of version 0.1.0, with a warning; to be removed in the next version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T", bound="type[Method]")
 
 @dataclass(frozen=True)
 class Schedule:
-    """What ``Method.defaults`` returned: a recipe without the memory."""
+    """Return value of the former ``Method.defaults``: a recipe without the memory."""
 
     base: StepSchedule
     later: StepSchedule
@@ -30,7 +30,7 @@ class Schedule:
 
 
 class _OldDefaults:
-    """``defaults`` as it was, for classes that call it through ``super()``."""
+    """The former ``defaults``, for classes that call it through ``super()``."""
 
     def defaults(self, dataset: str, task: str | None = None) -> Schedule:
         family = SoftmaxMethod if isinstance(self, SoftmaxMethod) else SigmoidMethod
@@ -39,7 +39,10 @@ class _OldDefaults:
 
 
 def adapt(cls: T) -> T:
-    """The class, or one derived from it that completes what was the default before sigmoid methods had their class."""
+    """Return the class or, if it relies on the protocol of version 0.1.0, an adapted subclass.
+
+    Each adaptation issues a DeprecationWarning that says what to change.
+    """
     bases: list[type] = [cls]
     body: dict[str, Any] = {}
     if cls.__abstractmethods__:
@@ -73,7 +76,7 @@ def _old_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recipes(cls: Any) -> dict[str, Recipe]:
-    """What ``defaults`` returned for the two data sets that it was asked for."""
+    """Return what ``defaults`` gives for the two data sets that version 0.1.0 knew, as recipes."""
     method, recipes = cls(cls.Options()), {}
     for dataset in ("voc", "ade"):
         schedule = method.defaults(dataset)

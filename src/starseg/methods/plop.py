@@ -1,4 +1,4 @@
-"""PLOP: pooled distillation of many maps and pseudo-labels filtered by entropy (Douillard et al., CVPR 2021)."""
+"""PLOP: pooled distillation of several maps and pseudo-labels filtered by entropy (Douillard et al., CVPR 2021)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ _FLOOR = 0.001
 
 
 class PlopOptions(Strict):
+    """Options of PLOP."""
+
     pod: float | None = from_recipe(ge=0)
-    """Weight of each feature map's pooled distance; by default the recipe's (0.01 on VOC, 0.001 on ADE20K)."""
+    """Weight of each feature map's pooled distance; by default the recipe's value (0.01 on VOC, 0.001 on ADE20K)."""
     pod_logits: float | None = from_recipe(ge=0)
-    """The same of the logits; by default the recipe's (5e-4 on VOC, 1e-5 on ADE20K)."""
+    """Weight of the logits' pooled distance; by default the recipe's value (5e-4 on VOC, 1e-5 on ADE20K)."""
     threshold: Literal["median", "binned"] = "median"
-    """A prediction counts below its class's median entropy; "binned": the published 100 bins of an entropy divided by
-    further factors, at least 0.001 (`compat: published`: with the faulty running count)."""
+    """Entropy below which a prediction becomes a pseudo-label. "median": the median of its class. "binned": as
+    published, the median from 100 bins of an entropy divided by further factors, at least 0.001 (with `compat:
+    published`, also with the faulty running count)."""
 
 
 _SOFTMAX = SoftmaxMethod.recipes
@@ -39,6 +42,8 @@ _SOFTMAX = SoftmaxMethod.recipes
 
 @register_method("plop")
 class Plop(BackgroundInit):
+    """Local POD on six maps, and pseudo-labels where the previous model's entropy is below its class's threshold."""
+
     summary = "Local POD on six maps, pseudo-labels where the previous model's entropy is below the class's median"
     base_step = "lwf"
     source = "Douillard et al., CVPR 2021"
@@ -55,7 +60,7 @@ class Plop(BackgroundInit):
     }
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Measure how uncertain the previous model is of each class where the labels say background."""
+        """Measure each class's entropy threshold, in one pass of the previous model over pixels labelled background."""
         super().begin_step(ctx)
         if ctx.old_model is None:
             return
@@ -72,13 +77,14 @@ class Plop(BackgroundInit):
         return ctx.choices.binned_entropy or self.options.threshold == "binned"
 
     def uncertainty(self, old_logits: Tensor) -> Tensor:
-        """Of the previous model's prediction: [N, C°, H, W] -> [N, H, W]."""
+        """Return the uncertainty of the previous model's predictions: [N, C°, H, W] -> [N, H, W]."""
         ctx = self.ctx
         if self._binned(ctx):
             return published_entropy(old_logits, ctx.first_new + ctx.new_classes)
         return entropy(old_logits)
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
+        """Return the cross-entropy on pseudo-labels and the pooled distillation; at step 0, the plain cross-entropy."""
         if previous is None:
             return super().terms(batch, output, previous)
         ctx = self.ctx
@@ -90,7 +96,7 @@ class Plop(BackgroundInit):
         return {"ce": mean(loss, ctx.all_reduce_sum), "pod": self.pod(output, previous)}
 
     def pod(self, output: Output, previous: Output) -> Tensor:
-        """Pooled distances of the encoder's last four maps, the features and the logits."""
+        """Return the pooled distillation of the encoder's last four maps, the features and the logits."""
         ctx, options = self.ctx, self.options
         assert options.pod is not None and options.pod_logits is not None, "filled in by apply_recipe"
         new, old = ([m.float() for m in (*(o.maps or ())[-4:], o.features, o.logits)] for o in (output, previous))

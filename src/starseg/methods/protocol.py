@@ -1,6 +1,6 @@
-"""The protocol of a method: its losses for a batch, and its work before and after a step. The engine does the rest."""
+"""Protocol of a method: its losses for a batch, and its work before and after a step. The engine does the rest."""
 
-# ruff: noqa: B027 (a method without a use for a hook leaves it empty)
+# ruff: noqa: B027 (hooks are optional, so their empty defaults are not abstract)
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = ["METHODS", "Group", "Method", "Network", "Recipe", "StepContext", "St
 
 METHODS: dict[str, type[Method]] = {}
 ADAPTERS: list[Callable[[Any], Any]] = []
-"""Applied to every class that is registered; :mod:`starseg.methods.legacy` adds one."""
+"""Functions applied to every class when it is registered; :mod:`starseg.methods.legacy` adds one."""
 Network = Callable[..., Output]
 T = TypeVar("T", bound="type[Method]")
 
 
 def register_method(name: str) -> Callable[[T], T]:
-    """Class decorator: make a method known under ``name``, in configurations and on the command line.
+    """Return a class decorator that registers a method under ``name``, for configurations and the command line.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
 
     def register(cls: T) -> T:
@@ -61,10 +61,10 @@ def register_method(name: str) -> Callable[[T], T]:
 
 
 def method_options(name: str, config: RunConfig) -> Strict:
-    """The validated options of method ``name``.
+    """Return the validated options of method ``name`` from a configuration.
 
     Raises:
-        UserError: unknown or wrong options, named with their section.
+        UserError: an option is unknown or invalid; the message names it with its section.
     """
     try:
         return METHODS[name].Options.model_validate(config.method_section(METHODS[name].section))
@@ -73,11 +73,11 @@ def method_options(name: str, config: RunConfig) -> Strict:
 
 
 class Group(NamedTuple):
-    """Parameters that the optimizer treats alike; those that need no gradient are left out.
+    """Parameters with common optimizer settings; those that need no gradient are left out.
 
     Attributes:
-        name: for the log.
-        module: whose parameters.
+        name: name of the group in the log.
+        module: module whose parameters form the group.
         lr: factor on the base learning rate.
         decay: whether weight decay applies.
     """
@@ -90,20 +90,20 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class StepContext:
-    """All that a method may know of the step it is in.
+    """Everything that a method may know about the current step.
 
     Attributes:
-        task, step: which classes are new.
-        model: the network being trained; its last head is the new one.
-        old_model: the frozen previous network, None at step 0.
-        iterations: of one epoch.
-        scan: one pass over this process's share of the step's augmented training crops, last incomplete batch included;
-            images normalised, all on the device. Each name gives other crops.
-        generator: for draws during training, on the device; the same draws in every process.
+        task, step: the task and the index of the step, which determine the new classes.
+        model: the model being trained; its last head is that of the new classes.
+        old_model: the frozen previous model, None at step 0.
+        iterations: iterations per epoch.
+        scan: starts one pass over this process's share of the step's augmented training crops, including the last
+            incomplete batch. Images are normalised, and all tensors are on the device. Each name gives different crops.
+        generator: for random draws during training, on the device; it draws the same numbers in every process.
         choices: which choices of the published code apply.
         all_reduce_sum: sums a tensor over processes, differentiably, so that every process holds the loss of the global
             batch.
-        rank, world: number of this process, and of how many.
+        rank, world: index of this process, and number of processes.
     """
 
     task: TaskSequence
@@ -125,7 +125,7 @@ class StepContext:
 
     @property
     def old_classes(self) -> int:
-        """Number of classes learnt in the steps before, without the background."""
+        """Number of classes learnt in earlier steps, without the background."""
         return len(self.task.old(self.step))
 
     @property
@@ -140,7 +140,7 @@ class StepContext:
 
     @property
     def published(self) -> bool:
-        """Deprecated: whether all :attr:`choices` are the published code's."""
+        """Deprecated: whether all :attr:`choices` are those of the published code."""
         warnings.warn("StepContext.published is now the named StepContext.choices", DeprecationWarning, stacklevel=2)
         return self.choices == PUBLISHED
 
@@ -152,34 +152,34 @@ class StepContext:
 
 
 class Method(ABC):
-    """A method of incremental learning, as the engine uses it.
+    """Class-incremental learning method, as the engine uses it.
 
-    A method is constructed with its completed options. For each step the engine calls :meth:`load_state_dict`,
-    :meth:`init_heads`, :meth:`freeze`, :meth:`begin_step`, :meth:`param_groups`, then :meth:`losses` once an iteration,
-    and finally :meth:`end_step` and :meth:`state_dict`. :class:`~starseg.methods.SigmoidMethod` and
+    The engine constructs a method with its completed options. In each step it calls :meth:`load_state_dict`,
+    :meth:`init_heads`, :meth:`freeze`, :meth:`begin_step` and :meth:`param_groups`, then :meth:`losses` once per
+    iteration, and finally :meth:`end_step` and :meth:`state_dict`. :class:`~starseg.methods.SigmoidMethod` and
     :class:`~starseg.methods.SoftmaxMethod` implement the abstract methods for the two families of classifiers.
     """
 
     name: ClassVar[str]
     section: ClassVar[str]
-    """Section of the configuration with the method's options; by default its name."""
+    """Section of the configuration with the method's options; by default the method's name."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    """Where it was published."""
+    """Where the method was published."""
     stores: ClassVar[str] = "the previous model"
-    """What it stores from one step to the next."""
+    """What the method stores from one step to the next."""
     base_step: ClassVar[str]
-    """Method whose step 0 is the same, so that a comparison trains it once; by default its own name."""
+    """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
     layout: ClassVar[HeadLayout] = SIGMOID
-    """The kind of classifier heads."""
+    """Kind of the classifier heads."""
     memory: ClassVar[MemoryRule | None] = None
-    """How old images are selected and used as exemplars; None: the method uses none."""
+    """How old images are selected and used as exemplars; None for a method without exemplar memory."""
     one_process: ClassVar[bool] = False
-    """Whether its losses need the whole batch in one process, so that a run on several is refused."""
+    """Whether the losses need the whole batch in one process; a run on several processes is then refused."""
     recipes: ClassVar[Recipes] = {}
-    """Hyper-parameters by data set; data set packages add theirs with :func:`~starseg.methods.register_recipe`."""
+    """Hyper-parameters by data set; other packages add recipes with :func:`~starseg.methods.register_recipe`."""
     Options: ClassVar[type[Strict]] = Strict
-    """Model of the options; those of :func:`~starseg.methods.from_recipe` have the recipe's value by default."""
+    """Model of the options; fields made by :func:`~starseg.methods.from_recipe` default to the recipe's value."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -187,94 +187,105 @@ class Method(ABC):
 
     @classmethod
     def complete_options(cls, options: Strict, recipe: Recipe | None) -> dict[str, Any]:
-        """All options by name, those that are not given taken from the recipe where there is one."""
+        """Return all options by name, with missing values taken from the recipe if there is one."""
         values = options.model_dump()
         given = recipe.options if recipe else {}
         return values | {key: given[key] for key in recipe_options(cls.Options) if values[key] is None and key in given}
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
-        """The steps in which this method learns the task."""
+        """Return the task with the steps in which this method learns it."""
         return task
 
     def notes(self, recipe: Recipe | None) -> list[str]:
-        """How this run deviates from the published method; printed, and marked in every table of the results.
+        """Return the deviations of this run from the published method.
+
+        They are printed, and marked in every table of the results.
 
         Args:
-            recipe: of the run; None where the configuration gives every value itself.
+            recipe: recipe of the run; None if the configuration gives every value itself.
         """
         return []
 
     def extra_maps(self) -> dict[str, Path]:
-        """Folders of grey maps by the name under which they come in :attr:`Batch.extras`.
+        """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.
 
-        A folder holds one PNG per training image, named like it; the maps are cropped like the labels.
+        A folder holds one PNG per training image, named like the image; the maps are cropped like the labels.
         """
         return {}
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
-        """Why this method cannot learn new classes on top of a finished step; None if it can.
+        """Return why this method cannot learn new classes on top of a finished step; None if it can.
 
         Args:
-            info: description of the step.
-            state: what its method stored with it.
+            info: description of the finished step.
+            state: tensors that the method of that step stored.
         """
         if (info.lead, info.conv_heads) != (list(self.layout.lead), self.layout.conv):
             return f"a step of {info.method} has other classifier heads than {self.name} trains"
         return None
 
     def replay_counts(self) -> Tensor | None:
-        """[1 + K] stored feature cells of the background and each old class, to replay; None: nothing is replayed."""
+        """Return the numbers of stored feature cells to replay, [1 + K]: of the background and of each old class.
+
+        None if nothing is replayed.
+        """
         return None
 
     def scale_replay(self, share: float) -> dict[str, Any]:
-        """Options that replay this share of what the method replays with its own options."""
+        """Return options that replay this share of what the method replays with its current options."""
         return {}
 
     def init_heads(self, ctx: StepContext) -> None:
-        """Initialise the new head otherwise than at random; called without gradients, with the old weights loaded."""
+        """Initialise the new head; called without gradients, with the old weights loaded.
+
+        By default the head keeps its random initialisation.
+        """
 
     @abstractmethod
     def freeze(self, ctx: StepContext) -> None:
-        """Freeze what the step does not train."""
+        """Freeze the parameters that the step does not train."""
 
     @abstractmethod
     def param_groups(self, ctx: StepContext) -> list[Group]:
-        """Parameters with their learning-rate factors; every trained parameter is in one group."""
+        """Return parameters with their learning-rate factors; every trained parameter is in exactly one group."""
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Called before a step trains, with the new head added and without gradients; may scan the data.
+        """Prepare the step before it trains; called with the new head added and without gradients. May scan the data.
 
-        It must depend on the context alone: a run that was interrupted in the middle of a step calls it again.
+        The result must depend on the context alone, because resuming an interrupted step calls this method again.
         """
         self.ctx = ctx
 
     @abstractmethod
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
-        """Named scalar losses of a batch, already weighted; the engine sums and logs them.
+        """Return the named scalar losses of a batch, already weighted; the engine sums and logs them.
 
         Args:
             batch: normalised images and labels on the device.
-            new: the network being trained; call it once.
-            old: the frozen previous network, without gradients; None at step 0.
+            new: the model being trained; call it once.
+            old: the frozen previous model, without gradients; None at step 0.
 
         Returns:
             Loss terms by name, of the global batch (see :attr:`StepContext.all_reduce_sum`).
         """
 
     def end_step(self, ctx: StepContext) -> None:
-        """Called after a step has trained, with the model in eval mode and without gradients; may scan the data."""
+        """Finish the step after it has trained; called with the model in eval mode and without gradients.
+
+        May scan the data.
+        """
 
     @abstractmethod
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
-        """The prediction rule: training ids [N, ...] from logits [N, C, ...]."""
+        """Return the prediction rule, a function from logits [N, C, ...] to training ids [N, ...]."""
 
     def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Labels with confident predictions filled in, for the choice of exemplars; see :func:`fill_in`."""
+        """Return the labels with confident predictions filled in, to select exemplars; see :func:`fill_in`."""
         assert self.memory is not None, "only asked of a method with a memory"
         return fill_in(labels, logits[:, len(self.layout.lead) :], self.memory.score)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that the next step needs, stored as bank.safetensors in the step's directory."""
+        """Return the tensors that the next step needs, stored as bank.safetensors in the step directory."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: the hyper-parameters of a method on a data set, and how a configuration is completed with them."""
+"""Recipes: the hyper-parameters of a method on a data set, and how they complete a configuration."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyper-parameters of a method on a data set.
+    """Hyper-parameters of a method on a data set.
 
     Attributes:
-        base, later: step 0, and every step after it.
+        base, later: schedules of step 0 and of every later step.
         warmup: share of the iterations with a linear warm-up from a thousandth of the learning rate.
         options: values of the method's options that depend on the data set (:func:`from_recipe`).
         memory_size: number of old images kept as exemplars.
-        tasks: schedule of the later steps of published tasks that deviate from ``later``, by the task's name.
+        tasks: schedules of the later steps of published tasks that deviate from ``later``, by the task's name.
         expected: options that the published method sets on this data set and that have no default; a run without them
-            deviates from it (:meth:`Method.notes <starseg.methods.Method.notes>`).
+            deviates from the published method (:meth:`Method.notes <starseg.methods.Method.notes>`).
     """
 
     base: StepSchedule
@@ -47,7 +47,7 @@ class Recipe:
     expected: tuple[str, ...] = ()
 
     def later_of(self, task: str | None) -> StepSchedule:
-        """Schedule of the later steps of a task."""
+        """Return the schedule of the later steps of a task."""
         return self.tasks.get(task or "", self.later)
 
 
@@ -58,16 +58,16 @@ _REGISTERED: dict[tuple[str, str], Recipe] = {}
 
 
 def from_recipe(**constraints: Any) -> Any:
-    """A field of a method's options whose default value, None, stands for the recipe's value.
+    """Declare a field of a method's options whose default value, None, stands for the recipe's value.
 
     Args:
-        constraints: of the field, as for :func:`pydantic.Field`.
+        constraints: constraints of the field, as for :func:`pydantic.Field`.
     """
     return Field(None, json_schema_extra={"from_recipe": True}, **constraints)
 
 
 def recipe_options(options: type[Strict]) -> list[str]:
-    """Names of the options that a recipe sets."""
+    """Return the names of the options that a recipe sets."""
     marked = options.model_fields.items()
     return [
         name for name, f in marked if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("from_recipe")
@@ -75,10 +75,10 @@ def recipe_options(options: type[Strict]) -> list[str]:
 
 
 def register_recipe(method: str, dataset: str, recipe: Recipe) -> None:
-    """Add a recipe for a method that is defined elsewhere, as the package of a data set does.
+    """Register a recipe for a method that is defined elsewhere, for example in a package that adds a data set.
 
     Args:
-        method: its registered name.
+        method: registered name of the method.
         dataset: key of the data set.
         recipe: the hyper-parameters.
 
@@ -91,15 +91,15 @@ def register_recipe(method: str, dataset: str, recipe: Recipe) -> None:
 
 
 def recipes_of(method: type[Method]) -> dict[str, Recipe]:
-    """All recipes of a method by the key of the data set: its own, and those registered for it."""
+    """Return all recipes of a method by the key of the data set: its own and those registered for it."""
     return {**method.recipes, **{key: recipe for (name, key), recipe in _REGISTERED.items() if name == method.name}}
 
 
 def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
-    """The recipe of a run: the one that ``recipe`` names, else the method's for the data set; None if it has none.
+    """Return the recipe that ``recipe`` names, else the method's recipe for the data set; None if it has none.
 
     Raises:
-        UserError: ``recipe`` names a data set that the method has no recipe for.
+        UserError: ``recipe`` names a data set for which the method has no recipe.
     """
     recipes = recipes_of(method)
     if config.recipe is not None and config.recipe not in recipes:
@@ -109,15 +109,15 @@ def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
 
 
 def apply_recipe(config: RunConfig, method: type[Method], options: Strict) -> RunConfig:
-    """The configuration with every value that is not given taken from the recipe.
+    """Return the configuration with every missing value taken from the recipe.
 
     Args:
-        config: as it was given.
-        method: the configured one.
-        options: the method's, validated.
+        config: the configuration as it was given.
+        method: the configured method.
+        options: the method's options, validated.
 
     Raises:
-        UserError: there is no recipe for the method on the data set, and values are missing.
+        UserError: the method has no recipe for the data set, and values are missing.
     """
     recipe = find_recipe(config, method)
     completed = method.complete_options(options, recipe)
@@ -144,7 +144,7 @@ def _filled(given: PhaseConfig, schedule: StepSchedule) -> PhaseConfig:
 
 
 def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]) -> Iterator[str]:
-    """Keys without a value that a recipe would give."""
+    """Yield the keys without a value that a recipe would set."""
     train = config.train
     for name, phase in (("base", train.base), ("later", train.later)):
         if name == "base" or _has_later_steps(config, method):
@@ -157,7 +157,10 @@ def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]
 
 
 def _has_later_steps(config: RunConfig, method: type[Method]) -> bool:
-    """Whether the method learns the task in more than one step; a task that is only named counts as several."""
+    """Return whether the method learns the task in more than one step.
+
+    A task that is given only by its name counts as several steps, unless it is ``joint``.
+    """
     if config.task.name == "joint":
         return False
     steps = tuple((i,) for i in range(1, 1 + len(config.task.steps or (1, 2))))

@@ -1,4 +1,4 @@
-"""The family of sigmoid methods: no background channel, one binary classifier per class, batch norm frozen later on."""
+"""Sigmoid methods: one binary classifier per class, no background channel, batch norm frozen after step 0."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from starseg.models.prediction import LargestLogit
 
 
 class ClassLossOptions(Strict):
-    """Options of every method built on the base loss."""
+    """Options of every method that uses the base loss."""
 
     pos_weight: float | None = from_recipe(gt=0)
-    """Weight of positive pixels; by default the recipe's (STAR: 4 on VOC, 30 on ADE20K)."""
+    """Weight of positive pixels; by default the recipe's value (STAR: 4 on VOC, 30 on ADE20K)."""
 
 
 class SigmoidMethod(Method):
-    """Base class of sigmoid methods; as it stands, it trains the new classes with the base loss alone."""
+    """Base class of sigmoid methods; without overrides it trains the new classes with the base loss alone."""
 
     Options: ClassVar[type[Strict]] = ClassLossOptions
     recipes: ClassVar[Recipes] = {
@@ -33,14 +33,20 @@ class SigmoidMethod(Method):
     }
 
     def freeze(self, ctx: StepContext) -> None:
-        """After step 0 freeze batch norm, dropout and, but for a choice of the published code, the old heads."""
+        """After step 0, freeze batch norm, dropout and the old heads.
+
+        The old heads stay trainable with :attr:`Choices.train_old_heads <starseg.config.Choices>`.
+        """
         if ctx.step:
             ctx.model.freeze_norm()
             if not ctx.choices.train_old_heads:
                 ctx.model.heads[:-1].requires_grad_(False)
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
-        """Decoder and heads learn ten times as fast as the encoder, after step 0 the new head 100 times."""
+        """Return groups in which decoder and heads learn ten times as fast as the encoder.
+
+        After step 0, the new head learns 100 times as fast.
+        """
         roles = ctx.model.roles
         newest = 100.0 if ctx.step else 10.0
         return [
@@ -51,10 +57,11 @@ class SigmoidMethod(Method):
         ]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Return the base loss, summed over the new classes."""
         return {"bce": self.class_loss(batch, new(batch.images)).sum()}
 
     def class_loss(self, batch: Batch, output: Output) -> Tensor:
-        """The base loss of the new classes, [K_new]."""
+        """Return the base loss of each new class, [K_new]."""
         ctx = self.ctx
         new = output.logits[:, len(self.layout.lead) + ctx.old_classes :]
         return bce_per_class(
@@ -67,11 +74,11 @@ class SigmoidMethod(Method):
         )
 
     def pos_weight(self, ctx: StepContext) -> float:
-        """Weight of positive pixels in the class loss."""
+        """Return the weight of positive pixels in the base loss."""
         weight = self.options.pos_weight
         assert weight is not None, "filled in by apply_recipe"
         return float(weight)
 
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
-        """The largest logit's class where it exceeds 0, else background."""
+        """Return the rule that predicts the class of the largest logit where it exceeds 0, else background."""
         return LargestLogit(choices.argmax_of_sigmoids, len(self.layout.lead))

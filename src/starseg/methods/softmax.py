@@ -1,4 +1,4 @@
-"""The family of softmax methods (docs/reference/baselines.md): background and classes share one softmax."""
+"""Softmax methods (docs/reference/baselines.md): background and classes share one softmax."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __getattr__ = old_names(__name__)
 
 
 class SoftmaxMethod(Method):
-    """One softmax over background and classes, everything trained in every step, one learning rate.
+    """Base class of softmax methods, which train every parameter in every step with one learning rate.
 
-    Subclasses define their loss in :meth:`terms`; as it stands, it is fine-tuning with a softmax.
+    Subclasses define their losses in :meth:`terms`; without overrides this is fine-tuning with a softmax.
 
     Attributes:
-        maps: whether :meth:`terms` is given the encoder's maps, which take memory.
+        maps: whether :meth:`terms` receives the encoder's maps, which take memory.
     """
 
     layout = SOFTMAX
@@ -43,16 +43,19 @@ class SoftmaxMethod(Method):
         """Freeze nothing, not even batch norm."""
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
+        """Return a single group with all parameters."""
         return [Group("all", ctx.model)]
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Run both models on the batch and return the losses of :meth:`terms`."""
         previous = old(batch.images, maps=self.maps) if old else None
         return self.terms(batch, new(batch.images, maps=self.maps), previous)
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
-        """Named losses from the outputs of the new and, after step 0, the previous network."""
+        """Return named losses from the outputs of the new model and, after step 0, of the previous model."""
         loss = cross_entropy_map(upsample(output.logits, batch.labels), batch.labels)
         return {"ce": mean(loss, self.ctx.all_reduce_sum)}
 
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
+        """Return the rule that predicts the channel with the largest logit."""
         return partial(torch.argmax, dim=1)

@@ -1,4 +1,4 @@
-"""SSUL and SSUL-M: an unknown class, pseudo-labels, everything old frozen (Cha et al., NeurIPS 2021)."""
+"""SSUL and SSUL-M: an unknown class, pseudo-labels and frozen old parameters (Cha et al., NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,26 @@ from starseg.models.classifiers import HeadLayout, copy_head
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import BACKGROUND, IGNORE
 
-# Channels: the unknown class, the background, class c at c + 1.
+# Channel 0 is the unknown class, channel 1 the background, channel c + 1 class c.
 _UNKNOWN, _BACKGROUND = 0, 1
 SALIENCY = "saliency"
 """Name of the saliency maps in a batch's extras."""
 
 
 class SsulOptions(Strict):
+    """Options of SSUL and SSUL-M."""
+
     saliency_dir: Path | None = None
-    """Folder with a grey PNG per training image, named like it: background with a value above 0 is unknown. Without it
-    all background is, as on ADE20K."""
+    """Folder with one greyscale PNG per training image, named like the image: background pixels with a value above 0
+    are labelled unknown. Without a folder all background is, as on ADE20K."""
     threshold: float = Field(0.7, ge=0, le=1)
-    """Sigmoid from which on the previous model's prediction is a label."""
+    """Smallest sigmoid at which a prediction of the previous model becomes a pseudo-label."""
 
 
 @register_method("ssul")
 class Ssul(Method):
+    """Unknown class from saliency maps and pseudo-labels; later steps train only the leading heads and the new one."""
+
     summary = "an unknown class from saliency maps, pseudo-labels, all but the new head frozen"
     source = "Cha et al., NeurIPS 2021"
     layout = HeadLayout((UNKNOWN_HEAD, BACKGROUND_HEAD), conv=True)
@@ -52,6 +56,11 @@ class Ssul(Method):
     }
 
     def extra_maps(self) -> dict[str, Path]:
+        """Return the folder of saliency maps, if one is given.
+
+        Raises:
+            UserError: it is not a folder.
+        """
         folder = self.options.saliency_dir
         if folder is None:
             return {}
@@ -60,20 +69,26 @@ class Ssul(Method):
         return {SALIENCY: folder}
 
     def notes(self, recipe: Recipe | None) -> list[str]:
+        """Report missing saliency maps, unless the recipe does not expect them."""
         if self.options.saliency_dir or (recipe and "saliency_dir" not in recipe.expected):
             return []
         return [f"{self.name} without saliency maps (ssul.saliency_dir): all background counts as unknown"]
 
     def init_heads(self, ctx: StepContext) -> None:
+        """After step 0, start every new class as a copy of the unknown class."""
         if ctx.step:
             copy_head(ctx.model.lead[UNKNOWN_HEAD], ctx.model.heads[-1])
 
     def freeze(self, ctx: StepContext) -> None:
-        """After step 0 all but the leading heads and the new one."""
+        """After step 0, freeze everything but the leading heads and the new one."""
         if ctx.step:
             ctx.model.freeze_all_but([*ctx.model.lead.values(), ctx.model.heads[-1]])
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
+        """Return groups in which the encoder learns a tenth as fast as the decoder and the heads.
+
+        After step 0, the learning rate of the background head is multiplied by 1e-4.
+        """
         model = ctx.model
         return [
             Group("encoder", model.encoder, 0.1),
@@ -84,7 +99,13 @@ class Ssul(Method):
         ]
 
     def targets(self, batch: Batch, old_logits: Tensor | None) -> Tensor:
-        """Label channels [N, H, W] int64, with the previous model's confident predictions [N, C°, H, W] filled in."""
+        """Return the target channel of each pixel, [N, H, W] int64, 255 where it is ignored.
+
+        Args:
+            batch: labels, saliency maps if there are any, and exemplar flags.
+            old_logits: [N, C°, H, W] of the previous model, whose confident predictions replace background and unknown;
+                None at step 0.
+        """
         labels = batch.labels.long()
         unknown = labels == BACKGROUND
         if SALIENCY in batch.extras:
@@ -101,15 +122,18 @@ class Ssul(Method):
         return fill_in(channels, old_logits, self.options.threshold, lead=1, background=_BACKGROUND)
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Return the BCE of all channels, summed over them, with the previous model's pseudo-labels."""
         old_logits = upsample(old(batch.images).logits, batch.labels) if old else None
         logits = new(batch.images).logits.float()
         targets = self.targets(batch, old_logits)
         return {"bce": bce_per_class(logits, targets, first_id=0, all_reduce_sum=self.ctx.all_reduce_sum).sum()}
 
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
+        """Return the rule :func:`merge_unknown`."""
         return merge_unknown
 
     def confident(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the labels with confident predictions filled in; the leading channels compete with the classes."""
         assert self.memory is not None
         return fill_in(labels, logits, self.memory.score, lead=len(self.layout.lead))
 
@@ -123,6 +147,8 @@ def merge_unknown(logits: Tensor) -> Tensor:
 
 @register_method("ssul-m")
 class SsulM(Ssul):
+    """SSUL with an exemplar memory that fills half of every batch."""
+
     summary = "SSUL with an exemplar memory that fills half of every batch"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "ssul"

@@ -28,23 +28,27 @@ if TYPE_CHECKING:
 
 
 class StarOptions(ClassLossOptions):
+    """Options of STAR and STAR-M."""
+
     mbce: float = Field(1.0, ge=0)
     """Weight of the mixed class loss."""
     ocfm: float = Field(5.0, ge=0)
-    """Weight of old-class feature maintenance."""
+    """Weight of old-class feature maintenance (OCFM)."""
     sad: float = Field(0.05, ge=0)
-    """Weight of similarity-aware discrimination."""
+    """Weight of similarity-aware discrimination (SAD)."""
     old_threshold: float = 0.5
-    """Raw logit above which the old model's prediction counts in training; 0 is its prediction rule in tests."""
+    """Raw logit above which the previous model's prediction counts in training; in evaluation the threshold is 0."""
     norm_noise: Norms = "channel"
-    """Draw the norm of a replayed feature per channel (published) or once per vector."""
+    """Draw the norm of a replayed feature once per channel (as published) or once per feature vector."""
     replay: float = Field(1.0, gt=0, le=1)
-    """Share of the stored counts that a later step replays; below 1 where few new images face many old ones. What is
-    stored and carried on stays whole."""
+    """Share of the stored counts that a later step replays; use less than 1 if there are few new images and many old
+    ones. The counts carried on to the next step are not scaled."""
 
 
 @register_method("star")
 class Star(SigmoidMethod):
+    """Prototype replay, background repeat, old-class feature maintenance and similarity-aware discrimination."""
+
     summary = "prototype replay: about 2 KB per class in place of old images"
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
@@ -59,6 +63,7 @@ class Star(SigmoidMethod):
         self.plan: ReplayPlan
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        """Return why STAR cannot continue from a finished step: other heads, or no prototype bank."""
         if (reason := super().can_continue(info, state)) is not None:
             return reason
         if not PrototypeBank.fits(state):
@@ -66,12 +71,19 @@ class Star(SigmoidMethod):
         return None
 
     def replay_counts(self) -> Tensor | None:
+        """Return the counts of the prototype bank, [1 + K]; None if there is no bank."""
         return None if self.bank is None else self.bank.counts
 
     def scale_replay(self, share: float) -> dict[str, Any]:
+        """Return the option ``replay`` multiplied by the share."""
         return {"replay": self.options.replay * share}
 
     def begin_step(self, ctx: StepContext) -> None:
+        """Make the replay plan of a later step, in one pass of the previous model over the step's images.
+
+        Raises:
+            UserError: there is no prototype bank, or it does not hold the old classes.
+        """
         super().begin_step(ctx)
         if ctx.old_model is None:
             return
@@ -90,10 +102,17 @@ class Star(SigmoidMethod):
         self.plan = replace(self.make_plan(ctx, stored * self.options.replay, cells), carried=whole.carried)
 
     def make_plan(self, ctx: StepContext, stored: Tensor, cells: Tensor) -> ReplayPlan:
-        """The step's replay, from the stored counts and what :func:`count_cells` found in all its images."""
+        """Return the replay plan of the step.
+
+        Args:
+            ctx: context of the step.
+            stored: [1 + K_old] counts of the background and the old classes to replay.
+            cells: [1 + K_old + K_new] what :func:`count_cells` found in all images of the step.
+        """
         return make_plan(ctx.task.setting, stored, cells[: ctx.first_new], ctx.new_classes, ctx.iterations)
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Return the losses of the step, for which a later step draws replayed features from the bank."""
         if old is None:
             return self.base_terms(batch, new(batch.images))
         ctx, bank = self.ctx, self.bank
@@ -102,11 +121,11 @@ class Star(SigmoidMethod):
         return self.terms(batch, new(batch.images, replayed), old(batch.images), bank)
 
     def base_terms(self, batch: Batch, output: Output) -> dict[str, Tensor]:
-        """The losses of step 0."""
+        """Return the losses of step 0."""
         return {"mbce": self.options.mbce * self.class_loss(batch, output).sum()}
 
     def terms(self, batch: Batch, output: Output, previous: Output, bank: PrototypeBank) -> dict[str, Tensor]:
-        """The losses of a later step, the replayed features among the new network's output."""
+        """Return the losses of a later step; ``output.extra_logits`` holds the logits of the replayed features."""
         ctx, options = self.ctx, self.options
         features = output.features.float()
         labels, seen = old_model_labels(batch.labels, previous.logits, features.shape[2:], options.old_threshold)
@@ -151,14 +170,18 @@ class Star(SigmoidMethod):
         self.bank = measured if self.bank is None else self.bank.extend(measured, self.plan.carried)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of the prototype bank."""
         return self.bank.state_dict() if self.bank else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the prototype bank."""
         self.bank = PrototypeBank.from_state_dict(state) if state else None
 
 
 @register_method("star-m")
 class StarM(Star):
+    """STAR with an exemplar memory."""
+
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
     stores = Star.stores + "; 50 images"
     section = base_step = "star"

@@ -1,1 +1,1 @@
-"""What is kept of old classes, and how much of it is replayed."""
+"""Replay: what is stored of the old classes, and how much of it is replayed."""

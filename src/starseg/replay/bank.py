@@ -1,4 +1,4 @@
-"""The prototype bank: all that is kept of the old classes' images (Chen et al., NeurIPS 2023)."""
+"""The prototype bank: everything that is stored of the old classes' images (Chen et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Norms = Literal["channel", "vector"]
 
 @dataclass(frozen=True)
 class PrototypeBank:
-    """Statistics of every class seen so far, K classes, D feature channels, all float32.
+    """Statistics of every class seen so far, for K classes and D feature channels, all float32.
 
     Attributes:
         counts: [1 + K] grid cells of the background and of each class.
@@ -41,46 +41,54 @@ class PrototypeBank:
 
     @property
     def present(self) -> Tensor:
-        """[K] bool: classes that had a cell; the others are neither replayed nor kept apart from."""
+        """[K] bool: classes with at least one cell; the others are not replayed and take no part in SAD."""
         return self.prototypes.abs().sum(1) > 0
 
     @cached_property
     def shown(self) -> Tensor:
-        """[P, D] prototypes of the classes :attr:`present`; their number waits for a GPU, once."""
+        """[P, D] prototypes of the :attr:`present` classes.
+
+        Cached, because counting these classes synchronises with the GPU.
+        """
         return self.prototypes[self.present]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, as in bank.safetensors."""
+        """Return the tensors by name, as stored in bank.safetensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def fits(cls, state: Mapping[str, Tensor]) -> bool:
-        """Whether tensors by name are a bank's."""
+        """Return whether a mapping has all tensors of a bank."""
         return all(f.name in state for f in fields(cls))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:
-        """Undoes :meth:`state_dict`, with copies of the tensors."""
+        """Return the bank with copies of the tensors that :meth:`state_dict` returned."""
         return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
 
     def to(self, device: torch.device) -> PrototypeBank:
-        """The same on a device."""
+        """Return the bank on a device."""
         return PrototypeBank(**{k: v.to(device) for k, v in self.state_dict().items()})
 
     def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
-        """The old classes followed by the new ones, with ``counts`` [1 + K_old] carried on for the old."""
+        """Return a bank of the old classes followed by the new ones.
+
+        Args:
+            new: bank of the new classes.
+            counts: [1 + K_old] counts of the background and of the old classes, which replace the stored ones.
+        """
         merged = {
             f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self) if f.name != "counts"
         }
         return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **merged)
 
     def draw(self, rows: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
-        """Draw replayed features: (P + s e1) * (m + d e2), e1 and e2 standard normal.
+        """Draw replayed features (P + s e1) * (m + d e2), with e1 and e2 standard normal.
 
         Args:
-            rows: [M] int64, the class of each.
+            rows: [M] int64, row of each feature's class.
             generator: on the bank's device.
-            norms: draw e2 per channel (as the published tables were made) or once per vector.
+            norms: draw e2 once per channel (as the published tables were made) or once per feature vector.
 
         Returns:
             [M, D].
@@ -92,6 +100,6 @@ class PrototypeBank:
         return self.features(rows, e1, e2)
 
     def features(self, rows: Tensor, e1: Tensor, e2: Tensor) -> Tensor:
-        """Features of classes ``rows`` [M] from given draws e1 [M, D], e2 [M, D] or [M, 1]."""
+        """Return features of the classes in ``rows`` [M], from given draws e1 [M, D] and e2 [M, D] or [M, 1]."""
         directions = self.prototypes[rows] + self.noise[rows] * e1
         return directions * (self.norm_mean[rows, None] + self.norm_std[rows, None] * e2)

@@ -1,4 +1,4 @@
-"""Adapter's drift compensation of old prototypes (docs/reference/baselines.md, "Adapter")."""
+"""Drift compensation of the old prototypes in Adapter (docs/reference/baselines.md, "Adapter")."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CERTAIN = 0.7
 
 @dataclass
 class Drift:
-    """Sums over the cells in which both models surely see the same old class, K classes, D channels.
+    """Sums over the cells in which both models predict the same old class confidently; K classes, D channels.
 
     Attributes:
-        cells: [K] float64.
+        cells: [K] float64 number of these cells.
         old, new: [K, D] float64 sums of the normalised features before and after the step.
     """
 
@@ -31,13 +31,22 @@ class Drift:
 
     @classmethod
     def zeros(cls, classes: int, channels: int, device: torch.device) -> Drift:
+        """Return the sums over no cells."""
         sums = torch.zeros(2, classes, channels, dtype=torch.float64, device=device)
         return cls(torch.zeros(classes, dtype=torch.float64, device=device), sums[0], sums[1])
 
     def update(
         self, old_features: Tensor, old_logits: Tensor, features: Tensor, logits: Tensor, labels: Tensor
     ) -> None:
-        """Add a batch: features [N, D, h, w], logits [N, K, h, w] and [N, K + new, h, w], labels [N, h, w]."""
+        """Add the cells of a batch.
+
+        Args:
+            old_features: [N, D, h, w] of the previous model.
+            old_logits: [N, K, h, w] of the previous model.
+            features: [N, D, h, w] of the new model.
+            logits: [N, K + K_new, h, w] of the new model.
+            labels: [N, h, w] training ids on the grid; only background cells are used.
+        """
         best, second, winner = top_two(old_logits.float())
         new_best, new_second, new_winner = top_two(logits.float())
         certain = (best - second > _CERTAIN) & (new_best - new_second > _CERTAIN)
@@ -48,12 +57,12 @@ class Drift:
             total.index_add_(0, rows, F.normalize(maps.movedim(1, -1)[chosen].double(), dim=1))
 
     def move(self, bank: PrototypeBank, counts: Tensor, all_reduce_sum: AllReduceSum) -> PrototypeBank:
-        """The bank with the prototypes of its first K classes moved and their noise widened by as much.
+        """Return the bank with its first K prototypes moved by the drift, and their noise increased by as much.
 
         Args:
-            bank: of K classes or more.
+            bank: bank of K classes or more.
             counts: [K] stored cells of the old classes.
-            all_reduce_sum: over processes.
+            all_reduce_sum: sums a tensor over processes.
         """
         both = Drift(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
         shift = F.normalize(both.new, dim=1) - F.normalize(both.old, dim=1)

@@ -1,4 +1,7 @@
-"""Exemplar memory: which images STAR-M, SSUL-M and DKD-M keep (docs/reference/star.md; the selection is SSUL's)."""
+"""Exemplar memory: which images STAR-M, SSUL-M and DKD-M store.
+
+The selection is SSUL's (docs/reference/star.md).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MemoryRule:
-    """How a method keeps and uses old images.
+    """How a method selects and uses old images.
 
     Attributes:
-        score: sigmoid from which on a prediction names a class of an image that may be kept.
-        mix: "append" the images to the step's, or let them be "half" of every batch.
-        labels: they show the "new" classes alone, like the step's own images, or all classes "seen" so far.
+        score: smallest sigmoid at which a prediction counts as a class of a candidate image.
+        mix: "append" the images to those of the step, or let them be "half" of every batch.
+        labels: whether their labels show the "new" classes alone, like the step's own images, or all classes "seen" so
+            far.
     """
 
     score: float
@@ -25,11 +29,11 @@ class MemoryRule:
 
 
 class Exemplar(NamedTuple):
-    """An image that is kept, or may be.
+    """Image in the exemplar memory, or a candidate for it.
 
     Attributes:
-        name: the data set's own identifier of it (:attr:`starseg.data.datasets.base.Split.ids`).
-        classes: dataset ids of the classes it is known to show, ascending.
+        name: the data set's own identifier of the image (:attr:`starseg.data.datasets.base.Split.ids`).
+        classes: dataset ids of the classes that the image is known to show, ascending.
     """
 
     name: str
@@ -37,7 +41,7 @@ class Exemplar(NamedTuple):
 
 
 def merge(exemplars: Iterable[Exemplar]) -> list[Exemplar]:
-    """Each image once, with all classes that it is known to show."""
+    """Return each image once, with all classes that it is known to show."""
     classes: dict[str, set[int]] = {}
     for name, shown in exemplars:
         classes.setdefault(name, set()).update(shown)
@@ -45,7 +49,9 @@ def merge(exemplars: Iterable[Exemplar]) -> list[Exemplar]:
 
 
 def round_robin(candidates: Sequence[Exemplar], classes: Sequence[int], size: int) -> dict[int, list[Exemplar]]:
-    """Take for each class in turn the first candidate left that shows it, until ``size`` are taken or none is left.
+    """Take the first remaining candidate that shows a class, for each class in turn.
+
+    Stops when ``size`` images are taken or no remaining candidate shows any of the classes.
 
     Returns:
         The images taken for each class.

@@ -1,4 +1,4 @@
-"""How much is replayed in a step (docs/reference/star.md, "The replay plan")."""
+"""The replay plan: how much a step replays (docs/reference/star.md, "The replay plan")."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starseg.tasks import Setting
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """Counts for one step with K_old old classes.
+    """Amounts that a step with K_old old classes replays.
 
     Attributes:
-        per_iteration: [K_old] int64 features replayed each iteration.
-        background_owed: grid cells of background the step still owes.
-        background_ratio: repeat ratio r of the batch's own background cells.
-        carried: [1 + K_old] totals of background and old classes carried on to the next step.
+        per_iteration: [K_old] int64 features replayed in each iteration.
+        background_owed: B, background grid cells that the step still owes.
+        background_ratio: r, repeat ratio of the batch's own background cells.
+        carried: [1 + K_old] counts of background and old classes carried on to the next step.
     """
 
     per_iteration: Tensor
@@ -29,17 +29,24 @@ class ReplayPlan:
 
     @cached_property
     def rows(self) -> Tensor:
-        """[sum(per_iteration)] int64 class of each replayed feature; their number waits for a GPU, once."""
+        """[sum(per_iteration)] int64 class of each replayed feature, counted from 0.
+
+        Cached, because counting these features synchronises with the GPU.
+        """
         return torch.repeat_interleave(self.per_iteration)
 
 
 def make_adapter_plan(
     setting: Setting, stored: Tensor, predicted: Tensor, labelled: Tensor, iterations: int
 ) -> ReplayPlan:
-    """Adapter's replay plan: at least one feature per class (docs/reference/baselines.md, "Adapter").
+    """Return Adapter's replay plan, with at least one feature per class (docs/reference/baselines.md, "Adapter").
 
     Args:
-        labelled: [K_new] grid cells of the new classes; the rest as in :func:`make_plan`.
+        setting: "overlap" or "disjoint".
+        stored: [1 + K_old] counts of background and old classes in the bank.
+        predicted: [1 + K_old] grid cells labelled background in this step's images, by the previous model's prediction.
+        labelled: [K_new] grid cells of the new classes in this step's images.
+        iterations: iterations per epoch.
     """
     stored, predicted = stored.float(), predicted.float()
     plan = make_plan(setting, stored, predicted, len(labelled), iterations)
@@ -53,14 +60,14 @@ def make_adapter_plan(
 
 
 def make_plan(setting: Setting, stored: Tensor, predicted: Tensor, new_classes: int, iterations: int) -> ReplayPlan:
-    """The replay plan, in float32 as published.
+    """Return STAR's replay plan, computed in float32 as published.
 
     Args:
         setting: "overlap" or "disjoint".
-        stored: [1 + K_old] totals of background and old classes from the bank.
-        predicted: [1 + K_old] what the old model finds in this step's images on the grid.
-        new_classes: how many classes the step adds.
-        iterations: an epoch's.
+        stored: [1 + K_old] counts of background and old classes in the bank.
+        predicted: [1 + K_old] grid cells labelled background in this step's images, by the previous model's prediction.
+        new_classes: number of classes that the step adds.
+        iterations: iterations per epoch.
     """
     stored, predicted = stored.float(), predicted.float()
     overlap = setting == "overlap"

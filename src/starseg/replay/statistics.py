@@ -1,4 +1,4 @@
-"""One streaming pass over features and labels on the stride grid: counts, prototypes, noise, norms.
+"""Statistics of features in one streaming pass on the stride grid: counts, prototypes, noise and norms.
 
 All sums are kept in float64, so that the order of the batches and the number of processes do not matter.
 """
@@ -22,27 +22,27 @@ _EPS = 1e-12
 
 
 def sample_at_stride(labels: Tensor, stride: int) -> Tensor:
-    """Sample [N, H, W] at (stride i + stride/2, stride j + stride/2) -> [N, H/stride, W/stride]."""
+    """Sample labels [N, H, W] at (stride i + stride/2, stride j + stride/2) -> [N, H/stride, W/stride]."""
     return labels[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs, [size] int64; larger values (255) are not counted."""
+    """Count how often each of 0..size-1 occurs, [size] int64; larger values (255) are left out."""
     ids = ids.flatten().long()
     return torch.bincount(ids[ids < size], minlength=size)
 
 
 def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], threshold: float = 0.5) -> Tensor:
-    """The old model's prediction in training: argmax + 1 where an upsampled raw logit exceeds ``threshold``, else 0.
+    """Return the previous model's prediction in training: argmax + 1 where its raw logit exceeds ``threshold``, else 0.
 
     Args:
-        logits: [N, C, h, w].
-        size: of the image.
+        logits: [N, C, h, w], upsampled before they are compared.
+        size: height and width of the image.
         cells: height and width of the grid of cells on which the prediction is used.
-        threshold: on the logit; 0.5 as published (a probability of 0.622).
+        threshold: threshold on the logit; 0.5 as published (a probability of 0.622).
 
     Returns:
-        [N, H', W'] int64 training ids of those pixels of the image that :func:`starseg.ops.bilinear.thin` keeps.
+        [N, H', W'] int64 training ids, at the pixels that :func:`starseg.ops.bilinear.subsample_to_support` keeps.
     """
     maps = logits.float()
     parts = split_classes(maps, 4 * cells[0] * cells[1])
@@ -53,12 +53,25 @@ def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], th
 def old_model_labels(
     labels: Tensor, old_logits: Tensor, cells: Sequence[int], threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Labels [N, H, W] and :func:`old_prediction`, both [N, H', W'] and thinned for a grid of cells."""
+    """Return the labels [N, H, W] and the :func:`old_prediction` of the previous model, both [N, H', W'].
+
+    Both are subsampled to the pixels that a resize to the grid of ``cells`` reads.
+    """
     return subsample_to_support(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
 
 
 def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, threshold: float) -> Tensor:
-    """Grid cells by label [N, H, W], those labelled background by the old model's prediction: [ids] int64."""
+    """Count grid cells by training id, [ids] int64.
+
+    The id of a cell is its label or, where that is background, the previous model's prediction.
+
+    Args:
+        labels: [N, H, W].
+        old_logits: [N, C, h, w] of the previous model.
+        stride: pixels per cell.
+        ids: number of training ids, with the background.
+        threshold: as in :func:`old_prediction`.
+    """
     cells = [side // stride for side in labels.shape[1:]]
     labels, seen = old_model_labels(labels, old_logits, cells, threshold)
     thinned = labels.shape[-1] // cells[-1]
@@ -68,7 +81,7 @@ def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, thres
 
 @dataclass
 class FeatureStatistics:
-    """Sufficient statistics of the features of K new classes, added up batch by batch.
+    """Sufficient statistics of the features of K new classes, accumulated batch by batch.
 
     Attributes:
         counts: [1 + K] int64 cells of the background and of each class.
@@ -84,6 +97,8 @@ class FeatureStatistics:
 
     @classmethod
     def zeros(cls, classes: int, channels: int, device: torch.device | str = "cpu") -> FeatureStatistics:
+        """Return the statistics of no features."""
+
         def double(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -111,16 +126,16 @@ class FeatureStatistics:
         self.norm_square_sum.index_add_(0, rows, norms.square())
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> FeatureStatistics:
-        """The statistics of all processes, ``all_reduce_sum`` summing one tensor over them."""
+        """Return the statistics of all processes; ``all_reduce_sum`` sums one tensor over them."""
         return FeatureStatistics(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
 
     def finish(self, old: PrototypeBank | None = None, *, noise_around_row: bool = False) -> PrototypeBank:
-        """The bank entries of the new classes; a class without a cell gets zeros.
+        """Return the bank entries of the new classes; a class without a cell gets zeros.
 
         Args:
-            old: bank of the classes before, if any.
-            noise_around_row: measure the noise of the k-th new class around row k of [old; new] prototypes, as the
-                published code does, instead of around its own.
+            old: bank of the old classes, if there are any.
+            noise_around_row: measure the noise of the k-th new class around row k of the [old; new] prototypes, as the
+                published code does, instead of around its own prototype.
         """
         count = self.counts[1:].double()
         safe = count.clamp_min(1)[:, None]
@@ -143,12 +158,12 @@ class FeatureStatistics:
 
 
 def measure(cells: Iterable[tuple[Tensor, Tensor]], first: int, classes: int) -> FeatureStatistics:
-    """The statistics of ``classes`` new classes in batches.
+    """Return the statistics of the new classes' features.
 
     Args:
         cells: at least one pair of features [N, D, h, w] and training ids on their grid [N, h, w].
-        first: training id of the first new class; other ids count as they are.
-        classes: K.
+        first: training id of the first new class, which becomes 1; ids of other classes are left unchanged.
+        classes: K, the number of new classes.
     """
     statistics: FeatureStatistics | None = None
     for features, labels in cells:
