@@ -137,7 +137,8 @@ def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | st
     """Check that an image, in upright orientation, and its mask have the same size.
 
     Args:
-        image, mask: (height, width) in pixels.
+        image: (height, width) of the image in pixels.
+        mask: (height, width) of the mask in pixels.
         path: the mask, for the error message.
 
     Raises:

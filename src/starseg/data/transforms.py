@@ -22,7 +22,10 @@ _NEAREST = InterpolationMode.NEAREST_EXACT
 
 
 def train_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Apply a random resized crop (area 0.5..2.0, ratio 3/4..4/3) and horizontal flip, with torch's global generator."""
+    """Apply a random resized crop (area 0.5..2.0, ratio 3/4..4/3) and a random horizontal flip.
+
+    Random numbers are drawn from torch's global generator.
+    """
     box = RandomResizedCrop.get_params(image, scale=[0.5, 2.0], ratio=[3 / 4, 4 / 3])
     # ATen resizes contiguous channels_last uint8 images pixel by pixel, in less than half the time.
     image = F.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
