@@ -1,6 +1,6 @@
 """Encoders from timm: convolutional networks, dilated to the output stride, and vision transformers.
 
-Shape letters: N images, H W pixels.
+Shape letters: N images, H W pixels, C map channels, h w map cells.
 """
 
 from __future__ import annotations
