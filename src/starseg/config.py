@@ -1,6 +1,6 @@
-"""Run configuration: typed, every field documented, unknown keys rejected by name.
+"""The configuration of a run: typed sections with documented fields; unknown keys are errors.
 
-Only the schema is checked here. What depends on the registered methods or on the data is checked by
+Only the schema is checked here. Whatever depends on the registered methods or on the data is checked by
 :mod:`starseg.engine.setup`, before anything is written.
 """
 
@@ -20,7 +20,7 @@ from starseg.errors import UserError
 
 
 class Strict(BaseModel):
-    """Section in which unknown keys are errors."""
+    """Base class of sections in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -32,23 +32,23 @@ def _no_path(name: str) -> str:
 
 
 Label = Annotated[str, AfterValidator(_no_path)]
-"""Text that becomes part of a folder's name, and so must not contain path separators."""
+"""Text that becomes part of a folder name and therefore must not contain path separators."""
 
 
 class DataConfig(Strict):
-    """Section `data`: images, and how they are read."""
+    """Section `data`: the data set and how it is read."""
 
     dataset: Label = "voc"
-    """Registered data set: `voc`, `ade` (docs/datasets.md), `folder` (as `starseg learn` prepares it, docs/learn.md),
-    or one of your own (docs/new-dataset.md)."""
+    """Registered data set: `voc`, `ade` (docs/datasets.md), `folder` (a folder prepared by `starseg learn`,
+    docs/learn.md), or one of your own (docs/new-dataset.md)."""
     root: Path | None = None
-    """Folder of the data set; by default `./datasets/PascalVOC2012`, `./datasets/ADE20K`, `./learn`, or what the data
-    set's spec says."""
+    """Folder of the data set; by default the one in the data set's spec: `./datasets/PascalVOC2012`,
+    `./datasets/ADE20K`, `./learn`."""
     crop: int = Field(512, gt=0)
     """Side of the square training and test crops in pixels, a multiple of the model's output stride."""
     lists: Path | None = None
-    """Folder of published image lists, `<dataset>/<setting>_<task>_<split>_<step>.npy` (docs/published.md); an existing
-    list replaces the selection of images by their masks."""
+    """Folder of published image lists, `<dataset>/<setting>_<task>_<split>_<step>.npy` (docs/published.md); a list that
+    exists replaces the selection of images by their masks."""
     workers: int | Literal["auto"] = Field("auto")
     """Loader workers. `auto`: with a GPU up to 8 per process, limited by the number of cores and the size of
     `/dev/shm`; 0 on a CPU. The number never changes a result."""
@@ -76,13 +76,13 @@ class ModelConfig(Strict):
     backbone: str = "resnet101.tv_in1k"
     """The encoder: any timm model with `features_only` that accepts images of any size (docs/protocol.md)."""
     decoder: Literal["aspp", "fpn", "linear"] = "aspp"
-    """What turns the encoder's maps into features: "aspp" on the deepest map (DeepLabV3), "fpn" a light feature
-    pyramid over all maps, "linear" a projection of all maps."""
+    """The decoder: `aspp`, ASPP on the deepest map of the encoder (DeepLabV3); `fpn`, a light feature pyramid over all
+    maps; `linear`, a projection of all maps."""
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
     """`true`: ImageNet weights (those of `tf_efficientnet_lite0` come with the extra `lite` and need no download);
-    `false`: random weights; or a file with the backbone's weights."""
+    `false`: random weights; or a file with the encoder's weights."""
 
 
 class PhaseConfig(Strict):
@@ -91,7 +91,7 @@ class PhaseConfig(Strict):
     epochs: int | None = Field(None, gt=0)
     """Number of epochs; by default the recipe's."""
     lr: float | None = Field(None, gt=0)
-    """Base learning rate, that of the backbone; by default the recipe's."""
+    """Base learning rate, that of the encoder; by default the recipe's."""
 
 
 class TrainConfig(Strict):
@@ -108,10 +108,10 @@ class TrainConfig(Strict):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of SGD (momentum 0.9, Nesterov)."""
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16 where the hardware is fast at it, fp16 on older GPUs, otherwise float32. `32` and every evaluation
-    use float32 without TF32."""
+    """`auto`: bf16 if the hardware supports it natively, fp16 on older GPUs, otherwise float32. `32` and every
+    evaluation use float32 without TF32."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Hardware to compute on."""
+    """Hardware to run on."""
     devices: int = Field(1, gt=0)
     """Processes per node, one per GPU (also `--devices`)."""
     num_nodes: int = Field(1, gt=0)
@@ -125,11 +125,11 @@ class TrainConfig(Strict):
     save_minutes: float = Field(10, gt=0)
     """Maximum time in minutes between two saves of the training state, which is also saved after each epoch."""
     deterministic: bool = False
-    """Deterministic algorithms on a GPU, too (also `--deterministic`); runs on a CPU are always bitwise repeatable."""
+    """Use deterministic algorithms on a GPU (also `--deterministic`); runs on a CPU are always bitwise reproducible."""
 
 
 class MemoryConfig(Strict):
-    """Section `memory`: old images kept as exemplars."""
+    """Section `memory`: the exemplar memory."""
 
     size: int | None = Field(None, ge=0)
     """Number of old images kept as exemplars; by default the recipe's (`star` 0, `star-m` 50)."""
@@ -138,7 +138,7 @@ class MemoryConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """Section `eval`: evaluation of a step."""
+    """Section `eval`: evaluation after each step."""
 
     image: Literal["crop", "full"] = "crop"
     """`crop`: short side resized to the crop size, then centre crop (the published protocol); `full`: whole images."""
@@ -150,24 +150,25 @@ class EvalConfig(Strict):
 class Choices:
     """Numerical choices in which the published code differs from the published formulas (docs/fidelity.md).
 
-    The defaults are the sound ones. Functions take the single choices that they depend on as keyword arguments.
+    The defaults are the sound choices. Functions receive the individual choices that they depend on as keyword
+    arguments.
 
     Attributes:
-        noise_around_row: the noise of the k-th new class is measured around row k of all prototypes, an old class's,
-            instead of around its own (row 2).
-        absent_classes_in_sad: in SAD a new class that is absent from the batch adds the constant 1 (row 5).
-        sad_epsilon: smallest norm by which SAD normalises a vector (row 5).
-        absent_prototypes_in_sad: SAD also keeps new classes away from the zero prototypes of old classes without a
-            cell (row 5).
+        noise_around_row: the noise of the k-th new class is measured around row k of all prototypes, which belongs to
+            an old class, instead of around the class's own prototype (row 2).
+        absent_classes_in_sad: a new class that is absent from the batch adds the constant 1 to SAD (row 5).
+        sad_epsilon: lower bound of the norm by which SAD normalises a vector (row 5).
+        absent_prototypes_in_sad: SAD also pushes new classes away from the zero prototypes of old classes without a
+            feature cell (row 5).
         ignored_as_negatives: ignored pixels are negatives in the class loss and count in its mean (row 6).
-        train_old_heads: the old heads of sigmoid methods belong to the optimizer, and so weight decay moves them
+        train_old_heads: the old heads of sigmoid methods are passed to the optimizer, so that weight decay changes them
             (row 9).
         iou_epsilon: added to the intersection in the denominator of the IoU (row 10).
-        absent_as_zero: in means, an absent class counts as 0 (row 10).
-        argmax_of_sigmoids: predictions compare sigmoids, in which saturated logits tie (row 12).
+        absent_as_zero: absent classes count as 0 in means (row 10).
+        argmax_of_sigmoids: predictions compare sigmoids, where saturated logits tie (row 12).
         unshifted_exemplar_labels: SSUL does not shift the labels of exemplars to its channels.
-        binned_entropy: PLOP takes the medians from 100 bins, whatever ``plop.threshold`` says.
-        binned_running_index: PLOP's running count of these bins adds a bin's index in place of its content.
+        binned_entropy: PLOP computes medians from 100 bins, regardless of ``plop.threshold``.
+        binned_running_index: PLOP's running count of these bins adds the index of a bin instead of its content.
         fixed_prototypes: Adapter does not move the old prototypes.
     """
 
@@ -205,12 +206,12 @@ PUBLISHED = Choices(
 
 
 def choices_for(compat: str | None) -> Choices:
-    """The choices that a configuration's or a step's ``compat`` stands for."""
+    """Return the choices for a value of ``compat`` in a configuration or in model.json."""
     return PUBLISHED if compat == "published" else SOUND
 
 
 class RunConfig(BaseModel):
-    """Configuration of a run; a section with the name of a method (`star: ...`) holds that method's options."""
+    """Configuration of a run; a section named like a method (`star: ...`) contains the options of that method."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
@@ -242,14 +243,14 @@ class RunConfig(BaseModel):
 
     @property
     def run_dir(self) -> Path:
-        """`out`, or what it is by default."""
+        """The run directory: `out`, or its default."""
         if self.out is not None:
             return self.out
         task = self.task.name or "custom"
         return Path("runs") / f"{self.data.dataset}_{task}_{self.task.setting}_{self.method}_seed{self.seed}"
 
     def method_section(self, name: str) -> dict[str, Any]:
-        """The options given in section ``name``, not validated yet."""
+        """Return the options in section ``name``, not validated yet; empty if the section is missing."""
         return dict((self.model_extra or {}).get(name) or {})
 
 
@@ -261,7 +262,7 @@ def _known_keys(model: Any, path: tuple[int | str, ...]) -> list[str]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """A pydantic error of ``model`` as one line per mistake: key, what was wrong, what was received."""
+    """Format a pydantic error of ``model`` as one line per mistake: key, what is wrong, what was received."""
     lines = []
     for item in error.errors():
         loc = item["loc"]
@@ -294,14 +295,14 @@ def _set_dotted(tree: dict[str, Any], assignment: str) -> None:
 def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     """Validate a configuration given as nested dictionaries.
 
-    Sections of methods are accepted as they are; :func:`starseg.engine.setup.check_method` validates them.
+    Sections of methods are not validated here, but by :func:`starseg.engine.setup.check_method`.
 
     Args:
         tree: the nested dictionaries.
         source: where they come from, for error messages.
 
     Raises:
-        UserError: unknown keys, wrong types, or values that contradict each other.
+        UserError: a key is unknown, a value has the wrong type or is out of range, or values contradict each other.
     """
     try:
         config = RunConfig.model_validate(tree)
@@ -326,7 +327,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
 
 
 def override(key: str, value: Any) -> str:
-    """``key=value`` for :func:`load_config`, quoted where YAML would read a text as something else."""
+    """Format ``key=value`` as an override for :func:`load_config`, quoting text that YAML would read differently."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
@@ -334,7 +335,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML configuration and apply ``a.b=value`` overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, or :func:`parse_config` refuses it.
+        UserError: the file is missing or not valid YAML, or :func:`parse_config` rejects it.
     """
     path = Path(path)
     try:
@@ -353,7 +354,11 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
-    """The configuration with ``a.b=value`` overrides applied; refuses what :func:`load_config` refuses."""
+    """Return a configuration with ``a.b=value`` overrides applied.
+
+    Raises:
+        UserError: an override is malformed, or :func:`parse_config` rejects the result.
+    """
     tree = config.model_dump(mode="json", by_alias=True)
     for assignment in overrides:
         _set_dotted(tree, assignment)
@@ -361,5 +366,5 @@ def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, every field spelled out."""
+    """Serialise a configuration as YAML, including defaults."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)

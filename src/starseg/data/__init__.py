@@ -1,1 +1,1 @@
-"""Data sets on disk, the class index, step selection and transforms."""
+"""Data sets on disk, annotation files, the class index, image selection, loading and transforms."""

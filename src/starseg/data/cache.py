@@ -1,4 +1,4 @@
-"""`data.cache`: decoded images and masks in memory that forked loader workers share."""
+"""The cache of decoded images and masks (`data.cache`), in memory shared by forked loader workers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from starseg.utils.machine import available_memory
 
 
 class ImageCache:
-    """Decoded files of a split, each kept when whichever process reads it first; other files are only read.
+    """Cache of a split's decoded files, filled as processes first read them; files of other splits are not cached.
 
-    The memory is anonymous and shared: workers that are forked later see what those before them decoded, and nothing
-    is left behind. Two processes that decode the same file at once write the same bytes.
+    The memory is anonymous and shared: workers forked later see what earlier workers decoded, and the memory is freed
+    with the processes. Two processes that decode the same file at the same time write the same bytes.
 
     Args:
-        shapes: of the files' decoded arrays, see :func:`decoded_shapes`.
+        shapes: shape of the decoded array of each file, see :func:`decoded_shapes`.
     """
 
     def __init__(self, shapes: dict[Path, tuple[int, ...]]) -> None:
@@ -39,15 +39,15 @@ class ImageCache:
             for number, ((path, shape), size, end) in enumerate(zip(shapes.items(), sizes, ends, strict=True))
         }
         self._kept = np.frombuffer(mmap.mmap(-1, len(shapes)), np.bool_)
-        # Between processes, orders a file's bytes before the mark that they are there.
+        # Ensures that other processes see a file's bytes before the flag that marks them as cached.
         self._lock = multiprocessing.Lock()
 
     def image(self, path: Path) -> Tensor:
-        """What :func:`read_image` gives; not to be written to."""
+        """Return an image as :func:`read_image` does; the tensor must not be modified."""
         return torch.from_numpy(self._read(path, _image_array)).permute(2, 0, 1)
 
     def mask(self, path: Path) -> np.ndarray:
-        """What :func:`read_mask` gives; not to be written to."""
+        """Return a mask as :func:`read_mask` does; the array must not be modified."""
         return self._read(path, read_mask)
 
     def _read(self, path: Path, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
@@ -71,10 +71,10 @@ def _image_array(path: Path) -> np.ndarray:
 
 
 def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
-    """Shapes of a split's images [H, W, 3] and masks [H, W] as decoded, as the images' headers say.
+    """Return the decoded shapes of a split's images, [H, W, 3], and masks, [H, W], from the headers of the images.
 
     Raises:
-        UserError: an image is missing or no image.
+        UserError: an image file is missing or not a readable image.
     """
     shapes: dict[Path, tuple[int, ...]] = {}
     for image, mask in zip(split.images, split.masks, strict=True):
@@ -86,16 +86,17 @@ def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
 def make_cache(
     setting: Literal["ram", "off", "auto"], split: Split, processes: int, console: Console
 ) -> ImageCache | None:
-    """The cache that `data.cache` asks for, still empty.
+    """Create the empty cache that `data.cache` specifies, or return None.
 
     Args:
-        setting: "ram", "off", or "auto": if it takes at most half of this process's part of the available memory.
-        split: the files.
-        processes: how many on this machine share the memory, each with a cache of its own.
-        console: told what is kept.
+        setting: "ram" for a cache, "off" for none, "auto" for a cache if it takes at most half of this process's share
+            of the available memory.
+        split: the files to cache.
+        processes: number of processes on this machine that share the memory, each with its own cache.
+        console: where the size and the decision are printed.
 
     Raises:
-        UserError: "ram", and it takes more than this process's part.
+        UserError: the setting is "ram" and the cache exceeds this process's share of the available memory.
     """
     if setting == "off":
         return None

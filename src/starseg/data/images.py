@@ -1,4 +1,4 @@
-"""Reading one image and one mask."""
+"""Reading of image and mask files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NAMED = 5
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is called as an image that is read."""
+    """Whether a file has the suffix of a supported image format."""
     return path.suffix.lower() in SUFFIXES
 
 
 def note_unread(files: Sequence[Path]) -> None:
-    """Say on stderr which files among images are not read; of hidden ones nothing is said."""
+    """Print a note on stderr about files that are not supported images; hidden files are not mentioned."""
     names = [path.name for path in files if not path.name.startswith(".")]
     if not names:
         return
@@ -63,47 +63,47 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """An image of any colour mode as RGB, [3, H, W] uint8, rotated as its EXIF data says.
+    """Convert an image of any colour mode to an RGB tensor, [3, H, W] uint8, rotated according to its EXIF data.
 
-    Of 16-bit images the high byte is taken; what is transparent becomes white.
+    16-bit images are reduced to their high byte; transparent pixels are composited over white.
     """
     return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as :func:`image_tensor` gives it.
+    """Read an image file as an RGB tensor, see :func:`image_tensor`.
 
     Raises:
-        UserError: missing, unreadable or truncated.
+        UserError: the file is missing, unreadable or truncated.
     """
     with _opened(path, "image") as image:
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
-            # The same library without Pillow's four bytes a pixel. What it refuses, Pillow reads or explains;
-            # it reads all where torchvision has no such decoder (deprecated in 0.29).
+            # The same JPEG library, without Pillow's four bytes per pixel. Pillow reads, or reports an error for, files
+            # that this decoder rejects, and all files if torchvision lacks it (deprecated in 0.29).
             with suppress(Exception):
                 return io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
         return image_tensor(image)
 
 
 def transparent_pixels(path: Path) -> np.ndarray:
-    """Where an image file is transparent, in part or wholly: [H, W] bool, upright.
+    """Return the mask of partly or fully transparent pixels of an image file, [H, W] bool, upright.
 
     Raises:
-        UserError: missing, unreadable or truncated.
+        UserError: the file is missing, unreadable or truncated.
     """
     with _opened(path, "image") as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < 255
 
 
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
-    """Height and width of an image, upright.
+    """Return height and width of an image in upright orientation.
 
     Args:
         path: the file.
-        whole: read to its end, at a reduced scale where the format has one; else only what tells the size.
+        whole: decode the whole file, at a reduced scale if the format supports it, instead of only its header.
 
     Raises:
-        UserError: missing, unreadable or, if read to its end, truncated.
+        UserError: the file is missing, unreadable or, if decoded as a whole, truncated.
     """
     with _opened(path, "image") as image:
         width, height = image.size
@@ -115,14 +115,14 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
 
 
 def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
-    """The mask's ids, [H, W] uint8 (palette or grey PNG).
+    """Read the ids of a mask (palette or grey PNG), [H, W] uint8.
 
     Args:
         path: the file.
-        otherwise: what else can be done about a mask in colour, for the message.
+        otherwise: alternative remedy for a colour mask, appended to the error message.
 
     Raises:
-        UserError: missing, unreadable, or not one 8-bit channel.
+        UserError: the file is missing, unreadable, or does not have a single 8-bit channel.
     """
     with _opened(path, "mask") as image:
         if image.mode not in ("P", "L"):
@@ -134,10 +134,15 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
 
 
 def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | str) -> None:
-    """Compare (height, width) of an image, upright, and its mask.
+    """Check that an image, in upright orientation, and its mask have the same size.
+
+    Args:
+        image: (height, width) of the image in pixels.
+        mask: (height, width) of the mask in pixels.
+        path: the mask, for the error message.
 
     Raises:
-        UserError: they differ; names ``path``, the mask.
+        UserError: the sizes differ.
     """
     if tuple(image) != tuple(mask):
         raise UserError(

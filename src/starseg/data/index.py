@@ -1,7 +1,7 @@
-"""Class index: how many pixels of each class every mask holds.
+"""The class index: the number of pixels of each class in every mask.
 
-Every file is read once, in parallel, and its pixels of every id on disk are cached. The label map is applied to the
-cached counts, so changing the map needs no new scan.
+Every file is read once, in parallel, and its pixel count per id on disk is cached. The label map is applied to the
+cached counts, so that a changed label map requires no new scan.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _VERSION = 2
 
 
 def cache_dir() -> Path:
-    """Where indices are kept: $STARSEG_CACHE, else ~/.cache/starseg."""
+    """Return the directory of cached class indices: $STARSEG_CACHE, or ~/.cache/starseg by default."""
     return Path(os.environ.get("STARSEG_CACHE") or Path.home() / ".cache" / "starseg")
 
 
 def pixels_per_id(mask: np.ndarray) -> np.ndarray:
-    """Pixels of every id in a mask of uint8, [256] int32."""
+    """Count the pixels of every id in a uint8 mask: [256] int32."""
     return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
 
 
@@ -56,11 +56,11 @@ def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> n
     """Count the pixels of every id in every mask, [N, 256] int32, on all cores.
 
     Args:
-        masks: the masks.
-        images: read as well, and their sizes compared.
+        masks: mask files.
+        images: image files; if given, they are read as well and their sizes are compared with the masks'.
 
     Raises:
-        UserError: a file is unreadable or truncated, or a mask is not as large as its image.
+        UserError: a file is unreadable or truncated, or the sizes of a mask and its image differ.
     """
     beside: Sequence[Path | None] = images or [None] * len(masks)
     with ProcessPoolExecutor(cores()) as pool:
@@ -68,13 +68,13 @@ def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> n
 
 
 def class_index(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels of every class in every mask of a split.
+    """Count the pixels of every class in every mask of a split.
 
     Returns:
         [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix.
 
     Raises:
-        UserError: an image or mask is unreadable, their sizes differ, or a mask holds ids outside the label map.
+        UserError: an image or mask is unreadable, their sizes differ, or a mask contains ids outside the label map.
     """
     pixels = _cached_scan(dataset, split)
     unknown = dataset.labels.unknown(pixels)
@@ -88,9 +88,9 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels by id on disk, from the files or the cache, keyed by their list with sizes and modification times."""
+    """Return pixel counts by id on disk, cached under a key of the files' names, sizes and modification times."""
     path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
-    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing, or damaged in one of many ways
+    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing or damaged
         return file["pixels"]
     pixels = scan_masks(split.masks, split.images)
     partial = path.with_suffix(f".{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Label maps: class ids of the values found in mask files."""
+"""Label maps, which turn the ids found in mask files (ids on disk) into class ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from starseg.tasks import IGNORE
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Class ids by id on disk.
+    """Mapping from ids on disk to class ids.
 
     Attributes:
-        classes: class id of every id on disk that shows a class.
-        ignored: ids on disk whose pixels are ignored; all others are unknown, and refused before training.
+        classes: class id by id on disk.
+        ignored: ids on disk whose pixels are ignored. Ids that are in neither are unknown and rejected before training.
     """
 
     classes: Mapping[int, int]
@@ -26,12 +26,12 @@ class LabelMap:
 
     @classmethod
     def make(cls, names: int, classes: Mapping[int, int] | None = None, ignored: Collection[int] = ()) -> LabelMap:
-        """The label map of a data set.
+        """Create the label map of a data set.
 
         Args:
-            names: how many classes have a name.
-            classes: class ids by id on disk; None for the ids themselves.
-            ignored: ids on disk whose pixels are ignored, besides 255.
+            names: number of class names, with the background.
+            classes: class ids by id on disk; None if ids on disk are class ids.
+            ignored: ids on disk whose pixels are ignored, in addition to 255.
         """
         if classes is None:
             classes = {i: i for i in range(names) if i != IGNORE and i not in ignored}
@@ -39,7 +39,7 @@ class LabelMap:
 
     @cached_property
     def _class_ids(self) -> dict[int, int]:
-        """Class id, or 255, of every known id on disk."""
+        """Class id, or 255 for ignored ids, by known id on disk."""
         return {**self.classes, **dict.fromkeys(self.ignored, IGNORE)}
 
     @cached_property
@@ -47,13 +47,13 @@ class LabelMap:
         return all(value == class_id for value, class_id in self._class_ids.items())
 
     def compose(self, table: np.ndarray) -> np.ndarray:
-        """Make a table by class id one by id on disk.
+        """Turn a lookup table by class id into one by id on disk.
 
         Args:
             table: [256] uint8 by class id, such as :meth:`starseg.tasks.TaskSequence.relabelling`.
 
         Returns:
-            [256] uint8 by id on disk, unknown ids ignored; ``table`` itself where ids on disk are class ids.
+            [256] uint8 by id on disk, with unknown ids ignored; ``table`` itself if ids on disk are class ids.
         """
         if self._identity:
             return table
@@ -62,13 +62,13 @@ class LabelMap:
         return table[lookup]
 
     def class_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels of every class id from pixels of every id on disk.
+        """Convert pixel counts by id on disk to counts by class id.
 
         Args:
             pixels: [..., 256] integers by id on disk.
 
         Returns:
-            [..., 256] by class id, without the unknown ids; ``pixels`` itself where ids on disk are class ids.
+            [..., 256] by class id, without unknown ids; ``pixels`` itself if ids on disk are class ids.
         """
         if self._identity:
             return pixels
@@ -78,18 +78,22 @@ class LabelMap:
         return counted
 
     def unknown(self, pixels: np.ndarray) -> np.ndarray:
-        """Which ids on disk occur, [..., 256] pixels, but are neither a class nor ignored: [..., 256] bool."""
+        """Find ids on disk that occur in pixel counts [..., 256] but are neither a class nor ignored.
+
+        Returns:
+            [..., 256] bool.
+        """
         known = np.zeros(256, bool)
         known[list(self._class_ids)] = True
         return (pixels > 0) & ~known
 
     def __str__(self) -> str:
-        """The ids on disk that may occur, for messages: "0 to 20, 255 ignored"."""
+        """Return the known ids on disk as text, such as "0 to 20, 255 ignored"."""
         separator = ", " if self.ignored == {IGNORE} else "; "
         return f"{_ranges(self.classes)}{separator}{_ranges(self.ignored)} ignored"
 
 
 def _ranges(ids: Iterable[int]) -> str:
-    """Ids as text, consecutive ones as "first to last"."""
+    """Format ids as text, with consecutive ones as "first to last"."""
     runs = (list(run) for _, run in groupby(enumerate(sorted(ids)), lambda pair: pair[1] - pair[0]))
     return ", ".join(f"{run[0][1]} to {run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)

@@ -1,4 +1,4 @@
-"""Batches from the files, in workers that live as long as a run."""
+"""Loading of batches in worker processes that persist for a whole run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from starseg.data.cache import ImageCache
 from starseg.data.samples import Batch, EpochSampler, SampleRequest, StepDataset
 from starseg.errors import UserError
 
-# Batches that a worker is ahead by, in shared memory.
+# Number of batches that each worker loads in advance, in shared memory.
 PREFETCH = 4
 
 
 class _Reader(Dataset[Batch | UserError]):
-    """Makes the samples it is asked for, or says why not; workers hold nothing that belongs to a step."""
+    """Data set addressed by sample requests, so that workers hold no state of a step; returns errors as values."""
 
     def __init__(self, cache: ImageCache | None) -> None:
         self.cache = cache
@@ -31,7 +31,7 @@ class _Reader(Dataset[Batch | UserError]):
 
 
 class _Requests(Sampler[list[SampleRequest]]):
-    """What the workers are sent; changes from pass to pass."""
+    """Sampler of the requests sent to the workers; its batches are replaced for every pass."""
 
     batches: Iterable[list[SampleRequest]] = ()
 
@@ -40,12 +40,12 @@ class _Requests(Sampler[list[SampleRequest]]):
 
 
 class PersistentLoader:
-    """Loads one pass over data after another in the same workers, which the first pass starts.
+    """Loader that serves consecutive passes over data with the same workers, which are started by the first pass.
 
     Args:
-        workers: how many; 0 loads in this process.
-        cache: keeps what was decoded; shared with the workers, which are forked.
-        pinned: whether batches lie in page-locked memory, for a GPU.
+        workers: number of loader workers; 0 loads in the calling process.
+        cache: cache of decoded files, shared with the forked workers.
+        pinned: whether to return batches in page-locked memory, for a GPU.
     """
 
     def __init__(self, workers: int = 0, cache: ImageCache | None = None, pinned: bool = False) -> None:
@@ -55,19 +55,19 @@ class PersistentLoader:
         self._passes = 0
 
     def over(self, dataset: StepDataset, sampler: EpochSampler) -> LoaderEpoch:
-        """All of the sampler's batches, each time it is iterated."""
+        """Return an iterable over the sampler's batches; each iteration is a new pass."""
         return LoaderEpoch(self, dataset, sampler)
 
     def close(self) -> None:
-        """End the workers; another pass would start new ones."""
+        """Stop the workers; a later pass starts new ones."""
         self._loader = None
 
     def run(self, batches: Iterable[list[SampleRequest]]) -> Iterator[Batch]:
-        """Load batches; whatever an unfinished pass before this one has ordered is thrown away.
+        """Load batches; batches still pending from an unfinished earlier pass are discarded.
 
         Raises:
-            UserError: a file that cannot be read.
-            RuntimeError: asked for the rest of a pass after another one began.
+            UserError: a file cannot be read.
+            RuntimeError: the pass is continued after another one has begun.
         """
         self._passes += 1
         number, self._requests.batches = self._passes, batches
@@ -92,14 +92,14 @@ class PersistentLoader:
             persistent_workers=self.workers > 0,
             pin_memory=self.pinned,
             prefetch_factor=PREFETCH if self.workers else None,
-            # The loader's own: how often it draws from it must not change what training draws.
+            # A separate generator, so that the loader's draws do not change the random numbers of training.
             generator=torch.Generator(),
         )
 
 
 @dataclass(frozen=True)
 class LoaderEpoch:
-    """A pass over some images; a pass that begins ends the one before."""
+    """One pass over a sampler's batches; starting a pass ends the previous one of the same loader."""
 
     loading: PersistentLoader
     dataset: StepDataset
@@ -113,7 +113,7 @@ class LoaderEpoch:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach the workers too, of which the run needs batches until it has saved."""
+    """Make a worker ignore Ctrl-C and SIGTERM: the run still needs its batches until the training state is saved."""
     for number in (SIGINT, SIGTERM):
         signal(number, SIG_IGN)
 
@@ -124,7 +124,7 @@ def _collate_or_say(samples: list[Batch | UserError]) -> Batch | UserError:
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
+    """Collate samples into a batch, in a worker directly in shared memory, with images in channels_last format."""
     images = default_collate([s.images.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2)
     labels, indices = (default_collate([getattr(s, name) for s in samples]) for name in ("labels", "indices"))
     return Batch(images, labels, indices, default_collate([s.extras for s in samples]))

@@ -1,4 +1,4 @@
-"""What one step sees: which images, with which labels, in which order."""
+"""Samples and batches of a step: labels, augmentation and order."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Epoch = int | str
 
 
 EXEMPLAR = "exemplar"
-"""Name in a batch's extras: [N] bool, which images come from the exemplar memory; only in a step with exemplars."""
+"""Key in a batch's extras: [N] bool, whether an image is from the exemplar memory; only in a step with exemplars."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and labels.
+    """A batch of images and labels.
 
     Attributes:
-        images: [N, 3, H, W] uint8 from the loader, normalised floats once on the device.
-        labels: [N, H, W] uint8 training ids, 255 ignore.
+        images: [N, 3, H, W], uint8 as loaded, normalised floats after the transfer to the device.
+        labels: [N, H, W] uint8 training ids, 255 ignored.
         indices: [N] int64 positions in the split's file list.
-        extras: what else belongs to the images, by name: the maps that the method asks for
-            (:meth:`Method.extra_maps <starseg.methods.Method.extra_maps>`, [N, H, W] uint8), and :data:`EXEMPLAR`.
+        extras: further tensors by name: the maps that the method requests
+            (:meth:`Method.extra_maps <starseg.methods.Method.extra_maps>`, [N, H, W] uint8) and :data:`EXEMPLAR`.
     """
 
     images: Tensor
@@ -47,44 +47,44 @@ class Batch:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory, from which copies to a GPU do not block; the loader calls this."""
+        """Copy the batch to page-locked memory, which allows non-blocking copies to a GPU; called by the loader."""
         return self.map(lambda values: values.pin_memory())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor changed alike."""
+        """Apply a function to every tensor of the batch."""
         extras = {name: change(values) for name, values in self.extras.items()}
         return Batch(change(self.images), change(self.labels), change(self.indices), extras)
 
 
 def sample_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on nothing but ``parts`` (say seed, step, epoch, sample index)."""
+    """Derive a 63-bit seed that depends only on ``parts``, such as (seed, step, epoch, sample index)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def extra_map(folder: Path, image: Path) -> Path:
-    """Path of an image's map in a folder of extra maps: a grey PNG of its name."""
+    """Return the path of an image's map in a folder of extra maps: a grey PNG with the stem of the image."""
     return folder / f"{image.stem}.png"
 
 
 def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
-    """A copy of ids [H, W] uint8, looked up in a table of 256 bytes; by NumPy, they would become 64-bit indices."""
+    """Copy ids [H, W] uint8, translated by a table of 256 bytes (NumPy would convert the ids to 64-bit indices)."""
     found = bytearray(ids) if table is None else bytearray(ids).translate(table)
     return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """All that must be known to make one sample; a few hundred bytes, sent to whichever worker is free.
+    """Specification of one sample: a few hundred bytes, sent to whichever loader worker is free.
 
     Attributes:
         image, mask: files.
         index: the image's position in the split's file list.
-        exemplar: whether it comes from the exemplar memory; None where the step has none.
-        table: 256 bytes, a relabelling.
-        crop: side of the square crop; None for the whole image.
-        seed: of the augmentation; None for the test transform.
-        maps: names and files of grey PNGs that are cropped like the mask; an exemplar's are zero.
+        exemplar: whether the image is from the exemplar memory; None if the step has no exemplars.
+        table: relabelling of mask ids, 256 bytes.
+        crop: side of the square crop in pixels; None for the whole image.
+        seed: seed of the augmentation; None for the test transform.
+        maps: names and files of grey PNGs that are cropped like the mask; all zeros for an exemplar.
     """
 
     image: Path
@@ -97,7 +97,11 @@ class SampleRequest:
     maps: tuple[tuple[str, Path], ...] = ()
 
     def read(self, cache: ImageCache | None = None) -> Batch:
-        """The sample: a :class:`Batch` of one, without the first dimension."""
+        """Load the sample: a :class:`Batch` of one image, without the first dimension.
+
+        Raises:
+            UserError: a file cannot be read, or the sizes of image and mask differ.
+        """
         image = cache.image(self.image) if cache else read_image(self.image)
 
         def grey(path: Path, table: bytes | None) -> Tensor:
@@ -111,7 +115,7 @@ class SampleRequest:
             mask = torch.cat([mask, *maps])
         if self.crop and self.seed is not None:
             with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed the GPUs as well, which nobody restores.
+                # torch.manual_seed would also seed the GPUs, whose random state fork_rng does not restore here.
                 torch.default_generator.manual_seed(self.seed)
                 image, mask = train_transform(image, mask, self.crop)
         elif self.crop:
@@ -123,17 +127,17 @@ class SampleRequest:
 
 
 class StepDataset:
-    """Samples of one step, addressed by (epoch, position); the epoch seeds the augmentation.
+    """Samples of one step, addressed by (epoch, position); the augmentation depends on the epoch.
 
     Args:
         split: the files.
-        positions: which of them, as :func:`select_images` gives them.
-        table: [256] relabelling.
-        crop: side of the square crops; None for whole images (tests only).
-        seed: of the augmentation, (run seed, step); None for the test transform.
-        exemplars: how many of the split's last files are exemplars.
-        exemplar_table: [256] relabelling of exemplars, by default ``table``.
-        maps: folders of grey PNGs named like the images, by the names of the extras.
+        positions: positions in ``split`` of the files to use, as returned by :func:`select_images`.
+        table: [256] uint8 relabelling of mask ids.
+        crop: side of the square crops in pixels; None for whole images (tests only).
+        seed: seed of the augmentation, (run seed, step); None for the test transform.
+        exemplars: number of exemplars, which are the last files of ``split``.
+        exemplar_table: [256] uint8 relabelling of exemplars, by default ``table``.
+        maps: folders of grey PNGs with the stems of the images, by name in the extras.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class StepDataset:
     ) -> None:
         self.split, self.positions, self.crop, self.seed, self.maps = split, positions, crop, seed, maps or {}
         self.exemplars, self.first_exemplar = exemplars, len(split) - exemplars
-        # The same bytes in every request: in a batch that is sent, they stand once.
+        # All requests share the same bytes object, so that it is pickled only once per batch.
         self.table = table.tobytes()
         self.exemplar_table = self.table if exemplar_table is None else exemplar_table.tobytes()
 
@@ -157,6 +161,7 @@ class StepDataset:
         return len(self.positions)
 
     def request(self, key: tuple[Epoch, int]) -> SampleRequest:
+        """Return the request for the sample at (epoch, position)."""
         epoch, position = key
         index = int(self.positions[position])
         path = self.split.images[index]
@@ -177,18 +182,18 @@ class StepDataset:
 
 
 class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
-    """Batches of (epoch, position) over a range of epochs, so that one loader and its workers serve a whole step.
+    """Sampler of batches of (epoch, position) over several epochs, so that one pass of the loader serves a whole step.
 
     Args:
         size: number of samples.
-        batch_size: samples a batch.
-        epochs: which epochs to run through; a name ("after") is an epoch with crops of its own.
-        seed: of the order, (run seed, step); None keeps the natural order.
-        drop_last: leave out each epoch's incomplete batch.
-        start: how many batches to leave out, those that a broken run has seen.
-        rank, world: this process takes every ``world``-th sample of each batch, from ``rank`` on.
-        exemplars: how many samples follow the first ``size``; half of every batch is drawn from them, with crops of
-            their own in every batch.
+        batch_size: samples per batch, over all processes.
+        epochs: the epochs to iterate over; a name ("after") denotes an epoch with its own crops.
+        seed: seed of the order, (run seed, step); None keeps the natural order.
+        drop_last: whether to drop the incomplete last batch of each epoch.
+        rank, world: this process takes every ``world``-th sample of each batch, starting with sample ``rank``.
+        start: number of batches to skip when resuming.
+        exemplars: number of samples that follow the first ``size``; half of every batch is drawn from them, with
+            different crops in every batch.
     """
 
     def __init__(
@@ -209,6 +214,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
 
     @property
     def batches_per_epoch(self) -> int:
+        """Number of batches in one epoch."""
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
     def __len__(self) -> int:
@@ -232,7 +238,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
                     yield share
 
     def _mix(self, batch: list[tuple[Epoch, int]], epoch: Epoch, start: int) -> list[tuple[Epoch, int]]:
-        """A batch with its second half replaced by exemplars."""
+        """Replace the second half of a batch by exemplars."""
         crops, drawn = f"{epoch} at {start}", len(batch) // 2
         draw = np.random.default_rng(sample_seed(*(self.seed or ()), crops))
         rows = draw.choice(self.exemplars, drawn, replace=drawn > self.exemplars)

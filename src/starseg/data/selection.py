@@ -1,4 +1,4 @@
-"""Which images a step sees."""
+"""Selection of a step's images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Kind = Literal["train", "val", "test"]
 
 
 def select_images(pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:
-    """Positions of the images that a step sees (docs/reference/star.md, "The protocol").
+    """Select the images of a step (docs/reference/star.md, "The protocol").
 
     Args:
         pixels: [N, 256] class index.
         task: the task.
-        step: the step.
-        kind: "train" and "val" need a pixel of a new class (disjoint training moreover no class of a later step or
-            outside the task), "test" one of any class seen so far.
+        step: number of the step.
+        kind: "train" and "val" select images with a pixel of a new class (in the disjoint setting, "train" excludes
+            images that show a class of a later step or outside the task), "test" images with a pixel of any class seen
+            so far.
 
     Returns:
-        int64, ascending.
+        Positions of the images, int64, ascending.
     """
     present = pixels > 0
     wanted = task.seen(step) if kind == "test" else task.new(step)

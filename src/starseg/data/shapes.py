@@ -1,4 +1,4 @@
-"""A procedural demo data set of textured shapes, written to disk in the PASCAL VOC layout.
+"""A synthetic data set of textured shapes for demonstrations, written to disk in the PASCAL VOC layout.
 
 Shapes are signed distance functions on complex coordinates ``z = x + iy`` of a rotated frame in which an
 object has radius about 1; a distance is negative inside. Textures map the same ``z`` to mixing weights in
@@ -35,7 +35,7 @@ def _box(z: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
 
 
 def _polygon(z: np.ndarray, sides: int, radius: float, sharpness: float = 2.0) -> np.ndarray:
-    """A regular polygon (sharpness 2) or a star with `sides` tips (sharpness up to `sides`)."""
+    """Return the distance to a regular polygon (sharpness 2) or a star with `sides` tips (sharpness up to `sides`)."""
     half_angle = np.pi / sides
     edge = cmath.rect(1, np.pi / sharpness)
     folded = np.mod(np.angle(z), 2 * half_angle) - half_angle
@@ -67,7 +67,7 @@ def _soft(wave: np.ndarray, gain: float = 2.0) -> np.ndarray:
 
 
 def _cell(x: np.ndarray, period: float) -> np.ndarray:
-    """The distance to the middle of the periodic cell that holds `x`, from 0 to 0.5."""
+    """Return the distance from `x` to the centre of its periodic cell, from 0 to 0.5."""
     return np.abs(np.mod(x / period, 1) - 0.5)
 
 
@@ -130,7 +130,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray
 
 
 def _grid(size: int) -> np.ndarray:
-    """Pixel centres of the image as complex numbers in image sides, y upwards."""
+    """Return the pixel centres of an image as complex numbers, in image sides, with y pointing upwards."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     return axis + 1j * axis[::-1, None]
 
@@ -152,7 +152,7 @@ def _background(rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
 
 
 def _window(size: int, centre: complex, reach: float) -> tuple[EllipsisType, slice, slice]:
-    """Indexes the last two axes (rows, columns) with the part within `reach` of `centre`, in image sides."""
+    """Return an index of the last two axes (rows, columns): the part within `reach` of `centre`, in image sides."""
     rows, columns = (
         slice(max(round((middle - reach) * size), 0), max(round((middle + reach) * size), 0))
         for middle in (1 - centre.imag, centre.real)
@@ -161,7 +161,7 @@ def _window(size: int, centre: complex, reach: float) -> tuple[EllipsisType, sli
 
 
 def _paint(canvas: np.ndarray, colours: np.ndarray, distance: np.ndarray) -> None:
-    """Lays `colours` over `canvas` where `distance` (in pixels) is negative, with a smooth edge."""
+    """Paint `colours` onto `canvas` where `distance` (in pixels) is negative, with a smooth edge."""
     canvas += np.clip(0.5 - distance, 0, 1) * (colours - canvas)
 
 
@@ -176,13 +176,13 @@ def _add_distractor(rng: np.random.Generator, canvas: np.ndarray, grid: np.ndarr
 
 
 def _centre(rng: np.random.Generator, others: list[complex]) -> complex:
-    """The best of a few random places (in image sides): the one farthest from the other centres."""
+    """Return the one of a few random positions (in image sides) that is farthest from the other centres."""
     places = rng.uniform(0.2, 0.8, (4, 2)) @ (1, 1j)
     return max(places.tolist(), key=lambda place: min((abs(place - other) for other in others), default=0.0))
 
 
 def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Applies uneven light, contrast, brightness, blur and noise; returns uint8 RGB."""
+    """Apply uneven light, contrast, brightness, blur and noise; return uint8 RGB."""
     size = canvas.shape[-1]
     canvas = canvas * (0.75 + 0.5 * _smooth_noise(rng, size, 3))
     canvas = 0.5 + rng.uniform(0.6, 1.15) * (canvas - 0.5) + rng.uniform(-0.12, 0.12)
@@ -193,7 +193,7 @@ def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _render(rng: np.random.Generator, size: int, primary: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one scene: uint8 RGB (size, size, 3) and its uint8 mask (size, size)."""
+    """Draw one scene: uint8 RGB (size, size, 3) and its uint8 mask (size, size)."""
     grid = _grid(size)
     canvas, mask = _background(rng, grid), np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(3)):
@@ -221,7 +221,7 @@ def _render(rng: np.random.Generator, size: int, primary: int, classes: int) -> 
 
 
 def _write_split(root: Path, split: str, recipe: dict[str, int], masks: str) -> list[str]:
-    """Writes the images and masks of a split and returns their ids."""
+    """Write the images and masks of a split and return their ids."""
     palette, ids = voc_palette().ravel().tolist(), [f"{split}_{index:05d}" for index in range(recipe[split])]
     (root / masks).mkdir()
     for index, image_id in enumerate(ids):
@@ -243,27 +243,27 @@ def write_shapes(
     seed: int = 0,
     classes: int = len(_SHAPES),
 ) -> Path:
-    """Writes the shapes data set in the PASCAL VOC layout, unless `root` already holds the same one.
+    """Write the shapes data set in the PASCAL VOC layout, unless `root` already contains the same one.
 
-    JPEG images lie in ``JPEGImages``; masks are palette PNGs of uint8 class indices (0 background, 255 the
+    JPEG images are in ``JPEGImages``; masks are palette PNGs of uint8 class indices (0 background, 255 the
     border around an object) in ``SegmentationClassAug`` (train) and ``SegmentationClass`` (val). The lists
-    are ``ImageSets/Segmentation/train_aug.txt`` (image and mask path on a line) and ``val.txt`` (ids);
-    ``classes.txt`` names the classes in the order of their indices. The same arguments give the same bytes,
-    and an image does not depend on how many are written.
+    are ``ImageSets/Segmentation/train_aug.txt`` (one image path and mask path per line) and ``val.txt`` (ids);
+    ``classes.txt`` lists the class names in the order of their indices. The same arguments give the same bytes,
+    and the content of an image does not depend on the number of images.
 
     Args:
-        root: Folder to create; its parents are created too.
-        train: Number of training images, at least 1.
-        val: Number of validation images, at least 1.
-        size: Height and width of each image in pixels, at least 32.
-        seed: Non-negative seed of the data set.
-        classes: Only the first so many, at least 3.
+        root: folder to create; its parents are created as well.
+        train: number of training images, at least 1.
+        val: number of validation images, at least 1.
+        size: height and width of each image in pixels, at least 32.
+        seed: non-negative seed of the data set.
+        classes: number of classes without the background, at least 3; the first ones of ``SHAPE_CLASSES``.
 
     Returns:
         `root`.
 
     Raises:
-        UserError: An argument is out of range, or `root` holds anything but this very data set.
+        UserError: an argument is out of range, or `root` contains anything other than this data set.
     """
     recipe = {
         "version": FORMAT_VERSION,
@@ -296,7 +296,7 @@ def write_shapes(
 
 
 def _holds(target: Path, recipe: dict[str, int]) -> bool:
-    """Whether `target` holds the data set of `recipe`; raises UserError if it holds anything else."""
+    """Return whether `target` contains the data set of `recipe`; raise UserError if it contains anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     try:

@@ -1,7 +1,7 @@
 """Training and test transforms on uint8 tensors.
 
-Shapes: image [3, H, W] uint8, mask [1, H, W] uint8. Masks are resampled with "nearest-exact", which picks the pixels
-that PIL's NEAREST picks in the published pipeline.
+Shapes: image [3, H, W] uint8, mask [1, H, W] uint8 (or one channel per mask). Masks are resampled with "nearest-exact",
+which selects the same pixels as PIL's NEAREST in the published pipeline.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ _NEAREST = InterpolationMode.NEAREST_EXACT
 
 
 def train_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Random resized crop (area 0.5..2.0, ratio 3/4..4/3) and horizontal flip, drawn from torch's global generator."""
+    """Apply a random resized crop (area 0.5..2.0, ratio 3/4..4/3) and a random horizontal flip.
+
+    Random numbers are drawn from torch's global generator.
+    """
     box = RandomResizedCrop.get_params(image, scale=[0.5, 2.0], ratio=[3 / 4, 4 / 3])
-    # ATen resizes uint8 pixels in place of channels, in less than half the time, if they lie without gaps.
+    # ATen resizes contiguous channels_last uint8 images pixel by pixel, in less than half the time.
     image = F.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
     image = F.resize(image, [crop, crop], antialias=True)[0]
     mask = _resized_mask(F.crop(mask, *box), crop)
@@ -34,7 +37,7 @@ def train_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Ten
 
 
 def _resized_mask(mask: Tensor, crop: int) -> Tensor:
-    """What F.resize makes of a mask with "nearest-exact", in half the time: columns, then rows, picked by index."""
+    """Resize a mask like F.resize with "nearest-exact", in half the time: select columns, then rows, by index."""
     rows, columns = (_nearest(side, crop) for side in mask.shape[1:])
     return torch.from_numpy(mask.numpy().take(columns, 2).take(rows, 1))
 
@@ -45,7 +48,7 @@ def _nearest(side: int, crop: int) -> np.ndarray:
 
 
 def eval_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Short side resized to ``crop``, then a centre crop of that size."""
+    """Resize the short side to ``crop`` pixels, then take a square centre crop of that size."""
     image = F.resize(image, [crop], antialias=True)
     mask = F.resize(mask, [crop], interpolation=_NEAREST)
     return F.center_crop(image, [crop, crop]), F.center_crop(mask, [crop, crop])

@@ -1,1 +1,1 @@
-"""The training engine: one step, the sequence, evaluation, files."""
+"""The training engine: setup, the training loop of a step, evaluation, checkpoints and run directories."""

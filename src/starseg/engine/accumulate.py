@@ -1,4 +1,4 @@
-"""A batch in parts: gradient accumulation that changes no loss."""
+"""Gradient accumulation over micro-batches that leaves the losses unchanged."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from starseg.models import Output
 
 
 class MicroBatches:
-    """A network that a batch goes through in parts: called once, then asked for :meth:`backward`.
+    """Wrapper that runs a network on a batch in parts; call it once, then call :meth:`backward`.
 
-    The losses see the outputs of the whole batch, so they and their gradients are the batch's, whatever they are
-    normalised over. The parts go through the network twice: without gradients for the outputs, then one by one with
-    the gradients that the losses have for these. Only a batch norm that is trained takes its statistics from a part;
-    dropout draws the same both times.
+    The losses are computed from the outputs of the whole batch, so that they and their gradients equal those without
+    accumulation, however they are normalised. Each part passes through the network twice: first without gradients, to
+    compute the outputs, then once more to backpropagate the gradients of the losses with respect to these outputs. Only
+    a batch norm in training mode differs, as it uses the statistics of one part; dropout uses the same random numbers
+    both times.
 
     Args:
-        fabric: its strategy and precision do the backward passes.
+        fabric: the Fabric whose strategy and precision perform the backward passes.
         network: a :class:`starseg.models.Segmenter` as set up by ``fabric``.
-        run: calls it.
-        parts: of a batch.
+        run: function that calls the network.
+        parts: number of parts of a batch.
     """
 
     def __init__(self, fabric: Fabric, network: nn.Module, run: Callable[..., Output], parts: int) -> None:
@@ -34,7 +35,7 @@ class MicroBatches:
         self.leaves: list[Tensor] = []
 
     def __call__(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
-        """The outputs of all parts, joined, as leaves of a graph."""
+        """Compute the outputs of all parts without gradients; return them, concatenated, as leaves of a new graph."""
         parts = images.tensor_split(self.parts)
         self.calls = [(part, None if i else extra_features, maps) for i, part in enumerate(parts)]
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
@@ -48,8 +49,9 @@ class MicroBatches:
         return Output(joined[0], joined[1], extra, joined[2:] or None)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss of the outputs to the network's parameters'."""
-        # Its gradient is what fp16's loss scaler multiplies all by, as it will those of the parts once more.
+        """Add the gradients of a loss on the outputs to those of the network's parameters."""
+        # The gradient of ``unit`` is the fp16 loss scale. Gradients are divided by it because the backward passes of
+        # the parts apply the scale again.
         unit = torch.zeros_like(loss, requires_grad=True)
         self.fabric.backward(loss + unit)
         assert unit.grad is not None
@@ -69,7 +71,7 @@ class MicroBatches:
         self.leaves = []
 
     def _same_draws(self) -> AbstractContextManager[None]:
-        """Leave the random state as it was, so that the second time draws what the first did."""
+        """Restore the random state afterwards, so that the second pass draws the same random numbers as the first."""
         device = self.fabric.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

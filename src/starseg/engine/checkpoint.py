@@ -1,4 +1,4 @@
-"""Files of a run: written to a temporary name, flushed, renamed."""
+"""Files of a step directory: network, metadata, method state and metrics; every file is written atomically."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FORMAT, BANK_FORMAT = 2, 1
 
 
 def read_results(run: Path) -> Any:
-    """Parse results.json of a run directory.
+    """Read results.json of a run directory.
 
     Raises:
-        UserError: no run directory, or a damaged file.
+        UserError: it is not a run directory, no step is finished, or the file is damaged.
     """
     path = run / "results.json"
     if not path.is_file() and any(run.glob("step_*")):
-        raise UserError(f"{run}: no step of its own is finished yet; the command that began it goes on")
+        raise UserError(f"{run}: no step of its own is finished yet; rerun the command that started it to resume")
     if not path.is_file():
         raise UserError(
             f"{path}: cannot read it, there is no such file; give a run directory (it holds step_0, ...)"
@@ -42,16 +42,16 @@ def read_results(run: Path) -> Any:
 
 
 def runs_below(folder: Path) -> str:
-    """The end of a message about a folder that is no run: which of its folders are."""
+    """Return the end of an error message about a folder that is not a run: the runs that it contains."""
     runs = sorted(path.parent.name for path in folder.glob("*/results.json"))
     return f"; the runs in {folder} are {', '.join(runs)}" if runs else ""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of a step directory.
+    """Read a safetensors file of a step directory and compare it with the SHA-256 recorded in metrics.json.
 
     Raises:
-        UserError: missing or damaged; metrics.json beside it holds the SHA-256 of what was written.
+        UserError: the file is missing or damaged.
     """
     try:
         data = path.read_bytes()
@@ -68,15 +68,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """model.json: what a step directory's weights are.
+    """Content of model.json: what is needed to build and use the network of a step directory.
 
     Attributes:
-        architecture, head_sizes: of the network.
-        names, dataset_ids: by training id, the background first.
-        method, dataset, task, setting, step, seed, compat: where it comes from.
-        base: how many classes tables call old.
-        crop: side of the training crops.
-        test_fill: what classes not learnt yet become in test labels.
+        architecture: architecture of the network.
+        head_sizes: number of new classes in each step so far.
+        names, dataset_ids: class names and class ids by training id, the background first.
+        method, dataset, task, setting, step, seed, compat: the run and step in which the network was trained.
+        base: number of classes that count as old in tables.
+        crop: side of the training crops in pixels.
+        test_fill: label of classes not learnt yet in test labels.
         lead, conv_heads: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
     """
 
@@ -99,13 +100,13 @@ class StepInfo:
 
 
 def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:
-    """Publish a step; ``metrics.json`` comes last and marks it as finished."""
+    """Write the files of a finished step; ``metrics.json`` is written last and marks the step as finished."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     files = {"model.safetensors": save(weights)}
     if bank:
         tensors = {k: v.cpu().contiguous() for k, v in bank.items()}
-        # One entry: safetensors writes several in an order that differs from process to process.
+        # A single entry, because safetensors writes several in an order that varies between processes.
         metadata = {"starseg": json.dumps({"format": BANK_FORMAT, "classes": info.names[1:]})}
         files["bank.safetensors"] = save(tensors, metadata)
     for name, data in files.items():
@@ -118,7 +119,16 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
 def save_imported(
     folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], figures: dict[str, Any], origin: str
 ) -> None:
-    """Publish a step that was trained elsewhere, with ``figures`` measured on this run's data."""
+    """Write the files of a step that was trained elsewhere.
+
+    Args:
+        folder: the step directory.
+        model: the network.
+        info: content of model.json.
+        bank: the method's state.
+        figures: metrics measured on the data of this run.
+        origin: where the network comes from.
+    """
     metrics = {
         "step": info.step,
         "new_classes": info.names[-info.head_sizes[-1] :],
@@ -132,6 +142,7 @@ def save_imported(
 
 
 def is_finished(folder: Path) -> bool:
+    """Return whether a step directory contains a finished step."""
     return (folder / "metrics.json").is_file()
 
 
@@ -139,10 +150,10 @@ def load_info(folder: Path) -> StepInfo:
     """Read model.json of a step directory.
 
     Raises:
-        UserError: no step directory, or one of a newer version.
+        UserError: the folder is not that of a finished step, or the file is damaged or of a newer version of starseg.
     """
     if (folder / "resume.ckpt").is_file() and not is_finished(folder):
-        raise UserError(f"{folder}: the step is not finished; the command that began it goes on")
+        raise UserError(f"{folder}: the step is not finished; rerun the command that started it to resume")
     if not (folder / "model.json").is_file():
         run = folder if folder.exists() else folder.parent
         steps = ", ".join(sorted(path.parent.name for path in run.glob("step_*/model.json")))
@@ -163,10 +174,10 @@ def load_info(folder: Path) -> StepInfo:
 
 
 def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
-    """The network of a step directory, in eval mode on the CPU.
+    """Load the network of a step directory, in eval mode on the CPU.
 
     Raises:
-        UserError: missing, damaged or not matching files.
+        UserError: files are missing or damaged, or do not match each other.
     """
     info = load_info(folder)
     layout = HeadLayout(tuple(info.lead), info.conv_heads)
@@ -182,6 +193,6 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
 
 
 def load_bank(folder: Path) -> dict[str, Tensor]:
-    """The method's state of a step directory; empty where the method keeps none."""
+    """Load the method's state of a step directory; empty if the method has none."""
     path = folder / "bank.safetensors"
     return read_tensors(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Evaluation on the test split: an exact confusion matrix."""
+"""Evaluation on the test split with an exact confusion matrix."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _SCORING = ("data.", "eval.", "train.accelerator=")
 
 
 def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo, RunConfig]:
-    """A trained network and the configuration that says what it is evaluated on.
+    """Load a trained network and the configuration that determines its evaluation.
 
     Args:
         weights: a run's step directory, or a file in a registered format (:mod:`starseg.engine.formats`).
-        overrides: of the configuration, "key=value".
+        overrides: changes of the configuration, "key=value".
 
     Raises:
-        UserError: no such step or checkpoint, damaged files, a step without its run, or an override that could not
-            change what is scored.
+        UserError: the step or file does not exist or is damaged, the step directory is outside its run, or an override
+            has no effect on the evaluation.
     """
     if other := [text for text in overrides if not text.startswith(_SCORING)]:
         raise UserError(
@@ -57,16 +57,16 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
 def confusion_matrix(
     model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], all_reduce_sum: AllReduceSum = identity
 ) -> np.ndarray:
-    """Confusion over all pixels that are not ignored, model in eval mode and float32.
+    """Compute the confusion matrix over all pixels that are not ignored, with the network in eval mode and float32.
 
     Args:
         model: the network.
-        rule: training ids [N, H, W] from logits [N, C, H, W].
+        rule: prediction rule, training ids [N, H, W] of logits [N, C, H, W].
         loader: uint8 batches, this process's share.
-        all_reduce_sum: over processes.
+        all_reduce_sum: sum over processes.
 
     Returns:
-        [1 + C, 1 + C] int64, rows the labels, columns the predictions.
+        Pixel counts [1 + C, 1 + C] int64, rows are labels, columns predictions.
     """
     model.eval()
     classes = 1 + model.classes
@@ -75,19 +75,19 @@ def confusion_matrix(
         predicted = predict_upsampled(rule, model.predict(batch.images), batch.labels.shape[-2:])
         labels = batch.labels.to(predicted.device, non_blocking=True).long()
         counted = labels != IGNORE
-        # Not torchmetrics': where algorithms are to be deterministic, that compares every pixel with every entry.
+        # torchmetrics, in deterministic mode, compares every pixel with every entry of the matrix, hence bincount.
         total += torch.bincount(classes * labels[counted] + predicted[counted], minlength=classes**2)
     return all_reduce_sum(total).view(classes, classes).cpu().numpy()
 
 
 def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a network on the test split of ``config.data``.
+    """Evaluate a network on the test split of ``config.data``.
 
     Returns:
-        What :func:`starseg.engine.metrics.summarize` gives, and the "confusion" matrix.
+        The result of :func:`starseg.engine.metrics.summarize`, and the matrix as "confusion".
 
     Raises:
-        UserError: the data's classes are not the model's.
+        UserError: the class names of the data set differ from those of the network.
     """
     config = config.model_copy(update={"train": single_process(config.train)})
     fabric = make_fabric(config.train)

@@ -1,6 +1,6 @@
-"""Events of a run, for whoever wants to print or record them.
+"""Events of a run, to which listeners can be attached that print or record them.
 
-The engine emits them and knows nothing of its listeners. Only the process that writes the run's files emits events.
+The engine does not depend on its listeners. Events are emitted only by the process that writes the run's files.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepFinished:
-    """A step was trained, evaluated and published.
+    """A step has been trained, evaluated and published.
 
     Attributes:
-        step: its number.
-        folder: its directory.
-        results: content of results.json, this step included.
+        step: number of the step.
+        folder: directory of the step.
+        results: content of results.json, including this step.
     """
 
     step: int

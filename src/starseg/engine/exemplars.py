@@ -1,4 +1,4 @@
-"""A step's exemplar memory: chosen when the step begins, kept beside it as memory.json, copied where asked."""
+"""The exemplar memory of a step: chosen when the step begins and listed in its memory.json, with copies on request."""
 
 from __future__ import annotations
 
@@ -25,18 +25,30 @@ from starseg.utils.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Memory:
-    """The exemplars of one step, and their files in the same order."""
+    """The exemplar memory of one step.
+
+    Attributes:
+        exemplars: the exemplars.
+        files: their images and masks, in the same order.
+    """
 
     exemplars: tuple[Exemplar, ...] = ()
     files: Split = NO_FILES
 
     @property
     def nbytes(self) -> int:
-        """What the images and masks take on disk."""
+        """Size of the images and masks on disk in bytes."""
         return sum(path.stat().st_size for path in (*self.files.images, *self.files.masks))
 
     def save(self, folder: Path, previous: Path, step: int, copy: bool) -> None:
-        """Write memory.json into a step's directory, and the files' copies if asked."""
+        """Write memory.json to a step directory, and copy the files if requested.
+
+        Args:
+            folder: the step directory.
+            previous: directory of the previous step, whose entries are kept.
+            step: number of the step.
+            copy: whether to copy the images and masks into ``folder``.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if copy:
             for name, *sources in zip(self.files.ids, self.files.images, self.files.masks, strict=True):
@@ -49,14 +61,17 @@ class Memory:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """memory.json of a step directory, in the published form: for each step so far ``memory_candidates`` (the kept
-    images with their dataset ids) and ``memory_list`` (their names); empty where the step keeps no images."""
+    """Read memory.json of a step directory, in the published format; empty if the step has no exemplars.
+
+    It contains, for each step so far, ``memory_candidates`` (the exemplars with the dataset ids that they show) and
+    ``memory_list`` (their names).
+    """
     path = folder / "memory.json"
     return read_json(path) if path.is_file() else {}
 
 
 def kept(folder: Path, step: int) -> list[Exemplar]:
-    """The exemplars of a step.
+    """Return the exemplars that a step kept, according to memory.json in ``folder``.
 
     Raises:
         UserError: memory.json is damaged.
@@ -74,7 +89,7 @@ def _copies(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def locate(names: Iterable[str], split: Split, previous: Path) -> Split:
-    """Files of images: those of the data set, else the copies that the previous step kept.
+    """Find the files of images by name, in the data set or among the copies in the previous step's directory.
 
     Raises:
         UserError: an image is in neither.
@@ -96,16 +111,18 @@ def locate(names: Iterable[str], split: Split, previous: Path) -> Split:
 def choose_memory(
     data: RunData, step: int, size: int, previous: Path, seed: int, found: Callable[[int], Tensor]
 ) -> Memory:
-    """Choose the memory of ``step`` from what step - 1 kept and trained on (docs/reference/star.md, "Exemplar memory").
+    """Choose the exemplar memory of a step (docs/reference/star.md, "Exemplar memory").
+
+    The candidates are the exemplars and the training images of the previous step.
 
     Args:
-        data: of the run.
-        step: at least 1.
-        size: how many images at most.
-        previous: directory of step - 1.
-        seed: of the draw.
-        found: asked from step 2 on for the confident predictions in the images of step - 1: [N, 1 + C] pixels by
-            position among them and training id.
+        data: data of the run.
+        step: number of the step, at least 1.
+        size: maximum number of images.
+        previous: directory of the previous step.
+        seed: seed of the random choice.
+        found: function that returns, given the number of a step, the confident predictions in its training images as
+            pixel counts [N, 1 + C] by position among them and training id; called from step 2 on.
     """
     split, positions = data.dataset.train, data.positions(step - 1, "train")
     new = list(data.task.new(step - 1))
@@ -123,13 +140,16 @@ def choose_memory(
 def confident_classes(
     model: Segmenter, batches: Iterable[Batch], positions: np.ndarray, fill_in: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What each image shows: [len(positions), 1 + C] counts of pixels.
+    """Count the pixels of each class in each image, in labels completed by confident predictions.
 
     Args:
-        model: the previous step's.
+        model: network of the previous step.
         batches: the images.
-        positions: their positions in the training split, ascending.
-        fill_in: labels [N, H, W] with the confident predictions in logits [N, C, H, W] filled in.
+        positions: positions of the images in the training split, ascending.
+        fill_in: function that fills the confident predictions of logits [N, C, H, W] into labels [N, H, W].
+
+    Returns:
+        [len(positions), 1 + C] int64 pixel counts by training id.
     """
     ids = 1 + model.classes
     total = torch.zeros(len(positions), ids, dtype=torch.int64, device=model.mean.device)

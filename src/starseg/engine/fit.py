@@ -1,4 +1,4 @@
-"""The loop of one step: forward, named losses, backward, optimizer, schedule."""
+"""The training loop of one step: forward pass, named losses, backward pass, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ _LOG_EVERY = 10
 
 
 def lr_factor(iteration: int, total: int, warmup: float) -> float:
-    """Poly schedule with power 0.9, with a linear warm-up from 0.001 over the first ``warmup`` share of iterations."""
+    """Return the learning rate factor of a poly schedule (power 0.9) with linear warm-up from 0.001.
+
+    Args:
+        iteration: number of the iteration, from 0.
+        total: number of iterations in the step.
+        warmup: fraction of the iterations with warm-up.
+    """
     poly = max(0.0, 1 - iteration / total) ** 0.9
     if iteration >= warmup * total:
         return poly
@@ -39,21 +45,21 @@ def lr_factor(iteration: int, total: int, warmup: float) -> float:
 
 
 def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: float) -> SGD:
-    """SGD with momentum 0.9 and Nesterov, one group per entry of the method's parameter groups."""
+    """Create SGD with Nesterov momentum 0.9, with the method's parameter groups."""
     groups = []
     for group in method.param_groups(ctx):
         if parameters := [p for p in group.module.parameters() if p.requires_grad]:
             decay = weight_decay if group.decay else 0.0
             groups.append({"params": parameters, "lr": lr * group.lr, "name": group.name, "weight_decay": decay})
     optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
-    # Fused SGD would begin with whatever the memory held, and keep it where the loss scale skips the first iteration.
+    # Fused SGD would leave uninitialised memory in the momentum buffer if the loss scaler skips the first iteration.
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
-    """All but the indices moved, images normalised."""
+    """Move a batch, except its indices, to the model's device and normalise the images."""
 
     def move(values: Tensor) -> Tensor:
         return values.to(model.mean.device, non_blocking=True)
@@ -69,15 +75,16 @@ def _frozen(fabric: Fabric, model: Segmenter, images: Tensor, maps: bool = False
 
 
 class StepTraining:
-    """The loop of one step, and all of its state.
+    """The training loop of one step, and its state.
 
     Args:
-        fabric: device, precision, processes.
-        method: whose losses are minimised.
-        ctx: the step.
-        epochs, lr: of the step.
+        fabric: device, precision and processes.
+        method: method whose losses are minimised.
+        ctx: context of the step.
+        epochs: number of epochs.
+        lr: base learning rate.
         config: batch size, warm-up, weight decay, compilation and micro-batches.
-        clock: of the step.
+        clock: clock that measures the parts of the step.
     """
 
     def __init__(
@@ -104,14 +111,14 @@ class StepTraining:
         self.micro = MicroBatches(fabric, network, self.new, parts) if parts > 1 else None
         self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if ctx.old_model else None
         self.processes: list[dict[str, Any]] = []
-        # What the device computed but nobody has looked at yet: looking waits for a GPU.
+        # Losses whose values have not been checked yet, as reading them would wait for the GPU.
         self.pending_losses: list[tuple[Batch, dict[str, Tensor]]] = []
 
     def capture(self, seconds: float, images: str) -> TrainingState:
-        """The state after :attr:`iteration` iterations; every process must call it.
+        """Return the training state after :attr:`iteration` iterations; every process must call it.
 
         Args:
-            seconds: spent on the step so far.
+            seconds: time spent on the step so far.
             images: digest of the step's training images.
         """
         return TrainingState(
@@ -128,7 +135,11 @@ class StepTraining:
         )
 
     def restore(self, state: TrainingState) -> list[str]:
-        """Continue from a state; the names of what is reset, as another device's does not fit."""
+        """Resume from a training state.
+
+        Returns:
+            Names of the parts that were reset because the state was saved on another kind of device.
+        """
         precision, generator, reset = self.fabric.strategy.precision, self.ctx.generator, []
         self.iteration = state.iteration
         self.ctx.model.load_state_dict(upgrade_keys(state.model))
@@ -149,18 +160,18 @@ class StepTraining:
     def run(
         self, loader: Iterable[Batch], bar: Bar, logger: TensorBoardLogger, guard: Guard, save: Callable[[], None]
     ) -> None:
-        """Train ``ctx.model`` in place, from :attr:`iteration` on.
+        """Train ``ctx.model`` in place, starting at :attr:`iteration`.
 
         Args:
-            loader: uint8 batches, the next one first.
-            bar: advanced a batch at a time.
-            logger: takes loss terms and learning rates.
-            guard: says when to save.
-            save: writes what :meth:`capture` gives.
+            loader: the remaining uint8 batches.
+            bar: progress bar, advanced once per batch.
+            logger: logger of loss terms and learning rates.
+            guard: decides when to save.
+            save: function that saves the result of :meth:`capture`.
 
         Raises:
             UserError: a loss is NaN or infinite.
-            Stopped: a signal came; the state is saved.
+            Stopped: a signal was received; the training state has been saved.
         """
         self.ctx.model.train()
         restore_process(self.processes, self.ctx.model, self.fabric)
@@ -169,7 +180,7 @@ class StepTraining:
             epoch, last = (self.iteration - 1) // self.ctx.iterations + 1, self.iteration % self.ctx.iterations == 0
             self.pending_losses.append((raw, losses))
             bar.advance()
-            # A look at a GPU's values, and an agreement of processes, make the GPU wait.
+            # Reading values from a GPU, and communication between processes, stall the GPU.
             checks = last or self.fabric.device.type == "cpu" or len(self.pending_losses) >= _LOG_EVERY
             due = (checks or self.fabric.world_size == 1) and guard.due(last)
             if checks or due:
@@ -186,7 +197,7 @@ class StepTraining:
                 guard.saved_now()
 
     def iterate(self, raw: Batch) -> dict[str, Tensor]:
-        """One iteration on a uint8 batch: the loss terms."""
+        """Run one iteration on a uint8 batch and return the loss terms."""
         clock, micro = self.clock, self.micro
         with clock.time("data"):
             batch = to_device(raw, self.ctx.model)
@@ -206,7 +217,7 @@ class StepTraining:
         return {name: value.detach() for name, value in losses.items()}
 
     def _check_finite(self, epoch: int) -> None:
-        """Stop, without saving, if a loss is not a finite number."""
+        """Raise an error, without saving, if a pending loss is not finite."""
         first, precision = self.iteration - len(self.pending_losses), self.fabric.strategy.precision.precision
         for offset, (raw, losses) in enumerate(self.pending_losses):
             terms = {name: value.item() for name, value in losses.items()}

@@ -1,7 +1,7 @@
-"""Trained networks on disk: step directories, and file formats that other packages register.
+"""Loading of trained networks from step directories and from file formats registered by packages.
 
-A package registers a file format through an entry point of the group ``starseg.formats``. Its name is the suffix
-(``.pth``); its value is a :data:`Loader`.
+A package registers a file format through an entry point of the group ``starseg.formats``. The name of the entry point
+is the suffix (``.pth``), its value a :data:`Loader`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from starseg.models import Segmenter
 ENTRY_POINTS = "starseg.formats"
 
 Loader = Callable[[Path], tuple[Segmenter, StepInfo, RunConfig]]
-"""Reads a file: the network in eval mode on the CPU, what it is, and the run that evaluates it."""
+"""Function that reads a file: the network in eval mode on the CPU, its description, and a run configuration for it."""
 
 
 def find_loader(suffix: str) -> Loader | None:
-    """The registered loader of a file format; None if there is none.
+    """Return the registered loader of a file format, or None if there is none.
 
     Args:
-        suffix: of the file, such as ``.pth``.
+        suffix: suffix of the file, such as ``.pth``.
 
     Raises:
-        UserError: the package that registers it cannot be imported.
+        UserError: the package that registers the loader cannot be imported.
     """
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name == suffix:
             try:
                 return entry.load()
-            except Exception as error:  # whatever a foreign module does when it is imported
+            except Exception as error:  # importing another package's code may raise anything
                 raise UserError(
                     f"file format {suffix!r} of the installed package {entry.dist.name if entry.dist else '?'} cannot "
                     f"be loaded ({entry.value}): {type(error).__name__}: {error}"
@@ -43,10 +43,10 @@ def find_loader(suffix: str) -> Loader | None:
 
 
 def open_network(path: Path) -> tuple[Segmenter, StepInfo]:
-    """The network of a step directory or of a file in a registered format, in eval mode on the CPU.
+    """Load the network of a step directory or of a file in a registered format, in eval mode on the CPU.
 
     Raises:
-        UserError: no such step or file, an unknown format, or damaged files.
+        UserError: the step or file does not exist or is damaged, or the format is unknown.
     """
     if loader := _loader_of(path):
         return loader(path)[:2]
@@ -54,14 +54,14 @@ def open_network(path: Path) -> tuple[Segmenter, StepInfo]:
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo, RunConfig]:
-    """Like :func:`open_network`, with the configuration of the run that the network belongs to.
+    """Load a network like :func:`open_network`, together with the configuration of its run.
 
     Args:
         path: a run's step directory, or a file in a registered format.
-        overrides: of the configuration, "key=value".
+        overrides: changes of the configuration, "key=value".
 
     Raises:
-        UserError: as :func:`open_network`, or a step directory without its run.
+        UserError: an error of :func:`open_network`, or the step directory is outside its run.
     """
     if loader := _loader_of(path):
         model, info, config = loader(path)
@@ -77,7 +77,7 @@ def open_run(path: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo,
 
 
 def _loader_of(path: Path) -> Loader | None:
-    """The loader of a file; None for a step directory."""
+    """Return the loader of a file, or None for a step directory."""
     loader = find_loader(path.suffix) if path.suffix else None
     if loader is None and path.suffix and path.is_file():
         known = ", ".join(sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))) or "none"

@@ -1,4 +1,4 @@
-"""When to save while a step trains, and what signals do meanwhile."""
+"""Timing of saves during training, and handling of signals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from starseg.errors import Stopped
 
 
 class Guard:
-    """Says when to save; while training, turns SIGTERM and Ctrl-C into a save and an orderly end.
+    """Decides when to save the training state, and turns SIGTERM and Ctrl-C during training into a save and an exit.
 
     Args:
-        fabric: whose processes must agree.
-        minutes: longest time between two saves.
+        fabric: the Fabric whose processes must decide alike.
+        minutes: maximum time between two saves.
     """
 
     def __init__(self, fabric: Fabric, minutes: float) -> None:
@@ -34,9 +34,9 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handle the signals for the duration of a step; they end it at once where nothing is worth saving."""
+        """Handle signals for the duration of a step; outside :meth:`saving`, they stop it immediately."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone.
+            yield  # Python delivers signals only to the main thread.
             return
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -48,7 +48,7 @@ class Guard:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """From here on a signal waits for the next save."""
+        """Delay signals until the next save; a second signal stops immediately."""
         self.waiting = True
         try:
             yield
@@ -56,7 +56,7 @@ class Guard:
             self.waiting = False
 
     def due(self, epoch_ends: bool) -> bool:
-        """Whether to save now, the same answer in every process. A signal is acted on by :meth:`saved_now`."""
+        """Return whether to save now, alike in every process; :meth:`saved_now` must be called after the save."""
         wanted = epoch_ends or bool(self.signal) or time.monotonic() - self.saved > self.seconds
         if self.fabric.world_size > 1:
             flag = torch.tensor([wanted, self.signal], device=self.fabric.device)
@@ -65,7 +65,11 @@ class Guard:
         return bool(wanted)
 
     def saved_now(self) -> None:
-        """Note a save; ends the process if a signal asked for that."""
+        """Record a save.
+
+        Raises:
+            Stopped: a signal has been received.
+        """
         self.saved = time.monotonic()
         if self.signal:
             raise Stopped(self.signal)

@@ -1,4 +1,4 @@
-"""Devices, precision and processes, through lightning-fabric."""
+"""Setup of devices, precision and processes with lightning-fabric."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from starseg.utils.deprecation import old_names
 __getattr__ = old_names(__name__)
 
 logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
-# Advice, on every GPU that has TF32, to take it for matrix products.
+# Suppresses the advice, on every GPU with TF32, to use it for matrix products.
 logging.getLogger("lightning_fabric.utilities.rank_zero").addFilter(
     lambda record: "set_float32_matmul_precision" not in record.getMessage()
 )
-# Its successor, forward_sync_buffers, is not in the older releases of torch that we support.
+# The replacement, forward_sync_buffers, does not exist in the oldest supported releases of torch.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
@@ -43,15 +43,15 @@ def _auto_precision(cuda: bool) -> str:
 
 
 def is_leader() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this is the process that prints and writes files."""
     return rank_zero_only.rank in (0, None)  # type: ignore[attr-defined]
 
 
 def check_world_size(config: TrainConfig) -> None:
-    """Compare the processes that torchrun or SLURM started with the configured ones.
+    """Check that torchrun or SLURM, if used, started the configured number of processes.
 
     Raises:
-        UserError: there are more, which would train past each other, or fewer.
+        UserError: it started more, which would train independently of each other, or fewer.
     """
     world = config.devices * config.num_nodes
     for launcher, environment in (("torchrun", TorchElasticEnvironment), ("SLURM", SLURMEnvironment)):
@@ -67,15 +67,15 @@ def check_world_size(config: TrainConfig) -> None:
 
 
 def single_process(config: TrainConfig) -> TrainConfig:
-    """The same, for a single process: what looks at a run needs no others."""
+    """Return the configuration for a single process, as used outside training."""
     return config.model_copy(update={"devices": 1, "num_nodes": 1})
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """The configured devices and processes, not launched yet.
+    """Create a Fabric for the configured devices and processes, without launching it.
 
     Raises:
-        UserError: a GPU is asked for and there is none, or fewer than asked for.
+        UserError: fewer GPUs are available than requested.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.accelerator == "gpu" and not available:
@@ -87,10 +87,10 @@ def make_fabric(config: TrainConfig) -> Fabric:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    # What is computed in float32 (evaluation and statistics always) is so in convolutions too.
+    # Convolutions in float32 (as in every evaluation and in the statistics) must not use TF32.
     torch.backends.cudnn.allow_tf32 = False
     if "SLURM_NTASKS" in os.environ:
-        # Fabric refuses `srun --ntasks` without it.
+        # Fabric rejects `srun --ntasks` without this variable.
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(config.devices))
     precision = _auto_precision(cuda) if config.precision == "auto" else config.precision
     several = config.devices * config.num_nodes > 1
@@ -98,17 +98,17 @@ def make_fabric(config: TrainConfig) -> Fabric:
         accelerator="cuda" if cuda else "cpu",
         devices=config.devices,
         num_nodes=config.num_nodes,
-        # Buffers are averaged once, when a step has trained (`average_buffers`).
+        # Buffers are averaged once, after the training of a step (`average_buffers`).
         strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
         precision=precision,  # type: ignore[arg-type]
     )
 
 
 def refuse_without_compiler(device: torch.device) -> None:
-    """For `train.compile`.
+    """Check that torch.compile can be used on a device.
 
     Raises:
-        UserError: torch.compile lacks what it needs for the device.
+        UserError: the compiler that torch.compile needs is not installed.
     """
     needed = "triton" if device.type == "cuda" else os.environ.get("CXX", "g++")
     there = importlib.util.find_spec(needed) if device.type == "cuda" else shutil.which(needed)
@@ -121,17 +121,17 @@ def refuse_without_compiler(device: torch.device) -> None:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes, each of which then computes the same loss from it.
+    """Differentiable sum over processes, each of which then computes the same loss from the sum.
 
-    The gradient that reaches a process's own summand is the loss's, times the number of processes, because the
-    strategy averages parameter gradients over processes where the sum is meant.
+    The gradient with respect to a process's own summand is multiplied by the number of processes, because the strategy
+    averages parameter gradients over processes instead of summing them.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, fabric: Fabric) -> Tensor:
         ctx.world = fabric.world_size
         total = values.detach().clone()
-        torch.distributed.all_reduce(total)  # Fabric's own begins with a barrier, which makes a GPU's queue run dry.
+        torch.distributed.all_reduce(total)  # Fabric's all_reduce begins with a barrier, which stalls the GPU.
         return total
 
     @staticmethod
@@ -140,12 +140,12 @@ class _Sum(torch.autograd.Function):
 
 
 def make_all_reduce_sum(fabric: Fabric) -> Callable[[Tensor], Tensor]:
-    """A differentiable sum over the processes of ``fabric``; see :class:`StepContext`."""
+    """Return a function that sums a tensor over the processes of ``fabric``, with gradients; see `StepContext`."""
     return lambda values: values if fabric.world_size == 1 else _Sum.apply(values, fabric)
 
 
 def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
-    """Make floating-point buffers (batch norm's statistics) the mean over processes."""
+    """Average floating-point buffers (batch-norm statistics) over processes, in place."""
     if fabric.world_size > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -153,7 +153,7 @@ def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
 
 
 def synchronise_norm(model: Segmenter, fabric: Fabric) -> None:
-    """Give batch norms in train mode the images of all processes, where these train on GPUs."""
+    """Synchronise batch norms in training mode over processes, if these train on GPUs."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         for parent in list(model.modules()):
             for name, child in parent.named_children():

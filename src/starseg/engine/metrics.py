@@ -1,4 +1,4 @@
-"""Figures from a confusion matrix (docs/reference/star.md, "Evaluation")."""
+"""Metrics from a confusion matrix (docs/reference/star.md, "Evaluation")."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def summarize(
     iou_epsilon: float = 0.0,
     absent_as_zero: bool = False,
 ) -> dict[str, Any]:
-    """IoU and accuracies in percent; a class without pixels is None and left out of the means.
+    """Compute IoU and accuracies in percent; a class without pixels is None and left out of the means.
 
     Args:
-        confusion: [1 + C, 1 + C] counts, rows the labels, columns the predictions.
-        names: by training id, the background first.
-        base: how many classes count as old, with the background; the rest is new.
+        confusion: [1 + C, 1 + C] pixel counts, rows are labels, columns predictions.
+        names: class names by training id, the background first.
+        base: number of classes that count as old, in addition to the background; all others are new.
         iou_epsilon: added to the intersection in the IoU's denominator.
-        absent_as_zero: count absent classes as 0 in means.
+        absent_as_zero: whether absent classes count as 0 in the means.
 
     Returns:
         {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "miou_foreground" (without id 0: the

@@ -1,4 +1,4 @@
-"""What a run publishes: step directories and results.json."""
+"""Publishing of results: step directories and results.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starseg.utils.files import read_json, write_json
 
 
 def step_info(run: PreparedRun, step: int, architecture: Architecture, head_sizes: list[int]) -> checkpoint.StepInfo:
-    """What model.json says of a step of this run."""
+    """Return the content of model.json for a step of a run."""
     config, task = run.config, run.task
     return checkpoint.StepInfo(
         architecture=architecture,
@@ -38,7 +38,7 @@ def step_info(run: PreparedRun, step: int, architecture: Architecture, head_size
 
 
 def publish_step(run: PreparedRun, trained: TrainedStep) -> None:
-    """Write a trained step into its directory and remove the training state; metrics.json comes last."""
+    """Write a trained step to its directory (metrics.json last), then remove its training state."""
     step, memory, folder = trained.step, trained.memory, run.step_dir(trained.step)
     if run.config.memory.size and step:
         memory.save(folder, run.step_dir(step - 1), step, run.config.memory.copy_files)
@@ -48,7 +48,7 @@ def publish_step(run: PreparedRun, trained: TrainedStep) -> None:
 
 
 def write_results(run: PreparedRun, fabric: Fabric) -> dict[str, Any]:
-    """Rewrite results.json from the finished steps; its content."""
+    """Write results.json from the finished steps and return its content."""
     steps = [folder for t in range(len(run.task)) if checkpoint.is_finished(folder := run.step_dir(t))]
     results = {
         "run": {

@@ -1,4 +1,4 @@
-"""The data of a run: files, class indices, and how to load a step's share of them."""
+"""The data of a run: files, class indices, and loaders of each step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
 from starseg.utils.machine import cores, free_shared_memory
 
-# An image, its mask and its saliency map.
+# An RGB image, its mask and its saliency map.
 _BYTES_PER_PIXEL = 5
 
 
 def workers_for(config: RunConfig, fabric: Fabric) -> int:
-    """Loader workers of this process: where that is left open, no more than its share of cores and shared memory."""
+    """Return the number of loader workers per process; "auto" stays within its share of cores and shared memory."""
     if config.data.workers != "auto":
         return config.data.workers
     if fabric.device.type != "cuda":
         return 0
-    # srun gives each process cores of its own; those of other launchers share all of them.
+    # srun assigns separate cores to each process; with other launchers, the processes share all cores.
     sharing = 1 if SLURMEnvironment.detect() else config.train.devices
     batch = max(config.train.batch_size // (config.train.devices * config.train.num_nodes), config.eval.batch_size)
     ordered = PREFETCH * batch * _BYTES_PER_PIXEL * config.data.crop**2
@@ -46,7 +46,18 @@ def workers_for(config: RunConfig, fabric: Fabric) -> int:
 
 @dataclass(frozen=True)
 class RunData:
-    """The data set with its class indices, and how to load a step's share of it."""
+    """The data of a run.
+
+    Attributes:
+        dataset: the data set.
+        task: the steps in which the method learns the task.
+        train_pixels, test_pixels: class index of each split, [N, 256].
+        config: configuration of the run.
+        loading: loader that all passes share.
+        rank, world: number of this process, and number of processes.
+        memory: how the method uses exemplars; None if it uses none.
+        maps: folders of the extra maps that the method requests, by name.
+    """
 
     dataset: Dataset
     task: TaskSequence
@@ -60,13 +71,13 @@ class RunData:
     maps: Mapping[str, Path] = field(default_factory=dict)
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
-        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        """Return the positions of a step's images in the split, ascending, by their masks or a published list."""
         listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
         return select_images(pixels, self.task, step, kind) if listed is None else listed
 
     def digest(self, step: int) -> str:
-        """Short digest of the names of a step's training images, in their order."""
+        """Return a short digest of the names of a step's training images, in order."""
         names = [self.dataset.train.ids[place] for place in self.positions(step, "train")]
         return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -88,10 +99,11 @@ class RunData:
             raise UserError(f"{path}: expected a published list of image names in an .npy file ({error})") from error
 
     def check(self, steps: range | None = None) -> None:
-        """Refuse a task whose steps (all by default) cannot be trained.
+        """Check that the given steps (all by default) can be trained.
 
         Raises:
-            UserError: no such step, a class without a training pixel in its step, or fewer images than a batch.
+            UserError: a step does not exist, a class has no training pixel in its step, a step has fewer training
+                images than a batch, or no test image shows a class seen so far.
         """
         every = range(len(self.task))
         wanted = every if steps is None else steps
@@ -118,9 +130,16 @@ class RunData:
     def train_loader(
         self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
     ) -> LoaderEpoch:
-        """Augmented training crops of a step's images and of its exemplar memory.
+        """Return a loader of augmented training crops of a step's images and of its exemplar memory.
 
-        Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
+        Order and crops depend only on (seed, step, epoch, sample).
+
+        Args:
+            step: number of the step.
+            epochs: the epochs to iterate over; a name denotes an epoch with its own crops.
+            drop_last: whether to drop the incomplete last batch of each epoch.
+            exemplars: files of the exemplar memory.
+            start: number of batches to skip.
         """
         seed, kept = (self.config.seed, step), len(exemplars)
         labels = self.dataset.labels
@@ -143,11 +162,15 @@ class RunData:
         return self.loading.over(crops, sampler)
 
     def samples(self, step: int, exemplars: int) -> int:
-        """Samples of an epoch, which appended exemplars belong to, and those that fill half of each batch do not."""
+        """Return the number of samples in an epoch of a step.
+
+        Exemplars count if the method appends them to the training images, but not if they fill half of each batch.
+        """
         appended = self.memory is None or self.memory.mix == "append"
         return len(self.positions(step, "train")) + (exemplars if appended else 0)
 
     def test_loader(self, step: int) -> LoaderEpoch:
+        """Return a loader of a step's test images, with the labels of all classes seen so far."""
         full = self.config.eval.image == "full"
         table = self.dataset.labels.compose(self.task.relabelling(step, "test", self.dataset.test_fill))
         crop = None if full else self.config.data.crop
@@ -157,13 +180,13 @@ class RunData:
 
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
-    """The configured data set and the steps in which ``method`` learns the configured task."""
+    """Open the configured data set and return it with the steps in which ``method`` learns the configured task."""
     dataset = open_dataset(config.data)
     return dataset, task_on(dataset, config, method)
 
 
 def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
-    """The steps in which ``method`` learns the configured task on a data set."""
+    """Return the steps in which ``method`` learns the configured task on a data set."""
     task = config.task
     return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
 
@@ -171,7 +194,18 @@ def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence
 def open_data(
     config: RunConfig, method: Method, console: Console, fabric: Fabric | None = None, steps: range | None = None
 ) -> RunData:
-    """Open, index and check the data of a run, or of some of its steps."""
+    """Open, index and check the data of a run.
+
+    Args:
+        config: configuration of the run.
+        method: the configured method.
+        console: where the number of images and progress are printed.
+        fabric: devices and processes of a training run; without it, no loader workers or cache are set up.
+        steps: the steps to check; all by default.
+
+    Raises:
+        UserError: the data set cannot be read, an extra map is missing, or a step cannot be trained.
+    """
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
     train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))

@@ -1,4 +1,4 @@
-"""A run directory: which run it belongs to, its lock, and steps copied from another run."""
+"""Run directories: their lock, their saved configuration, and steps copied from another run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import apply_recipe
 from starseg.utils.files import write_atomic
 
-# Keys that may differ when a run is resumed: where files are and how fast it runs, not what is learnt.
+# Keys that may differ when a run is resumed, because they affect the location of files and the speed, not the result.
 Keys = frozenset[tuple[str, ...]]
 FREE_KEYS: Keys = frozenset(
     {
         ("out",),
-        # The values that it stands for are compared themselves.
+        # The values that the recipe provides are compared instead.
         ("recipe",),
         ("data", "workers"),
         ("data", "cache"),
@@ -38,7 +38,8 @@ FREE_KEYS: Keys = frozenset(
     }
 )
 LOCK = ".lock"
-# What may lie in a run directory before its config.yaml does, and what tells its config.yaml from anyone's.
+# Name prefixes of what a run directory may contain before its config.yaml is written, and patterns of what identifies a
+# config.yaml as that of a run.
 _OURS = (LOCK, ".config.yaml.tmp", "step_", "learn")
 _OF_A_RUN = (LOCK, "step_*", "results.json")
 _held: WeakSet[IO[str]] = WeakSet()
@@ -49,17 +50,17 @@ def _let_go() -> None:
         file.close()
 
 
-# A lock lasts as long as any process has its file open, and loader workers outlive a killed run by seconds.
+# A lock is held until every process has closed the file, and loader workers outlive a killed run by seconds.
 os.register_at_fork(after_in_child=_let_go)
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what the method's recipe sets, so that the saved copy holds every value.
+    """Fill in the values of the method's recipe, so that the saved configuration is complete.
 
     Raises:
-        UserError: wrong options, or values that are neither given nor in a recipe.
+        UserError: an option is invalid, or a value is neither given nor in a recipe.
     """
-    # Absolute, so that the run is scored and shown from any folder.
+    # Absolute, so that the run can be evaluated from any working directory.
     data = config.data.model_copy(update={"root": data_root(config.data).absolute()})
     method = METHODS[config.method]
     resolved = apply_recipe(config, method, method_options(config.method, config))
@@ -67,7 +68,7 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def _resolved_tree(tree: Any) -> Any:
-    """A saved configuration with what an earlier version left to the method filled in; as it is where that fails."""
+    """Complete a saved configuration of an earlier version, which may lack recipe values; unchanged if that fails."""
     try:
         return yaml.safe_load(dump_config(resolve(parse_config(tree))))
     except (UserError, KeyError, TypeError, AttributeError):
@@ -75,7 +76,14 @@ def _resolved_tree(tree: Any) -> Any:
 
 
 def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] = ()) -> list[str]:
-    """A line for each key but the ``free`` ones whose value in ``a``, which is there, is not that in ``b``."""
+    """Describe the differences between two configuration trees, one line per key.
+
+    Args:
+        a: the saved configuration.
+        b: the current configuration.
+        free: keys that may differ.
+        path: key of ``a`` and ``b`` within the whole configuration.
+    """
     if path in free:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
@@ -84,7 +92,7 @@ def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] 
 
 
 def started(step_dir: Path) -> bool:
-    """Whether a step directory holds what a run learnt: a finished step, or the state of an unfinished one."""
+    """Return whether a step directory contains a finished step or the training state of an unfinished one."""
     return checkpoint.is_finished(step_dir) or begun(step_dir)
 
 
@@ -92,7 +100,7 @@ def lock(run_dir: Path) -> IO[str]:
     """Lock a run directory for this process until the returned file is closed.
 
     Raises:
-        UserError: another process is running in it, or its file system knows no locks.
+        UserError: another process holds the lock, or the file system does not support locks.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("a+")
@@ -116,14 +124,23 @@ def lock(run_dir: Path) -> IO[str]:
 
 
 def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[str] | None = None) -> IO[str]:
-    """Lock a run directory, unless ``held`` is its lock already, and save the resolved configuration in it.
+    """Lock a run directory and save the resolved configuration in it.
+
+    Args:
+        run_dir: the run directory.
+        config: the resolved configuration.
+        free: keys that may differ from the saved configuration.
+        held: the lock of the directory, if the caller already holds it.
+
+    Returns:
+        The lock.
 
     Raises:
-        UserError: the directory belongs to another configuration, or cannot be locked.
+        UserError: the directory belongs to a run with another configuration, or cannot be locked.
     """
     refuse_another_run(run_dir, config, free)
     held = held or lock(run_dir)
-    # Again: another run may have started and ended in between.
+    # Checked again, as another run may have started and finished in between.
     refuse_another_run(run_dir, config, free)
     write_atomic(run_dir / "config.yaml", dump_config(config).encode())
     return held
@@ -133,12 +150,12 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
     """Check that a run with this configuration may start or resume in a directory; ``free`` keys may differ.
 
     Raises:
-        UserError: the directory holds a run with another configuration, or something else.
+        UserError: the directory contains a run with another configuration, or files that belong to no run.
     """
     path, ours = run_dir / "config.yaml", dump_config(config)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
-    # Looked at before config.yaml, which another process may be writing.
+    # Listed before config.yaml is read, as another process may be writing that file.
     strange = run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir())
     if path.is_file():
         try:
@@ -160,10 +177,14 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
 
 
 def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
-    """Check that another run's step 0 can be this run's.
+    """Check that step 0 of another run can be used as step 0 of this run.
+
+    Args:
+        source: directory of the other run's step.
+        mine: description of this run's step 0.
 
     Raises:
-        UserError: it is not finished, or learnt something else than ``mine``.
+        UserError: the step is not finished, or differs from ``mine`` in its network, classes or data.
     """
     info = checkpoint.load_info(source)
     network = ("architecture", "lead", "conv_heads")
@@ -175,7 +196,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Copy another run's finished step, replacing what a run left that was killed before its first save."""
+    """Copy another run's finished step, replacing remains of a run that was killed before its first save."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))

@@ -1,4 +1,4 @@
-"""The steps of a run in turn: each one trained, evaluated and published."""
+"""The runner, which trains, evaluates and publishes the steps of a run one after another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from starseg.models.builders import check_crop
 
 
 class Runner:
-    """Runs the steps of one configuration in one directory; a context manager.
+    """Context manager that runs the steps of one configuration in one run directory.
 
     Constructing it does no work. Entering it checks everything, locks the run directory and launches the processes;
     leaving it stops the loader workers and releases the lock. Processes stay connected for later runs of the command.
@@ -36,10 +36,10 @@ class Runner:
     Args:
         config: validated configuration.
         console: where progress is printed.
-        steps: which steps; all by default.
+        steps: the steps to run; all by default.
         listeners: called with each event, in the process that writes the run's files.
-        free: keys that may also differ from those of the directory's finished steps.
-        lock: of the run directory, where the caller holds it already; the caller releases it.
+        free: further keys that may differ from the saved configuration of the directory's finished steps.
+        lock: lock of the run directory if the caller already holds it; the caller releases it.
     """
 
     prepared: PreparedRun
@@ -62,10 +62,11 @@ class Runner:
         self.console = console if self.leader else Console(quiet=True)
 
     def __enter__(self) -> Runner:
-        """Prepare the run, claim its directory and launch its processes.
+        """Prepare the run, lock its directory and launch its processes.
 
         Raises:
-            UserError: bad data, a step that does not exist, a directory of another run.
+            UserError: the configuration or data is invalid, a step does not exist, or the directory belongs to another
+                run.
         """
         with ExitStack() as resources:
             self.prepared = prepare(self.config, self.console, self.steps, training=True)
@@ -87,11 +88,11 @@ class Runner:
         self._resources.close()
 
     def run(self) -> Path:
-        """Run the wanted steps that are not finished yet; the run directory.
+        """Run the requested steps that are not finished yet and return the run directory.
 
         Raises:
-            UserError: whatever stops a step.
-            Stopped: a signal came; the state is saved.
+            UserError: a step cannot be trained.
+            Stopped: a signal was received; the training state has been saved if training had begun.
         """
         source, run = self.config.start_from, self.prepared
         if 0 in self._wanted and source and not checkpoint.is_finished(run.step_dir(0)) and self.leader:
@@ -106,7 +107,7 @@ class Runner:
         return run.config.run_dir
 
     def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
-        """Time a few iterations of a step; nothing of them is saved."""
+        """Measure the time per iteration over a few iterations of a step, without saving anything."""
         return self._step(step).seconds_per_iteration(iterations)
 
     @property
@@ -129,7 +130,7 @@ class Runner:
             self.fabric.barrier()
 
     def _check_start(self) -> None:
-        """Refuse a run whose first step has nothing to start from, before anything is written."""
+        """Check, before anything is written, that the first unfinished step can start."""
         run = self.prepared
         first = next((t for t in self._wanted if not checkpoint.is_finished(run.step_dir(t))), None)
         model, start_from = run.config.model, run.config.start_from

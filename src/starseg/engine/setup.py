@@ -1,6 +1,6 @@
-"""From a configuration to a run that can start: method, resolved configuration, devices and data, checked together.
+"""Preparation of a run: method, resolved configuration, devices and data, checked together.
 
-Everything here happens before anything is written, so that a mistake costs no work.
+All checks take place before anything is written or trained, so that mistakes are reported early.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from starseg.tasks import TaskSequence
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose configuration, devices and data have passed every check.
+    """A run whose configuration, devices and data have passed all checks.
 
     Attributes:
-        config: resolved: what the method decides for this data set is filled in.
-        method: with its options.
-        data: opened and indexed; its loader workers start when they are needed.
-        notes: how this run deviates from the published method.
-        fabric: devices and processes, not launched yet; None for a run that is only looked at.
+        config: resolved configuration, with the values of the method's recipe filled in.
+        method: the method with its options.
+        data: the opened and indexed data; loader workers are started on first use.
+        notes: deviations of this run from the published method.
+        fabric: devices and processes, not launched yet; None if the run is not prepared for training.
     """
 
     config: RunConfig
@@ -46,15 +46,15 @@ class PreparedRun:
         return self.data.task
 
     def step_dir(self, step: int) -> Path:
-        """Directory of a step, whether it exists or not."""
+        """Return the directory of a step, which need not exist."""
         return self.config.run_dir / f"step_{step}"
 
 
 def check_method(config: RunConfig) -> None:
-    """Check what the schema of a configuration leaves to the registered methods.
+    """Check the parts of a configuration that depend on the registered methods.
 
     Raises:
-        UserError: an unknown method or section, wrong options, or a setting that the method does not support.
+        UserError: the method or a section is unknown, an option is invalid, or the method does not support a setting.
     """
     if config.method not in METHODS:
         raise UserError(
@@ -77,7 +77,7 @@ def check_method(config: RunConfig) -> None:
 
 
 def _check_sections(config: RunConfig) -> None:
-    """Refuse sections of no method, and options that a method does not know."""
+    """Reject sections that belong to no method, and invalid options."""
     given, sections = config.model_extra or {}, {method.section for method in METHODS.values()}
     if unknown := sorted(set(given) - sections):
         known = [*RunConfig.model_fields, *sorted(sections)]
@@ -93,10 +93,10 @@ def _check_sections(config: RunConfig) -> None:
 
 
 def make_method(config: RunConfig, name: str | None = None) -> Method:
-    """The configured method, or another one of that ``name``, with its options from a checked configuration.
+    """Create the configured method, or the one called ``name``, with its options from the configuration.
 
     Raises:
-        UserError: :func:`check_method` refuses the configuration.
+        UserError: :func:`check_method` rejects the configuration.
     """
     check_method(config)
     name = name or config.method
@@ -104,10 +104,10 @@ def make_method(config: RunConfig, name: str | None = None) -> Method:
 
 
 def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
-    """The configuration with what its method decides for this data set filled in, and the method.
+    """Fill in the values of the method's recipe; return the resolved configuration and the method.
 
     Raises:
-        UserError: :func:`check_method` refuses the configuration.
+        UserError: :func:`check_method` rejects the configuration, or a value is neither given nor in a recipe.
     """
     check_method(config)
     resolved = resolve(config)
@@ -115,16 +115,16 @@ def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
 
 
 def prepare(config: RunConfig, console: Console, steps: range | None = None, *, training: bool = False) -> PreparedRun:
-    """Check a configuration, its devices and its data; nothing is written, launched or trained.
+    """Check a configuration, its devices and its data, without writing, launching or training anything.
 
     Args:
-        config: as given by :func:`starseg.config.load_config`.
+        config: configuration as returned by :func:`starseg.config.load_config`.
         console: where the number of images, the method's notes and progress are printed.
-        steps: which steps are wanted; all by default.
-        training: also choose devices and loader workers, which a run that is only looked at does not need.
+        steps: the steps to run; all by default.
+        training: whether to set up devices and loader workers for training as well.
 
     Raises:
-        UserError: anything in the input that must be corrected first.
+        UserError: the configuration, devices or data must be corrected first.
     """
     resolved, method = resolve_config(config)
     fabric = None

@@ -1,8 +1,9 @@
 """The training state of an unfinished step: saved at the end of each epoch, every few minutes and on SIGTERM or Ctrl-C.
 
-``resume.ckpt`` is a line with the format's version and the SHA-256 of the rest, then a torch file of tensors, numbers
-and text, read with ``weights_only=True``. The state before it is kept as ``resume.previous.ckpt``. Both are removed
-when the step is published. A damaged file is renamed to ``resume.ckpt.damaged`` and never overwritten.
+``resume.ckpt`` begins with a line that contains the format version and the SHA-256 of the rest; the rest is a torch
+file of tensors, numbers and text, read with ``weights_only=True``. The previously saved state is kept as
+``resume.previous.ckpt``. Both files are removed when the step is published. A damaged file is renamed to
+``resume.ckpt.damaged`` and never overwritten.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ _HEADER = re.compile(rb"starseg-resume-(\d+) ([0-9a-f]{64})")
 
 
 class DamagedState(UserError):
-    """The bytes are no intact training state."""
+    """The data is not an intact training state."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that an unfinished step needs to continue exactly where it was saved.
+    """Everything that an unfinished step needs to resume exactly where it was saved.
 
     Attributes:
-        iteration: iterations done.
-        model, optimizer, schedule, precision: state dictionaries; ``precision`` holds the loss scale of fp16.
+        iteration: number of completed iterations.
+        model, optimizer, schedule, precision: state dictionaries; ``precision`` contains the loss scale of fp16.
         generator: state of the method's random generator.
-        processes: what :func:`process_states` gathered.
-        time: seconds by part of the step (:class:`starseg.utils.clock.Clock`).
-        seconds: spent on the step so far.
-        images: digest of the step's training images; None in states of early versions, which have none.
+        processes: result of :func:`process_states`.
+        time: seconds spent on each part of the step (:class:`starseg.utils.clock.Clock`).
+        seconds: total time spent on the step so far.
+        images: digest of the step's training images; None in states saved by early versions.
     """
 
     iteration: int
@@ -62,11 +63,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class FoundState:
-    """What :func:`read_state` found.
+    """Result of :func:`read_state`.
 
     Attributes:
-        state: the last intact state; None if there is none.
-        damaged: the files that were passed over to get there, with what is wrong with each.
+        state: the latest intact state; None if there is none.
+        damaged: damaged files that were skipped, each with the reason.
     """
 
     state: TrainingState | None
@@ -74,7 +75,7 @@ class FoundState:
 
 
 def encode(state: TrainingState) -> bytes:
-    """A state as the bytes of a resume file."""
+    """Encode a training state as the content of a resume file."""
     buffer = io.BytesIO()
     torch.save({f.name: getattr(state, f.name) for f in fields(state)}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
@@ -82,11 +83,11 @@ def encode(state: TrainingState) -> bytes:
 
 
 def decode(data: bytes) -> TrainingState:
-    """The state in the bytes of a resume file.
+    """Decode the content of a resume file.
 
     Raises:
-        DamagedState: they are truncated, altered or something else.
-        UserError: a newer version of starseg wrote them.
+        DamagedState: the data is truncated, altered or not a training state.
+        UserError: a newer version of starseg wrote the data.
     """
     head, _, body = data.partition(b"\n")
     header = _HEADER.fullmatch(head)
@@ -106,10 +107,10 @@ def decode(data: bytes) -> TrainingState:
 
 
 def write_state(folder: Path, state: TrainingState) -> None:
-    """Write a state, keeping the one before.
+    """Save a training state, keeping the previously saved one.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, or the folder is not writable.
     """
     data = encode(state)
     if (folder / CURRENT).is_file():
@@ -118,10 +119,10 @@ def write_state(folder: Path, state: TrainingState) -> None:
 
 
 def read_state(folder: Path) -> FoundState:
-    """The last intact state of a step directory; nothing is changed.
+    """Read the latest intact training state of a step directory, without changing any file.
 
     Raises:
-        UserError: a newer version of starseg wrote it.
+        UserError: a newer version of starseg wrote the state.
     """
     damaged: dict[Path, str] = {}
     for path in (folder / CURRENT, folder / PREVIOUS):
@@ -136,7 +137,7 @@ def read_state(folder: Path) -> FoundState:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged to a free name ending in ``.damaged``; the new path."""
+    """Rename a file or folder to an unused name, ``*.damaged`` or ``*.damaged.<number>``, and return the new path."""
     numbers = itertools.count(2)
     target = path.with_name(f"{path.name}.damaged")
     while target.exists():
@@ -145,24 +146,24 @@ def set_aside(path: Path) -> Path:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The training states of a step directory, those set aside included."""
+    """Yield the training state files of a step directory, including damaged ones that were renamed."""
     for name in (CURRENT, PREVIOUS):
         yield from folder.glob(f"{name}*")
 
 
 def clear(folder: Path) -> None:
-    """Remove the training states of a published step."""
+    """Remove the training state files of a published step."""
     for path in _files(folder):
         path.unlink(missing_ok=True)
 
 
 def begun(folder: Path) -> bool:
-    """Whether a step directory holds the state of an unfinished step, intact or damaged."""
+    """Return whether a step directory contains the training state of an unfinished step, intact or damaged."""
     return any(_files(folder))
 
 
 def process_states(model: nn.Module, fabric: Fabric) -> list[dict[str, Any]]:
-    """Random state and batch-norm statistics of every process, by rank. All processes must call it."""
+    """Gather random states and batch-norm statistics of all processes, by rank; every process must call it."""
     device = fabric.device
     own = {
         "torch": torch.get_rng_state(),
@@ -177,7 +178,7 @@ def process_states(model: nn.Module, fabric: Fabric) -> list[dict[str, Any]]:
 
 
 def restore_process(states: list[dict[str, Any]], model: nn.Module, fabric: Fabric) -> None:
-    """Restore what :func:`process_states` gathered; a rank that did not exist then keeps its own random state."""
+    """Restore this process's part of :func:`process_states`; a rank that it does not contain keeps its random state."""
     if fabric.global_rank < len(states):
         own = states[fabric.global_rank]
         torch.set_rng_state(own["torch"])

@@ -1,4 +1,4 @@
-"""One step of a run: its context, its training from the last saved state on, and its evaluation."""
+"""One step of a run: its context, training (resumed from the last saved state) and evaluation."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from starseg.utils.progress import bar, track
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """A step that is trained and evaluated, but not published yet.
+    """A step that has been trained and evaluated, but not published yet.
 
     Attributes:
-        step: its number.
-        model: in eval mode.
-        memory: its exemplars.
+        step: number of the step.
+        model: the trained network, in eval mode.
+        memory: the exemplar memory of the step.
         bank: the method's state.
         metrics: content of metrics.json.
     """
@@ -56,15 +56,15 @@ class TrainedStep:
 
 
 class Step:
-    """One step of a run whose processes are launched.
+    """One step of a run whose processes have been launched.
 
     Args:
         run: the prepared run.
-        fabric: its devices and processes.
-        number: of the step.
+        fabric: devices and processes of the run.
+        number: number of the step.
         console: where progress is printed.
-        all_reduce_sum: sums over processes.
-        loss_scale: the precision's state at the start of a step.
+        all_reduce_sum: sum over processes.
+        loss_scale: state of the precision plugin at the start of a step.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Step:
         self.folder, self.leader = run.step_dir(number), fabric.global_rank == 0
 
     def train(self, guard: Guard) -> TrainedStep:
-        """Train and evaluate the step, from its last saved state on.
+        """Train and evaluate the step, resuming from its last saved state if there is one.
 
         Raises:
-            UserError: it was started with other images, or a loss is NaN or infinite.
-            Stopped: a signal came; the state is saved.
+            UserError: the step was started with other images, or a loss is NaN or infinite.
+            Stopped: a signal was received; the training state has been saved if training had begun.
         """
         start, phase = time.monotonic(), self.config.train.later if self.number else self.config.train.base
         assert phase.epochs and phase.lr, "filled in by resolve()"
@@ -116,7 +116,7 @@ class Step:
         return TrainedStep(self.number, ctx.model, memory, bank, metrics)
 
     def seconds_per_iteration(self, iterations: int = 3) -> float:
-        """Time a few training iterations, of which the first is not counted; nothing is saved."""
+        """Measure the time per iteration over a few iterations without the first; nothing is saved."""
         ctx, memory = self._context()
         training = self._begin(ctx, 1, 1e-6)
         ctx.model.train()
@@ -131,7 +131,7 @@ class Step:
         self.console.print(f"step {self.number}: {text}", highlight=False, soft_wrap=True)
 
     def _models(self) -> tuple[Segmenter, Segmenter | None]:
-        """The network to train, its new head added, and the frozen previous one."""
+        """Return the network to train, with its new head, and the frozen network of the previous step."""
         config, new = self.config.model, len(self.run.task.new(self.number))
         if self.number == 0:
             layout = self.method.layout
@@ -144,7 +144,7 @@ class Step:
         return model, old
 
     def _memory(self, old: Segmenter | None) -> Memory:
-        """The step's exemplar memory, chosen with the previous step's model."""
+        """Choose the step's exemplar memory with the network of the previous step."""
         size, previous = self.config.memory.size, self.run.step_dir(self.number - 1)
         if not size or old is None:
             return Memory()
@@ -164,7 +164,7 @@ class Step:
         return memory
 
     def _context(self) -> tuple[StepContext, Memory]:
-        """What the method is told of the step, and the step's exemplar memory."""
+        """Create the context that the method receives, and the step's exemplar memory."""
         fabric, step, seed = self.fabric, self.number, self.config.seed
         seed_everything(sample_seed(seed, step) % 2**32, verbose=False)
         model, old = self._models()
@@ -198,7 +198,7 @@ class Step:
             yield to_device(batch, model)
 
     def _begin(self, ctx: StepContext, epochs: int, lr: float) -> StepTraining:
-        """All that precedes the first iteration of a step."""
+        """Initialise and freeze parts of the network, call the method's ``begin_step`` and set up the training loop."""
         with torch.no_grad():
             self.method.init_heads(ctx)
         self.method.freeze(ctx)
@@ -211,9 +211,9 @@ class Step:
         return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock)
 
     def _find_state(self) -> TrainingState | None:
-        """The state to resume from; None if the step starts from its beginning.
+        """Find the training state to resume from; None if the step starts from its beginning.
 
-        Damaged files, and the logs of a step none of whose states is intact, are renamed and kept.
+        Damaged files are renamed and kept, and so are the logs if no state is intact.
 
         Raises:
             UserError: the step was started with other images.
@@ -221,9 +221,9 @@ class Step:
         found = read_state(self.folder)
         if found.state:
             self._check_images(found.state)
-        self.fabric.barrier()  # All processes have read the files, which are renamed now.
+        self.fabric.barrier()  # Files may be renamed only after all processes have read them.
         if self.leader:
-            # The logs first: a process that is killed in between finds the damaged states again.
+            # The logs are renamed first, so that a rerun after a kill in between finds the damaged states again.
             logs = self._start_logs(found)
             for path, reason in found.damaged.items():
                 self._say(f"{path}: {reason}; it is kept as {set_aside(path).name}")
@@ -232,7 +232,7 @@ class Step:
         return found.state
 
     def _start_logs(self, found: FoundState) -> str:
-        """Rename or remove the logs of a step that starts from its beginning; what to say of it."""
+        """Rename or remove the logs of a step that starts from its beginning; return the end of the message."""
         logs = self.folder / "logs"
         if found.state or not logs.is_dir():
             return ""
@@ -242,7 +242,7 @@ class Step:
         return ""
 
     def _check_images(self, state: TrainingState) -> None:
-        # Exemplars are left out: another device may choose others.
+        # Exemplars are not compared, as another device may choose others.
         if state.images not in (None, self.data.digest(self.number)):
             raise UserError(
                 f"{self.folder / CURRENT}: step {self.number} was started with other training images than "
@@ -251,7 +251,7 @@ class Step:
             )
 
     def _fit(self, training: StepTraining, memory: Memory, guard: Guard, state: TrainingState | None) -> float:
-        """Train, from ``state`` on; the seconds spent before."""
+        """Train, resuming from ``state`` if given; return the seconds spent on the step before it was saved."""
         spent = state.seconds if state else 0.0
         if state:
             reset = training.restore(state)
@@ -269,7 +269,7 @@ class Step:
         return spent
 
     def _saver(self, training: StepTraining, spent: float) -> Callable[[], None]:
-        """What saves the state, as every process calls it."""
+        """Return a function that saves the training state; every process must call it."""
         start, images = time.monotonic(), self.data.digest(self.number)
 
         def save() -> None:
@@ -280,7 +280,7 @@ class Step:
         return save
 
     def _log_times(self, training: StepTraining) -> None:
-        """Write to the step's logs where its time went."""
+        """Write the time spent on each part of the step to its logs."""
         if self.leader:
             logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="")
             logger.log_metrics(training.clock.scalars(), step=training.iteration)

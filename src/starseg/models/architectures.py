@@ -1,4 +1,4 @@
-"""What a network is built from, as ``model.json`` has it, and the names of its parameters in files."""
+"""The description of a network as stored in ``model.json``, and conversion of parameter names in weight files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from starseg.config import ModelConfig
 
-# Names of parameters in files of starseg 0.x, and in the published checkpoints.
+# Prefixes of parameter names in files of earlier versions and in the published checkpoints, and their current names.
 _FORMER = {"backbone.": "encoder.body.", "aspp.": "decoder."}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network without its weights and classifier.
+    """The architecture of a network, without its weights and classifier heads.
 
     Attributes:
-        encoder: name of the encoder; for the builder "timm" that of a timm model.
+        encoder: name of the encoder; for the builder "timm", the name of a timm model.
         decoder: name of the decoder.
-        stride: pixels per feature cell.
+        stride: output stride, in pixels per feature cell.
         builder: key of :data:`starseg.models.builders.BUILDERS`.
-        options: of the builder, plain JSON values.
+        options: options of the builder, plain JSON values.
     """
 
     encoder: str
@@ -34,12 +34,12 @@ class Architecture:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Architecture:
-        """The one that a configuration asks for."""
+        """Return the architecture described by the ``model`` section of a configuration."""
         return cls(config.backbone, config.decoder, config.output_stride)
 
 
 def upgrade_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of a network with today's names, where it has those of earlier versions of starseg."""
+    """Rename the keys of a state dict from those of earlier versions of starseg to the current ones."""
 
     def name(key: str) -> str:
         return next((new + key.removeprefix(old) for old, new in _FORMER.items() if key.startswith(old)), key)
@@ -48,7 +48,7 @@ def upgrade_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of :func:`upgrade_keys`."""
+    """Rename the current keys of a state dict to the published ones: the inverse of :func:`upgrade_keys`."""
 
     def name(key: str) -> str:
         return next((old + key.removeprefix(new) for old, new in _FORMER.items() if key.startswith(new)), key)

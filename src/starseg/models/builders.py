@@ -1,4 +1,4 @@
-"""Builders of networks, by the name that an architecture has for them."""
+"""The registry of network builders, and :func:`make_network`, which calls the one that an architecture names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starseg.models.segmenter import Segmenter
 
 
 class Parts(NamedTuple):
-    """What a builder makes: :class:`starseg.models.encoders.Encoder` or its like, and a decoder."""
+    """The result of a builder: an :class:`~starseg.models.encoders.Encoder` or an equivalent module, and a decoder."""
 
     encoder: Encoder
     decoder: nn.Module
@@ -28,12 +28,13 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def register_builder(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make a builder of networks known under ``name``, as ``architecture.builder`` in ``model.json``.
+    """Register a network builder (decorator) under ``name``, the value of ``architecture.builder`` in ``model.json``.
 
-    A builder takes an architecture and the encoder's pretrained weights (yes, no, or a file).
+    A builder takes an architecture and ``pretrained``: whether to load ImageNet weights, or a file with the encoder's
+    weights.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
 
     def register(builder: Builder) -> Builder:
@@ -59,16 +60,16 @@ def make_network(
     layout: HeadLayout = SIGMOID,
     pretrained: bool | Path = False,
 ) -> Segmenter:
-    """Build a network with random weights but for, where asked for, the encoder's.
+    """Build a network with random weights, except for the encoder's if ``pretrained`` is given.
 
     Args:
-        architecture: what to build.
-        head_sizes: new classes of each step so far.
-        layout: the kind of heads, and which lead.
-        pretrained: ImageNet weights of the encoder: yes, no, or a file.
+        architecture: encoder, decoder and output stride.
+        head_sizes: number of new classes in each step so far.
+        layout: kind of heads and names of the leading channels.
+        pretrained: whether to load ImageNet weights into the encoder, or a file with its weights.
 
     Raises:
-        UserError: an unknown builder, or see :func:`starseg.models.encoders.make_encoder`.
+        UserError: an unknown builder, or an error of :func:`starseg.models.encoders.make_encoder`.
     """
     if architecture.builder not in BUILDERS:
         raise UserError(
@@ -79,10 +80,10 @@ def make_network(
 
 
 def check_crop(network: Segmenter, crop: int) -> None:
-    """Compare the training crops with what a network takes.
+    """Check that the size of the training crops suits a network.
 
     Raises:
-        UserError: their side is no multiple of what the encoder and the grid need.
+        UserError: the side of the crops is not a multiple of :attr:`Segmenter.multiple`.
     """
     if crop % network.multiple:
         least = max(1, crop // network.multiple)

@@ -1,7 +1,8 @@
 """Classifier heads: channels, construction, initialisation (docs/reference/baselines.md, "What is common").
 
-The logits of a network are its leading channels (background, unknown, auxiliary: none is a class), then the class
-heads in order of learning. A class head counts classes only, so 1 + the sum of their sizes is the number of ids.
+The logits of a network are those of its leading channels (background, unknown, auxiliary; none of them is a class),
+followed by those of the class heads in order of learning. Class heads never contain the background, so the number of
+training ids is 1 + the sum of their sizes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ BACKGROUND, UNKNOWN, AUXILIARY = "background", "unknown", "auxiliary"
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The heads of a method's network.
+    """The layout of the classifier heads of a method's network.
 
     Attributes:
-        lead: names of the leading channels, each a head of its own. An auxiliary head learns from detached features.
-        conv: every head is 3x3 conv-BN-ReLU and a 1x1 convolution, instead of a 1x1 convolution.
+        lead: names of the leading channels, each of which has its own head. An auxiliary head is trained on detached
+            features.
+        conv: whether every head is 3x3 conv-BN-ReLU and a 1x1 convolution instead of a 1x1 convolution alone.
     """
 
     lead: tuple[str, ...] = ()
@@ -33,7 +35,7 @@ SOFTMAX = HeadLayout((BACKGROUND,))
 
 
 def make_head(channels: int, classes: int, conv: bool) -> nn.Module:
-    """A randomly initialised head: [N, channels, h, w] -> [N, classes, h, w]."""
+    """Create a randomly initialised head: [N, channels, h, w] -> [N, classes, h, w]."""
     last = nn.Conv2d(channels, classes, 1)
     if not conv:
         return last
@@ -42,7 +44,7 @@ def make_head(channels: int, classes: int, conv: bool) -> nn.Module:
 
 
 def last_layer(head: nn.Module) -> nn.Conv2d:
-    """The 1x1 convolution of a head."""
+    """Return the final 1x1 convolution of a head."""
     layer = head[-1] if isinstance(head, nn.Sequential) else head
     assert isinstance(layer, nn.Conv2d)
     return layer
@@ -56,17 +58,17 @@ def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def copy_head(source: nn.Module, target: nn.Module) -> None:
-    """Start every class of ``target`` as the one channel of ``source`` (DKD: auxiliary head, SSUL: unknown head)."""
+    """Initialise every class of ``target`` with the one channel of ``source`` (DKD: auxiliary, SSUL: unknown head)."""
     own = target.state_dict()
     target.load_state_dict({name: value.expand_as(own[name]) for name, value in source.state_dict().items()})
 
 
 @torch.no_grad()
 def share_background(background: nn.Module, target: nn.Module) -> None:
-    """Start n new classes with equal shares of the background's probability (MiB, section 3.3).
+    """Initialise n new classes with equal shares of the background's probability (MiB, section 3.3).
 
-    New weights are the background's; the new biases and the background's own become b_0 - log(n + 1), so that the
-    n + 1 channels together have the probability that the background had.
+    The weights of the background are copied to the new classes; the biases of the new classes and of the background
+    become b_0 - log(n + 1), so that the n + 1 channels together have the background's previous probability.
     """
     (weight, bias), (new_weight, new_bias) = _parameters(background), _parameters(target)
     bias -= math.log(len(new_bias) + 1)

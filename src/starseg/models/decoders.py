@@ -1,9 +1,9 @@
-"""Decoders: from an encoder's maps to the feature map that classifiers and prototypes use.
+"""Decoders, which turn an encoder's maps into the feature map that classifier heads and prototypes use.
 
-A decoder is a module that is called with the encoder's maps and the grid, the height and width of its feature map in
-cells, and tells its ``width``, the number of feature channels.
+A decoder is a module called with the encoder's maps and the grid: the height and width, in cells, of the feature map to
+return. Its attribute ``width`` is the number of feature channels.
 
-Shape letters: N images, h w feature cells, D feature channels.
+Shape letters: N images, C map channels, h w feature cells, D feature channels.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Grid = Sequence[int]
 
 
 def _ratios(encoder: Encoder, stride: int) -> list[int]:
-    """How many cells of each map make one of the grid along an axis, at least one."""
+    """Return, for each map, how many of its cells correspond to one grid cell along an axis (at least 1)."""
     return [max(1, stride // own) for own in encoder.strides]
 
 
 def _to_grid(maps: Tensor, ratio: int, grid: Grid) -> Tensor:
-    """Maps [N, C, *, *] averaged over ``ratio`` x ``ratio`` cells and, where they are not on the grid yet, resized."""
+    """Average maps [N, C, *, *] over ``ratio`` x ``ratio`` cells and resize them to the grid if necessary."""
     if ratio > 1:
         maps = F.avg_pool2d(maps, ratio, ceil_mode=True)
-    # An exported graph must resize at sizes at which the traced example need not.
+    # An exported graph may need to resize at other input sizes even if the traced example does not.
     return maps if maps.shape[-2:] == tuple(grid) and not torch.onnx.is_in_onnx_export() else resize(maps, grid)
 
 
@@ -41,7 +41,7 @@ def _conv_norm_relu(channels: int, width: int, kernel: int) -> nn.Sequential:
 
 
 class Aspp(ASPP):
-    """torchvision's ASPP with dropout 0.1 on the deepest map, followed by one more 3x3 conv-BN-ReLU."""
+    """torchvision's ASPP with dropout 0.1, applied to the deepest map and followed by a 3x3 conv-BN-ReLU."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         rates = [r * 16 // output_stride for r in (6, 12, 18)]
@@ -52,13 +52,13 @@ class Aspp(ASPP):
         self.last_conv = _conv_norm_relu(_WIDTH, _WIDTH, 3)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Compute the feature map [N, D, h, w]."""
         deepest = maps[-1] if self.on_grid else _to_grid(maps[-1], self.ratio, grid)
         return self.last_conv(super().forward(deepest))
 
 
 class Fpn(nn.Module):
-    """A light feature pyramid: 1x1 conv-BN-ReLU of every map, their sum on the grid, 3x3 conv-BN-ReLU."""
+    """Light feature pyramid: 1x1 conv-BN-ReLU of every map on the grid, sum over maps, 3x3 conv-BN-ReLU."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Fpn(nn.Module):
         self.last_conv = _conv_norm_relu(_WIDTH, _WIDTH, 3)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Compute the feature map [N, D, h, w]."""
         parts = zip(self.lateral, maps, self.ratios, strict=True)
         return self.last_conv(torch.stack([lateral(_to_grid(m, ratio, grid)) for lateral, m, ratio in parts]).sum(0))
 
 
 class Linear(nn.Module):
-    """A 1x1 projection of all maps, concatenated on the grid, and batch norm."""
+    """1x1 projection of all maps, concatenated on the grid, followed by batch norm."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Linear(nn.Module):
         self.norm = nn.BatchNorm2d(_WIDTH)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Compute the feature map [N, D, h, w]."""
         found = [_to_grid(m, ratio, grid) for m, ratio in zip(maps, self.ratios, strict=True)]
         return self.norm(self.project(torch.cat(found, 1)))
 

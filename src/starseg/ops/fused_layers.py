@@ -1,10 +1,12 @@
-"""Convolutions fused with batch norm: torch's results up to rounding, in less time and memory.
+"""Convolutions fused with batch norm: the results of PyTorch's layers up to rounding, in less time and memory.
 
-- A frozen batch norm is a part of the convolution before it: conv(x, w) s + t = conv(x, s w) + t. No feature map is
-  written, read and kept for it. Gradients flow through s w to w.
-- On a CPU, without autocast, the gradient with respect to the weights of a 3x3 convolution is one matrix product per
-  tap, over those pixels alone that the tap sees; oneDNN's own runs at a quarter to two thirds of a matrix product's
-  speed in channels_last and multiplies the padding, too, which is most of a dilated tap's work on a small map.
+- A frozen batch norm with scale s and shift t is folded into the preceding convolution:
+  conv(x, w) s + t = conv(x, s w) + t. This saves writing, reading and storing a feature map. Gradients flow through
+  s w to w.
+- On a CPU, without autocast, the gradient with respect to the weights of a 3x3 convolution is computed as one matrix
+  product per tap, over only the pixels that the tap reads. In channels_last, oneDNN's kernel runs at a quarter to two
+  thirds of the speed of a matrix product and also multiplies the padding, which is most of a dilated tap's work on a
+  small map.
 
 Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels out.
 """
@@ -21,20 +23,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
-# A tap's product has in_channels columns; with few of them the copies outweigh it.
+# The matrix product of a tap has in_channels columns; if there are few, copying costs more than the product saves.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that returns its input where the preceding convolution applies it."""
+    """Batch norm that returns its input unchanged if the preceding convolution has already applied it."""
 
     fused = False
 
     @property
     def constant(self) -> bool:
-        """Whether this is a fixed scale and shift: statistics and parameters are frozen, or nothing is trained.
+        """Whether the layer is a fixed scale and shift: statistics and parameters are frozen, or nothing is trained.
 
-        False in an export to ONNX, where the file's graph fuses them.
+        False during an export to ONNX, where fusing is left to the exported graph.
         """
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
@@ -46,15 +48,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [N, C, H, W], or return it if the convolution before has done so."""
+        """Normalise x [N, C, H, W], or return it unchanged if the preceding convolution has done so."""
         return x if self.fused and self.constant else super().forward(x)
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution that applies the batch norm after it while that is constant.
+    """Convolution that also applies the following batch norm as long as that is constant.
 
     Attributes:
-        norm: the batch norm, in a tuple that hides it from ``modules()``, or none.
+        norm: the batch norm, in a tuple that hides it from ``modules()``; empty if there is none.
     """
 
     norm: tuple[BatchNorm2d, ...] = ()
@@ -130,7 +132,7 @@ def _weight_grad(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """Return the gradient [O, C, *, *] of a convolution's weights from its output's [N, O, h, w] and its input."""
+    """Return the weight gradient [O, C, *, *] of a convolution, given that of its output [N, O, h, w] and its input."""
     grad_output, x = grad_output.movedim(1, -1), x.movedim(1, -1)
     found = torch.zeros_like(weight.movedim(1, -1), memory_format=torch.contiguous_format)
     taps = [
@@ -149,9 +151,9 @@ def _weight_grad(
 
 
 def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice]:
-    """Return the output positions o along an axis at which a tap reads the image, and those it reads there.
+    """Return the range of outputs o along an axis at which a tap reads inside the input, and the input range it reads.
 
-    It reads the input at stride * o + offset.
+    At output o, the tap reads the input at stride * o + offset.
     """
     first, last = max(0, -(offset // stride)), min(outputs - 1, (inputs - 1 - offset) // stride)
     if first > last:
@@ -162,12 +164,12 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
 def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
     """Replace the plain convolutions and batch norms of a network by those of this module, if it has batch norms.
 
-    A batch norm is fused with the convolution before it if nothing else reads the convolution's output, which the
-    autograd graph of one small forward pass shows.
+    A batch norm is fused with the preceding convolution if nothing else reads the convolution's output, as determined
+    from the autograd graph of one small forward pass.
 
     Args:
-        network: gives a map or a list of maps.
-        inputs: to call it with for the small pass.
+        network: module that returns a map or a list of maps.
+        inputs: arguments of the small forward pass.
     """
     if not any(type(module) in (nn.BatchNorm2d, BatchNorm2d) for module in network.modules()):
         return
@@ -185,7 +187,7 @@ def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
 
 
 def _pairs(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Conv2d, BatchNorm2d]]:
-    """Return the convolutions with the batch norms that are the only readers of their outputs."""
+    """Return each convolution whose output is read by a batch norm only, with that batch norm."""
     convs: dict[Node, Conv2d] = {}
     norms: list[tuple[Node | None, BatchNorm2d]] = []
 
@@ -208,7 +210,7 @@ def _pairs(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Conv2d, Ba
 
 
 def _with_gradient(value: Any) -> Any:
-    """The same with tensors, in lists too, that need a gradient, so that frozen layers have a graph as well."""
+    """Make tensors, also in lists and tuples, require gradients, so that the graph includes frozen layers."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_()
     return type(value)(map(_with_gradient, value)) if type(value) in (list, tuple) else value

@@ -1,7 +1,8 @@
-"""Old names of modules, classes and functions, which keep working for one version and warn.
+"""Former names of modules, classes and functions, which keep working for one version with a DeprecationWarning.
 
-A module that no longer exists is found by :class:`_OldModules`, which Python asks only after every other finder has
-failed. A module that still exists, but lost a name, has the line ``__getattr__ = old_names(__name__)``.
+Imports of a module that no longer exists are handled by :class:`_OldModules`, a finder that Python consults only after
+every other one has failed. A module that still exists but has lost a name contains the line
+``__getattr__ = old_names(__name__)``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "report.learning": ("finetuning.preview",),
     "schedule": ("finetuning.defaults",),
 }
-"""Modules that no longer exist and where their names are now, below ``starseg``."""
+"""Modules that no longer exist, and the modules that now contain their names; all relative to ``starseg``."""
 
 RENAMED: dict[str, dict[str, str]] = {
     "bilinear": {
@@ -110,19 +111,23 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "schedule": {"Phase": "finetuning.defaults:FolderSchedule"},
 }
-"""Names that were renamed or moved, by the module where they were: ``module:name``, below ``starseg``."""
+"""Renamed or moved names by former module, and their new places ``module:name``; all relative to ``starseg``."""
 
 _PACKAGE = "starseg."
 
 
 def install() -> None:
-    """Let Python find the modules that no longer exist; they are imported only where they are asked for."""
+    """Make the former modules importable; their replacements are loaded only when a name is requested."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """``__getattr__`` for a module some of whose names were renamed or moved."""
+    """Return a ``__getattr__`` for a module from which names were moved, or in which names were changed.
+
+    Args:
+        module: full name of the module, ``__name__``.
+    """
     table = RENAMED[module.removeprefix(_PACKAGE)]
 
     def __getattr__(name: str) -> Any:
@@ -140,14 +145,14 @@ def _renamed(module: str, name: str, place: str) -> Any:
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Finds and makes the modules of :data:`MOVED`."""
+    """Finder and loader of the modules in :data:`MOVED`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         known = name.startswith(_PACKAGE) and name.removeprefix(_PACKAGE) in MOVED
         return ModuleSpec(name, self) if known else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module a ``__getattr__`` that looks names up where they are now."""
+        """Give the module a ``__getattr__`` that looks up names in their new places."""
         full = module.__name__
         old = full.removeprefix(_PACKAGE)
         homes, table = [_PACKAGE + home for home in MOVED[old]], RENAMED.get(old, {})

@@ -1,4 +1,4 @@
-"""Code of other packages and single files that registers something when it is imported."""
+"""Loading of plug-ins: modules of other packages, and single files, that register something when imported."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from starseg.errors import UserError
 
 
 def load_entry_points(group: str, what: str) -> None:
-    """Import everything that installed packages name in an entry point group.
+    """Import everything that installed packages list in an entry point group.
 
     Args:
-        group: such as "starseg.methods"; each entry names a module, or an object in it.
-        what: what an entry registers, for the error message.
+        group: name of the group, such as "starseg.methods"; each entry names a module, or an object in it.
+        what: kind of thing that an entry registers, for the error message.
 
     Raises:
-        UserError: one of them cannot be imported.
+        UserError: an entry cannot be imported.
     """
     for entry in entry_points(group=group):
         try:
             entry.load()
-        except Exception as error:  # whatever a foreign module does when it is imported
+        except Exception as error:  # importing another package's code may raise anything
             raise UserError(
                 f"{what} {entry.name!r} of the installed package {entry.dist.name if entry.dist else '?'} cannot be "
                 f"loaded ({entry.value}): {type(error).__name__}: {error}"
@@ -32,10 +32,13 @@ def load_entry_points(group: str, what: str) -> None:
 
 
 def load_files(variable: str) -> None:
-    """Import the Python files named by an environment variable, several with ``:`` between them.
+    """Import the Python files listed in an environment variable, separated by ``:``.
 
-    Processes started by a run inherit the variable and import the files too. A file that is already imported, or that
-    is being run as a script, is not imported again.
+    Processes started by a run inherit the variable and also import the files. A file that has already been imported, or
+    that is being run as a script, is not imported again.
+
+    Args:
+        variable: name of the environment variable.
 
     Raises:
         UserError: a file is missing or cannot be imported.
@@ -51,7 +54,7 @@ def load_files(variable: str) -> None:
         sys.modules[path.stem] = module = module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever a foreign module does when it is imported
+        except Exception as error:  # importing another package's code may raise anything
             del sys.modules[path.stem]
             raise UserError(f"{variable}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -1,1 +1,1 @@
-"""Class lists, and annotation files of other tools."""
+"""Class lists and annotation files of other tools."""

@@ -1,4 +1,4 @@
-"""The list of classes that masks of one's own show: a file, CVAT's labelmap.txt, or names."""
+"""Class lists of a user's own masks: a text file, CVAT's labelmap.txt, or comma-separated names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _BLACK = (0, 0, 0)
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes that masks show.
+    """The classes that appear in masks.
 
     Attributes:
-        names: by index in the masks, the background first.
-        colours: of each class, where masks are read by colour; else None, and a pixel is the index of its class.
-        source: for messages.
-        label_map: from CVAT, which writes no mask for an image without an annotation.
+        names: class names by index in the masks, the background first.
+        colours: colour of each class, if masks are read by colour; None if pixels are class indices.
+        source: where the list comes from, for error messages.
+        label_map: whether the list is from CVAT, which writes no mask for an image without annotations.
     """
 
     names: tuple[str, ...]
@@ -35,14 +35,17 @@ class ClassList:
 
 
 def read_classes(given: str) -> ClassList:
-    """A class list from a file, a class a line and the background first, or from "horse,cow".
+    """Read a class list from a file with one class per line, the background first, or from names such as "horse,cow".
 
-    A line is ``name``, ``name R G B`` or ``name #rrggbb``; black is the background's colour by default. CVAT's
-    labelmap.txt has lines ``name:R,G,B:parts:actions`` in any order.
+    A line is ``name``, ``name R G B`` or ``name #rrggbb``; the background is black by default. CVAT's labelmap.txt has
+    lines ``name:R,G,B:parts:actions`` in any order.
+
+    Args:
+        given: path of the file, or comma-separated names.
 
     Raises:
-        UserError: no such file, no background, no class, an empty name, a name or colour twice, a colour that is none,
-            or some classes without colours.
+        UserError: the file does not exist, the background or all other classes are missing, a name is empty, a name or
+            colour occurs twice, a colour is invalid, or only some classes have a colour.
     """
     path, label_map = Path(given), False
     if path.is_file():
@@ -74,11 +77,12 @@ def read_classes(given: str) -> ClassList:
 
 
 def is_background(name: str) -> bool:
+    """Return whether a class name denotes the background, whatever its case and surrounding underscores."""
     return name.casefold().strip("_") == "background"
 
 
 def _parse(line: str, path: Path) -> tuple[str, Colour | None]:
-    """Name and colour of a line."""
+    """Return the name and colour in a line of a class list."""
     match = _LINE.fullmatch(line)
     if not match or _HASH.search(match["name"]):
         raise UserError(f"{path}: expected 'name', 'name R G B' or 'name #rrggbb', got {line!r}")
@@ -97,7 +101,7 @@ def _read_colour(text: str, line: str, path: Path) -> Colour:
 
 
 def _read_label_map(lines: Sequence[str], path: Path) -> list[tuple[str, Colour | None]]:
-    """Names and colours of CVAT's labelmap.txt, which is sorted by name, the background moved to the front."""
+    """Return the names and colours in CVAT's labelmap.txt, in its order (by name) but with the background first."""
     entries: list[tuple[str, Colour | None]] = []
     for line in lines:
         if match := _LABEL_MAP_LINE.fullmatch(line):

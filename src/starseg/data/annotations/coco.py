@@ -1,7 +1,8 @@
-"""COCO annotations: a JSON file for all images, with polygons and run lengths (also CVAT's "COCO 1.0").
+"""COCO annotations: one JSON file for all images, with polygons and run-length encodings (also CVAT's "COCO 1.0").
 
-Smaller annotations lie over larger ones, of equal ones the later. A crowd (``iscrowd``) is drawn as its class: what is
-many is still of that class, and CVAT writes everything painted with its brush as a crowd.
+Smaller annotations are drawn over larger ones, and of two equally large ones the later is on top. A crowd (``iscrowd``)
+is drawn as its class: its objects still belong to that class, and CVAT exports everything painted with its brush as a
+crowd.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _SLACK = 1.0
 
 @dataclass(frozen=True)
 class Coco:
-    """A COCO file, indexed.
+    """The indexed content of a COCO file.
 
     Attributes:
         path: the file.
-        categories: names by category id.
-        images: its entries.
-        annotations: its entries by image id.
+        categories: category names by category id.
+        images: entries of the images.
+        annotations: entries of the annotations by image id.
     """
 
     path: Path
@@ -44,28 +45,36 @@ class Coco:
 
     @property
     def annotated(self) -> list[str]:
-        """Names of the categories that some annotation has, in the order of their ids, without the background."""
+        """Names of the categories with annotations, in the order of their ids, without the background."""
         used = {row["category_id"] for rows in self.annotations.values() for row in rows}
         return [name for number, name in sorted(self.categories.items()) if number in used and not is_background(name)]
 
     @property
     def classes(self) -> ClassList:
-        """The annotated categories."""
+        """The class list of the annotated categories.
+
+        Raises:
+            UserError: there are no annotations.
+        """
         if not self.annotated:
             raise UserError(f"{self.path}: holds no annotation of any category; nothing can be learnt from it")
         return ClassList(("background", *self.annotated), None, str(self.path))
 
     def left_out(self, classes: ClassList) -> list[str]:
-        """Annotated categories that are none of the classes."""
+        """Return the names of annotated categories that are not in a class list."""
         wanted = {name.casefold() for name in classes.names}
         return [name for name in self.annotated if name.casefold() not in wanted]
 
     def photos(self, images: Path, classes: ClassList) -> list[Photo]:
-        """The listed images, in the order of their names.
+        """Return the listed images with their masks, sorted by file name.
+
+        Args:
+            images: folder to which the file names are relative.
+            classes: the classes to draw.
 
         Raises:
-            UserError: a class that no category is called, a listed image that is not below the folder ``images``, or
-                two that differ in their suffixes alone.
+            UserError: a class has no category of its name, a listed image is not in the folder ``images``, or two
+                images differ only in their suffixes.
         """
         numbers = {name.casefold(): number for number, name in self.categories.items()}
         if strange := [name for name in classes.names[1:] if name.casefold() not in numbers]:
@@ -89,18 +98,18 @@ class Coco:
         ]
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
-        """The mask of an image; what no annotation covers is background.
+        """Draw the mask of an image; pixels outside all annotations are background.
 
         Args:
-            image: its entry.
-            indices: class by category id; other categories are not drawn.
-            size: height and width of its file.
+            image: entry of the image.
+            indices: class index by category id; other categories are not drawn.
+            size: height and width of the image file in pixels.
 
         Returns:
-            [H, W] uint8.
+            Class indices [H, W] uint8.
 
         Raises:
-            UserError: the entry gives another size, or an annotation is no mask of this image.
+            UserError: the size in the entry differs from the file's, or an annotation is not a valid mask of the image.
         """
         masks = _pycocotools()
         if image.get("height") and image.get("width"):
@@ -129,8 +138,8 @@ def read_coco(path: Path) -> Coco:
     """Read a COCO file and index it by image.
 
     Raises:
-        UserError: not COCO's, an id or a category's name twice, an annotation of an image or a category that is not
-            there, or pycocotools is missing.
+        UserError: the file is not in the COCO format, an id or category name occurs twice, an annotation refers to an
+            image or category that does not exist, or pycocotools is not installed.
     """
     _pycocotools()
     try:
@@ -151,7 +160,7 @@ def read_coco(path: Path) -> Coco:
 
 
 def _rows(tree: Any, part: str, keys: Mapping[str, type], path: Path) -> list[Row]:
-    """One of the file's lists."""
+    """Return one of the lists in the file, after checking the types of the required keys of its entries."""
     rows = tree.get(part) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a COCO file with the lists images, annotations and categories; no {part}")
@@ -178,16 +187,21 @@ def _file_name(row: Row, path: Path) -> str:
 
 
 def _found(images: Path, missing: str) -> str:
-    """Where a missing image lies instead."""
+    """Return the end of an error message: where a missing image was found instead."""
     other = next(images.rglob(Path(missing).name), None)
     return f", but {other} is there" if other else ""
 
 
 def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
-    """An annotation's ``segmentation`` as compressed run lengths of pycocotools.
+    """Convert an annotation's ``segmentation`` to the compressed run-length encoding of pycocotools.
+
+    Args:
+        shape: the ``segmentation``: polygons or run lengths.
+        size: height and width of the image in pixels.
+        place: the annotation, for error messages.
 
     Raises:
-        UserError: neither polygons inside the image nor run lengths of its size; ``place`` names the annotation.
+        UserError: it is neither polygons inside the image nor run lengths of the image's size.
     """
     masks, (height, width) = _pycocotools(), size
     if isinstance(shape, dict):
@@ -213,7 +227,7 @@ def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
 
 
 def _run_lengths(shape: Row, size: tuple[int, int], place: str) -> Row:
-    """Run lengths as pycocotools has them, checked: decoding wrong ones, it writes and reads beyond its memory."""
+    """Check run lengths and convert them for pycocotools, which accesses memory out of bounds on invalid ones."""
     if not isinstance(shape.get("size"), list) or tuple(shape["size"]) != tuple(size):
         raise UserError(
             f"{place}: its run lengths are of the size {shape.get('size')} (height, width), its image is {list(size)}"
@@ -233,11 +247,11 @@ def _run_lengths(shape: Row, size: tuple[int, int], place: str) -> Row:
 
 
 def _uncompressed(text: str) -> list[int]:
-    """COCO's compressed run lengths as numbers.
+    """Decode COCO's compressed run lengths to numbers.
 
-    A number is written in groups of 5 bits, the lowest first, each as the character 48 + group, + 32 where another
-    follows; the last group's highest bit is the sign. From the fourth on, a number is the difference to the one before
-    the last.
+    A number is stored in groups of 5 bits, the lowest first, each as the character 48 + group, plus 32 if another group
+    follows; the highest bit of the last group is the sign. From the fourth number on, the stored value is the
+    difference from the number two places before.
     """
     counts: list[int] = []
     value = shift = 0

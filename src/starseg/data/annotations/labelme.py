@@ -1,4 +1,4 @@
-"""Labelme annotations: a JSON file an image, with named polygons."""
+"""Labelme annotations: one JSON file per image, with labelled polygons."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def draw_labelme(path: Path, size: tuple[int, int], names: Sequence[str]) -> np.
 
     Args:
         path: the JSON file.
-        size: height and width of its image.
+        size: height and width of the image in pixels.
         names: class names by index, the background first.
 
     Returns:
-        [H, W] uint8 indices.
+        Class indices [H, W] uint8.
 
     Raises:
-        UserError: no such file of Labelme's, another size, an unknown label, or a shape that has no area.
+        UserError: the file is missing or not in the Labelme format, its size differs from the image's, a label is
+            unknown, or a shape has no area.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

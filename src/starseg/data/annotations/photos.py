@@ -1,6 +1,6 @@
-"""Photos and masks of one's own: paired by name, and converted to palette PNGs of class ids.
+"""A user's own photos and masks: pairing by name, and conversion of masks to palette PNGs of class ids.
 
-Masks are PNGs of indices or colours, or Labelme JSON files, of the same names as the images.
+Masks are PNGs of class indices or colours, or Labelme JSON files, with the same names as the images.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from starseg.tasks import IGNORE
 from starseg.utils.machine import cores
 from starseg.utils.progress import track
 
-# Class lists and annotations, which may lie among the images.
+# Suffixes of class lists and annotations, which may be stored among the images.
 _BESIDE = (".txt", ".json")
 _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image and where its mask comes from.
+    """An image and the source of its mask.
 
     Attributes:
-        name: of the image below its folder, without suffix; its converted mask is called so too.
-        image: its file.
-        mask: the file that says what it shows; None: nothing says so, and all is background.
-        draw: gives the mask for an image of a height and width, [H, W] uint8 indices of classes.
+        name: path of the image relative to its folder, without suffix; also the name of the converted mask.
+        image: the image file.
+        mask: the file from which the mask is made; None if the image has no annotation and is all background.
+        draw: function that returns the mask, [H, W] uint8 class indices, given height and width of the image.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Photo:
 
 
 def _files(folder: Path, outside: Path | None = None) -> list[Path]:
-    """Files below a folder in order of their paths, nothing hidden, nothing in the folder ``outside``."""
+    """Return the files below a folder, sorted by path, without hidden ones and those below the folder ``outside``."""
     files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
@@ -68,10 +68,10 @@ def _name(file: Path, folder: Path) -> str:
 
 
 def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
-    """Look for two images that differ in their suffixes alone.
+    """Check that no two images differ only in their suffixes, as both would have the same mask.
 
     Raises:
-        UserError: there are; names both.
+        UserError: two images do; the message names both.
     """
     by_name: dict[str, Path] = {}
     for file in images:
@@ -80,12 +80,13 @@ def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
 
 
 def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
-    """Images in order of their names, each with the mask (PNG, else Labelme JSON) of the same name.
+    """Pair the images, sorted by name, with the masks of the same names (PNG, otherwise Labelme JSON).
 
-    Folders inside ``images`` are looked through; their masks lie in folders of the same names.
+    Folders inside ``images`` are searched as well; their masks are in folders of the same names.
 
     Raises:
-        UserError: no image, two images of one name, or an image without a mask; with CVAT's class list, no mask at all.
+        UserError: there is no image, two images have the same stem, or an image has no mask (with CVAT's class list,
+            only if no image has one).
     """
     for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
@@ -117,11 +118,16 @@ def _pair(name: str, image: Path, mask: Path | None, classes: ClassList) -> Phot
 
 
 def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.ndarray:
-    """A mask as [H, W] uint8 indices into ``classes``, 255 ignored.
+    """Read a mask as indices into ``classes``, [H, W] uint8, 255 ignored.
+
+    Args:
+        mask: the mask file.
+        size: height and width of the image in pixels.
+        classes: the class list.
 
     Raises:
-        UserError: unreadable, not as large as its image (``size``, height and width), or with indices, colours or
-            labels that are no class.
+        UserError: the mask is unreadable, its size differs from the image's, or an index, colour or label is not in the
+            class list.
     """
     if mask.suffix.lower() == ".json":
         return draw_labelme(mask, size, classes.names)
@@ -141,7 +147,7 @@ def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.nd
 
 
 def _packed(colours: np.ndarray) -> np.ndarray:
-    """[3, ...] uint8 colours as [...] integers."""
+    """Pack colours [3, ...] uint8 into integers [...]."""
     red, green, blue = colours.astype(np.int32)
     return red << 16 | green << 8 | blue
 
@@ -171,19 +177,19 @@ def save_mask(path: Path, ids: np.ndarray) -> None:
 
 
 def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, console: Console) -> np.ndarray:
-    """Write every mask in dataset ids into ``folder``, as <name of the image>.png.
+    """Convert every mask to dataset ids and write it to ``folder`` as <name of the image>.png.
 
     Args:
         photos: images and masks.
-        table: [256] uint8, dataset ids by index.
-        folder: where to.
-        console: where the progress bar goes.
+        table: [256] uint8, dataset ids by class index.
+        folder: the output folder.
+        console: where the progress bar is shown.
 
     Returns:
-        [N, 256] int64 pixels of every dataset id in every mask.
+        [N, 256] int64, number of pixels of every dataset id in every mask.
 
     Raises:
-        UserError: a mask is refused, see :func:`read_indices`; or an image is unreadable.
+        UserError: a mask is rejected, see :func:`read_indices`; or an image is unreadable.
     """
 
     def convert(photo: Photo) -> np.ndarray:
@@ -199,15 +205,15 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
 
 
 def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose images for validation, a share of those of each class; a class keeps an image to train on.
+    """Choose validation images, a fraction of those of each class, leaving every class an image to train on.
 
     Args:
-        shown: [N, C] bool, which image shows which class.
-        share: of the images.
-        rng: draws.
+        shown: [N, C] bool, whether an image shows a class.
+        share: fraction of the images to choose.
+        rng: random generator.
 
     Returns:
-        [N] bool; a class that two or more images show is in both parts wherever its images allow it.
+        [N] bool, whether an image is chosen; a class shown by two or more images is in both parts wherever possible.
     """
     chosen = np.zeros(len(shown), bool)
     left = shown.sum(0)

@@ -1,8 +1,8 @@
-"""Data sets: a registry of specs, and the layouts on disk.
+"""Data sets: the registry of specs, and the layouts on disk.
 
-The modules of this package register their own. Other packages add theirs through entry points of the group
-``starseg.datasets``, each naming a module (or an object in it) that registers data sets when it is imported. A single
-file is named by the environment: ``STARSEG_DATASETS=cityscapes.py``, several with ``:`` between them
+The modules of this package register the built-in data sets. Other packages add theirs through entry points of the group
+``starseg.datasets``, each of which names a module (or an object in it) that registers data sets when it is imported.
+Single files are listed in an environment variable: ``STARSEG_DATASETS=cityscapes.py``, several separated by ``:``
 (docs/new-dataset.md).
 """
 
@@ -38,7 +38,7 @@ __all__ = [
 
 @cache
 def load_plugins() -> None:
-    """Import, once, what other packages and files register.
+    """Import the packages and files that register further data sets; later calls do nothing.
 
     Raises:
         UserError: one of them cannot be imported.
@@ -48,12 +48,12 @@ def load_plugins() -> None:
 
 
 def find_dataset(key: str) -> DatasetSpec:
-    """The spec of a registered data set.
+    """Return the spec of a registered data set.
 
     Raises:
-        UserError: there is none of that key; lists the known ones.
+        UserError: the key is unknown; the message lists the known ones.
     """
-    # Later than this module's import, so that a plug-in may import whatever it likes.
+    # Not when this module is imported, so that plug-ins can import anything without a circular import.
     load_plugins()
     if key not in DATASETS:
         raise UserError(
@@ -64,7 +64,7 @@ def find_dataset(key: str) -> DatasetSpec:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The configured data set's folder, `data.root` or the default.
+    """Return the folder of the configured data set: `data.root`, or the default of its spec.
 
     Raises:
         UserError: an unknown data set.
@@ -74,19 +74,19 @@ def data_root(config: DataConfig) -> Path:
 
 
 def list_dataset(config: DataConfig) -> Dataset:
-    """The configured data set as its lists say, whether or not the files exist.
+    """Open the configured data set without checking that the listed files exist.
 
     Raises:
-        UserError: an unknown data set, or the folder has another layout.
+        UserError: the data set is unknown, or the folder has another layout.
     """
     return find_dataset(config.dataset).open(data_root(config))
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """The configured data set.
+    """Open the configured data set and check that all its files exist.
 
     Raises:
-        UserError: an unknown data set, another layout, or a missing file.
+        UserError: the data set is unknown, the folder has another layout, or a file is missing.
     """
     dataset = list_dataset(config)
     refuse_missing(dataset)

@@ -21,7 +21,7 @@ _HEADER = ["Idx", "Ratio", "Train", "Val", "Name"]
 
 
 def _expected(root: Path) -> str:
-    """What ``root`` must hold, and where the data seems to lie instead."""
+    """Return the end of an error message: what ``root`` must contain, or where the data seems to be instead."""
     for place in (root / _UNPACKED, root.parent / _UNPACKED):
         if place.is_dir() and place != root:
             return f"the data seem to lie in {place}: give data.root={place}"
@@ -32,12 +32,12 @@ def _expected(root: Path) -> str:
 
 
 def read_names(root: Path) -> tuple[str, ...]:
-    """Class names by dataset id from objectInfo150.txt, "other" first.
+    """Read the class names by class id from objectInfo150.txt, "other" first.
 
-    A name is the text before the first comma, or all of it where that would make two names equal.
+    A name is the text before the first comma, or the whole text if two names would otherwise be equal.
 
     Raises:
-        UserError: the file is missing, or not the table of 150 classes.
+        UserError: the file is missing or is not the table of 150 classes.
     """
     path = root / "objectInfo150.txt"
     lines = read_lines(path, _expected(root))
@@ -57,10 +57,12 @@ def read_names(root: Path) -> tuple[str, ...]:
 
 
 def read_split(root: Path, name: str) -> Split:
-    """The images of a split ("training" or "validation") in order of their names, each with the mask it must have.
+    """List the images of a split ("training" or "validation"), sorted by name, with their masks.
+
+    The masks are not checked for existence.
 
     Raises:
-        UserError: a folder is missing or holds no image.
+        UserError: a folder is missing or contains no images.
     """
     images, masks = root / "images" / name, root / "annotations" / name
     for folder in (images, masks):
@@ -90,7 +92,7 @@ ADE = register_dataset(
         title="ADE20K",
         root=Path("./datasets/ADE20K"),
         open=open_ade,
-        # Where the data set is not at hand: the names come with it.
+        # Placeholders for when the data set is not available: the names are part of the download.
         names=("other", *map(str, _ORDER)),
         test_fill=IGNORE,
         tasks={

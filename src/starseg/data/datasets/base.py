@@ -1,4 +1,4 @@
-"""A data set on disk: two lists of image and mask files, the class names, and how masks are read."""
+"""A data set on disk: image and mask files of two splits, class names and label map."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from starseg.tasks import BACKGROUND
 
 @dataclass(frozen=True)
 class Split:
-    """Image and mask files, pairwise.
+    """Image and mask files of a split, in pairs.
 
     Attributes:
         images: image files.
-        masks: their masks.
-        ids: their published identifiers, as memory and index files name them: VOC the line of the list file, ADE20K
-            the file name without suffix.
+        masks: mask files, in the same order.
+        ids: published identifiers of the images, as used in memory and index files: for VOC the line of the list file,
+            for ADE20K the file name without suffix.
     """
 
     images: tuple[Path, ...]
@@ -43,15 +43,15 @@ class Dataset:
     """A data set on disk.
 
     Attributes:
-        key: of its spec (:class:`starseg.data.datasets.spec.DatasetSpec`).
+        key: key of its spec (:class:`starseg.data.datasets.spec.DatasetSpec`).
         root: its folder.
         names: class names by class id, the background first.
         train: training files.
         test: files of the validation split, on which results are reported.
-        test_fill: what classes not learnt yet become in test labels: 0 or 255.
-        labels: class ids by id on disk.
-        unlabelled: class ids that masks leave to the background wherever they are; they are not scored.
-        published: published number of images by split; empty where these are not the published classes.
+        test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
+        labels: mapping from ids on disk to class ids.
+        unlabelled: ids of classes that the masks always label as background; they are not scored.
+        published: published number of images by split; empty if the classes are not the published ones.
     """
 
     key: str
@@ -66,15 +66,15 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """Both splits, by what messages call them."""
+        """Both splits by their name in messages."""
         return {"training": self.train, "test": self.test}
 
     def scored(self, confusion: np.ndarray, dataset_ids: Sequence[int]) -> np.ndarray:
-        """A confusion matrix in which predictions of unlabelled classes count as background.
+        """Return a copy of a confusion matrix in which predictions of unlabelled classes count as background.
 
         Args:
-            confusion: [1 + C, 1 + C], rows the labels, columns the predictions.
-            dataset_ids: class ids by row, the background first.
+            confusion: [1 + C, 1 + C] pixel counts, rows are labels, columns predictions.
+            dataset_ids: class id of each row, the background first.
         """
         hidden = np.isin(dataset_ids, list(self.unlabelled))
         folded = confusion.copy()
@@ -84,13 +84,17 @@ class Dataset:
 
 
 def read_lines(path: Path, layout: str) -> list[str]:
-    """The lines of a list that belongs to a layout, stripped, without empty ones.
+    """Read the non-empty lines of a text file, stripped.
+
+    Args:
+        path: the file.
+        layout: the expected layout of `data.root`, appended to the error message.
 
     Raises:
-        UserError: unreadable; ``layout`` says what data.root must look like.
+        UserError: the file is unreadable.
     """
     try:
-        # Windows' editors begin a file with a byte order mark.
+        # Some Windows editors write a byte order mark at the beginning of a file.
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
@@ -98,10 +102,14 @@ def read_lines(path: Path, layout: str) -> list[str]:
 
 
 def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
-    """Class names as they stand in a list.
+    """Return class names unchanged, after checking that they are distinct.
+
+    Args:
+        names: the class names.
+        path: the file that contains them, for the error message.
 
     Raises:
-        UserError: a name stands there twice.
+        UserError: a name occurs twice.
     """
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: names a class twice: {', '.join(twice)}; give every class a name of its own")
@@ -109,10 +117,10 @@ def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
 
 
 def refuse_missing(dataset: Dataset) -> None:
-    """Look for every file of a data set.
+    """Check that every file of a data set exists.
 
     Raises:
-        UserError: an empty split, or a missing file: names the first one and how many there are.
+        UserError: a split is empty or a file is missing; the message names the first missing file and their number.
     """
     for name, split in dataset.splits.items():
         if not len(split):

@@ -1,9 +1,9 @@
-"""The prepared layout of one's own photos and masks, which `starseg learn` writes and a run reads.
+"""The prepared layout of a user's own photos and masks, written by `starseg learn` and read by a run.
 
-classes.txt            a name a line by class id, the background first
-train.txt, val.txt     image, tab, mask a line; relative paths start at the prepared folder
+classes.txt            one class name per line in order of class ids, the background first
+train.txt, val.txt     per line an image, a tab and its mask; paths are relative to the prepared folder, or absolute
 masks/**/*.png         palette PNGs of class ids
-learn.json             where it comes from, and which classes its masks show ("labelled", class ids)
+learn.json             origin of the data, and the ids of the classes labelled in the masks ("labelled")
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt
 
 
 def write_list(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Write image and mask of each pair on a line."""
+    """Write a list of image and mask paths, one tab-separated pair per line."""
     path.write_text("".join(f"{image}\t{mask}\n" for image, mask in pairs), encoding="utf-8")
 
 
@@ -34,10 +34,10 @@ def _read_split(root: Path, name: str) -> Split:
 
 
 def open_folder(root: Path) -> Dataset:
-    """Open a prepared folder; classes that its masks never show are not scored.
+    """Open a prepared folder; classes that are not labelled in its masks are not scored.
 
     Raises:
-        UserError: another layout.
+        UserError: the folder has another layout.
     """
     names = distinct(read_lines(root / "classes.txt", _EXPECTED), root / "classes.txt")
     about = root / "learn.json"

@@ -1,4 +1,4 @@
-"""What starseg knows about a data set, and the registry in which every data set is declared."""
+"""Data set specs, and the registry of data sets."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from starseg.tasks import BACKGROUND, IGNORE, SETTINGS, Setting, Steps, TaskSequ
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A data set: everything that code outside its module must know about it.
+    """Description of a data set: everything that code outside its module needs to know about it.
 
     Attributes:
-        key: its name in configurations (`data.dataset`).
-        title: its name in messages.
-        root: its folder where `data.root` is not given.
-        open: reads the folder's layout; returns what :meth:`dataset` makes of it, or raises a UserError that describes
-            the layout.
-        names: class names by class id, the background first; numbers, or nothing, where ``open`` reads the names.
-        background: whether class id 0 is a background; sets without one are not supported yet.
-        label_map: class ids by id on disk; None where they are the same.
-        ignored: ids on disk whose pixels are ignored, besides 255.
-        test_fill: what classes not learnt yet become in test labels: 0 (background) or 255 (ignored).
-        tasks: published tasks, class ids of each step by name.
+        key: name of the data set in configurations (`data.dataset`).
+        title: name of the data set in messages.
+        root: default of `data.root`.
+        open: function that reads the layout of a folder and returns the result of :meth:`dataset`, or raises a
+            UserError that describes the expected layout.
+        names: class names by class id, the background first; numbers or empty if ``open`` reads the names.
+        background: whether class id 0 is a background class; data sets without one are not supported yet.
+        label_map: class ids by id on disk; None if they are the same.
+        ignored: ids on disk whose pixels are ignored, in addition to 255.
+        test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
+        tasks: published tasks by name, each with the class ids of its steps.
         settings: the settings in which tasks can be run.
         images: published number of images by split ("training", "test").
-        sources: where to get it, as lines of text.
+        sources: where to download the data set, as lines of text.
     """
 
     key: str
@@ -72,15 +72,15 @@ class DatasetSpec:
         published: bool = True,
         unlabelled: Collection[int] = (),
     ) -> Dataset:
-        """The data set in a folder, as ``open`` returns it.
+        """Create the data set that ``open`` returns.
 
         Args:
             root: the folder.
             train: training files.
             test: files of the split on which results are reported.
-            names: class names found in the folder; by default the spec's.
-            published: whether these are the published classes, so that the published numbers of images apply.
-            unlabelled: class ids that masks leave to the background wherever they are.
+            names: class names read from the folder; by default those of the spec.
+            published: whether the classes are the published ones, so that the published numbers of images apply.
+            unlabelled: ids of classes that the masks always label as background.
         """
         names = tuple(self.names if names is None else names)
         return Dataset(
@@ -102,16 +102,17 @@ class DatasetSpec:
         steps: Sequence[Sequence[int | str]] | None = None,
         setting: Setting = "overlap",
     ) -> TaskSequence:
-        """A task on this data set: a published one, or a free list of steps.
+        """Create a task on this data set: a published one, or one with the given steps.
 
         Args:
-            names: class names by class id, as the opened data set has them.
-            name: a published task, "joint", or a free label beside ``steps``.
+            names: class names by class id, as in the opened data set.
+            name: name of a published task, "joint", or, with ``steps``, any label.
             steps: class ids or names of each step.
             setting: one of ``settings``.
 
         Raises:
-            UserError: another setting, an unknown task or class, a class listed twice, an empty step.
+            UserError: the setting is not supported, the task or a class is unknown, a class is listed twice, or a step
+                is empty.
         """
         if setting not in self.settings:
             raise UserError(
@@ -121,17 +122,17 @@ class DatasetSpec:
 
 
 DATASETS: dict[str, DatasetSpec] = {}
-"""Registered data sets by key; :func:`starseg.data.datasets.find_dataset` also loads those of other packages."""
+"""Registered data sets by key; :func:`starseg.data.datasets.find_dataset` loads those of other packages first."""
 
 
 def register_dataset(spec: DatasetSpec) -> DatasetSpec:
-    """Make a data set known under its key, in configurations and on the command line.
+    """Register a data set under its key, for use in configurations and on the command line.
 
     Returns:
         The spec.
 
     Raises:
-        ValueError: the key is taken.
+        ValueError: the key is already registered.
     """
     if spec.key in DATASETS:
         raise ValueError(f"data set {spec.key!r} is registered already: {DATASETS[spec.key].title}")

@@ -1,9 +1,9 @@
-"""The PASCAL VOC 2012 layout, exactly as the published README gives it.
+"""The PASCAL VOC 2012 layout, as in the README of the published code.
 
 JPEGImages/*.jpg  SegmentationClassAug/*.png  SegmentationClass/*.png
 ImageSets/Segmentation/train_aug.txt    lines "/JPEGImages/x.jpg /SegmentationClassAug/x.png"
 ImageSets/Segmentation/val.txt          lines "x"
-classes.txt                             optional: one class name a line, background first
+classes.txt                             optional: one class name per line, the background first
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def open_voc(root: Path) -> Dataset:
     """Open a data set in the VOC layout; classes not learnt yet count as background in tests.
 
     Raises:
-        UserError: a list is missing, or a line has another form.
+        UserError: a list is missing, or a line has an unexpected format.
     """
     names_file = root / "classes.txt"
     names = distinct(read_lines(names_file, _EXPECTED), names_file) if names_file.is_file() else VOC_NAMES
@@ -75,7 +75,7 @@ def open_voc(root: Path) -> Dataset:
     return VOC.dataset(root, train, test, names, published=names == VOC_NAMES)
 
 
-# Permuted class orders of VOC 15-1, as used by the published experiments on class order.
+# Permuted class orders of VOC 15-1 from the published experiments on class order.
 _15_1_ORDERS = {
     "b": (12, 9, 20, 7, 15, 8, 14, 16, 5, 19, 4, 1, 13, 2, 11, 17, 3, 6, 18, 10),
     "c": (13, 19, 15, 17, 9, 8, 5, 20, 4, 3, 10, 11, 18, 16, 7, 12, 14, 6, 1, 2),
