@@ -1,4 +1,4 @@
-"""The contract of a method: checks that every registered method passes, also those of other packages.
+"""Contract of a method: checks that every registered method passes, including those of other packages.
 
     from starseg.contract import check_method
     check_method("mine")

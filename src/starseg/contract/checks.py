@@ -1,4 +1,4 @@
-"""What a method must do in the steps of a :class:`MethodHarness`; each check raises AssertionError."""
+"""Checks of a method in the steps of a :class:`MethodHarness`; a failed check raises AssertionError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starseg.tasks import IGNORE
 
 
 def the_loss_falls(run: MethodHarness) -> None:
-    """On one repeated batch, in every step."""
+    """Check that the loss falls on one repeated batch, in every step."""
     for step in range(len(run.task)):
         method, ctx, optimizer = run.enter(step)
         values = run.train(method, ctx, optimizer, run.batch(step), ITERATIONS)
@@ -27,7 +27,7 @@ def the_loss_falls(run: MethodHarness) -> None:
 
 
 def the_state_survives_a_file(run: MethodHarness) -> None:
-    """What a method saves is what it loads, and a step begun from it gives the same loss twice."""
+    """Check that a method loads what it saved, and that a step started from it gives the same loss twice."""
     last = len(run.task) - 1
     run.walk(last)
     method = run.method()
@@ -44,7 +44,7 @@ def the_state_survives_a_file(run: MethodHarness) -> None:
 
 
 def gradients_reach_what_learns(run: MethodHarness) -> None:
-    """Every parameter that needs a gradient is in one group and gets one; whatever is frozen stays as it is."""
+    """Check that every trained parameter is in one group and gets a gradient, and that frozen ones do not change."""
     for step in range(len(run.task)):
         method, ctx, optimizer = run.enter(step)
         # An unchanged network has nothing to distil, so the first iteration tells nothing of distillation.
@@ -75,7 +75,7 @@ def gradients_reach_what_learns(run: MethodHarness) -> None:
 
 
 def a_batch_without_old_classes(run: MethodHarness) -> None:
-    """Plain background and one that is new classes all over: finite losses and gradients."""
+    """Check for finite losses and gradients on a batch of background and on one full of new classes."""
     step = min(1, len(run.task) - 1)
     run.walk(step)
     for fill in (0, 1 + len(run.task.old(step)), IGNORE):
@@ -89,7 +89,7 @@ def a_batch_without_old_classes(run: MethodHarness) -> None:
 
 
 def predictions_are_training_ids(run: MethodHarness) -> None:
-    """The rule gives ids of the classes seen, for logits of any height and width."""
+    """Check that the prediction rule returns ids of the classes seen, for logits of any size."""
     run.walk(2 if len(run.task) > 1 else 1)
     assert run.model is not None
     with torch.no_grad():
@@ -102,13 +102,13 @@ def predictions_are_training_ids(run: MethodHarness) -> None:
 
 
 def one_new_class_and_many(run: MethodHarness) -> None:
-    """Steps of one class, and a step that adds more classes than were known."""
+    """Check steps of one class, and a step that adds more classes than were known."""
     for steps in (((1,), (2,)), ((1, 2), tuple(range(3, 10)))):
         the_loss_falls(replace(run, steps=steps))
 
 
 def a_permuted_order(run: MethodHarness) -> None:
-    """Class ids out of order change nothing, since a method sees training ids only; both settings run."""
+    """Check that permuted class ids change nothing, in both settings."""
     straight, permuted = run, replace(run, steps=((5, 1, 3), (4,), (2,)))
     for step in range(len(run.task)):
         values = []
@@ -142,7 +142,7 @@ class _Meeting:
 
 
 def shares_of_a_batch_give_the_loss_of_the_whole(run: MethodHarness) -> None:
-    """Two processes with half of each batch: the loss of the whole batch in each, their gradients add up to its own.
+    """Check that two processes with half of each batch get the whole batch's loss, and gradients that sum to its own.
 
     Batch norm is held in eval mode here: in training it is synchronised on GPUs only. A method may say that it cannot.
     """

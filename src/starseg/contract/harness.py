@@ -1,4 +1,4 @@
-"""A short run of a method on random images without files, for checks of what it does in each step."""
+"""Short run of a method on random images without files, for checks in each step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SEEDING = threading.Lock()
 
 
 def random_batch(seed: int, new: Sequence[int], old: Sequence[int] = ()) -> Batch:
-    """Normalised noise with a patch of a new class in each of three quarters, a colour a class, the last strip ignored.
+    """Draw normalised noise with a coloured patch of a new class in each of three quarters, the last strip ignored.
 
     The fourth quarter is background: plain, or a patch of an old class.
     """
@@ -50,7 +50,7 @@ def random_batch(seed: int, new: Sequence[int], old: Sequence[int] = ()) -> Batc
 
 @dataclass
 class MethodHarness:
-    """A method taken through the steps of a small task, as the engine does it.
+    """Harness that takes a method through the steps of a small task, as the engine does.
 
     Attributes:
         name: of a registered method.
@@ -73,7 +73,7 @@ class MethodHarness:
 
     @property
     def task(self) -> TaskSequence:
-        """The steps, under this setting."""
+        """Return the task in a setting."""
         size = 1 + max(c for step in self.steps for c in step)
         task = TaskSequence("rehearsal", self.steps, tuple(f"class{i}" for i in range(size)), self.setting)
         return self.method().sequence(task)
@@ -86,12 +86,12 @@ class MethodHarness:
         return cls(cls.Options(**options))
 
     def batch(self, step: int) -> Batch:
-        """Images of a step, labelled with its new classes."""
+        """Return images of a step, labelled with its new classes."""
         first = 1 + len(self.task.old(step))
         return random_batch(step, range(first, first + len(self.task.new(step))), range(1, first))
 
     def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD]:
-        """Grow the network of the step before and prepare a step, its method taking up the state from a file."""
+        """Add a head to the previous step's network and prepare a step, with the method's state read from a file."""
         method, new, old = self.method(), len(self.task.new(step)), None
         with _SEEDING:
             torch.manual_seed(step)
@@ -123,7 +123,7 @@ class MethodHarness:
         return method, ctx, make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
 
     def train(self, method: Method, ctx: StepContext, optimizer: SGD, batch: Batch, times: int) -> list[float]:
-        """Losses of repeated iterations on one batch, each with the same draws."""
+        """Train repeatedly on one batch, with the same draws each time, and return the losses."""
         values = []
         ctx.model.train()
         for _ in range(times):
@@ -135,14 +135,14 @@ class MethodHarness:
         return values
 
     def leave(self, method: Method, ctx: StepContext) -> None:
-        """Finish a step and keep what the next one gets: the network and the method's state."""
+        """Finish a step and keep the network and the method's state for the next."""
         ctx.model.eval()
         with torch.no_grad():
             method.end_step(ctx)
         self.model, self.state = ctx.model, method.state_dict()
 
     def walk(self, until: int) -> None:
-        """Train and finish the steps left before ``until``."""
+        """Train and finish the remaining steps before ``until``."""
         for step in range(len(self.model.heads) if self.model else 0, until):
             method, ctx, optimizer = self.enter(step)
             self.train(method, ctx, optimizer, self.batch(step), 2)
@@ -150,7 +150,7 @@ class MethodHarness:
 
 
 def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A method's state as the next step reads it."""
+    """Return a method's state after writing it to a file and reading it."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
         save_file({name: value.contiguous() for name, value in state.items()}, path)
@@ -158,7 +158,7 @@ def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total(method: Method, ctx: StepContext, batch: Batch) -> Tensor:
-    """The sum of a batch's losses, with the same draws at every call."""
+    """Return the sum of a batch's losses, with the same draws at every call."""
     with _SEEDING:
         torch.manual_seed(0)
     ctx.generator.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a method must do in runs of the real engine on a tiny data set; each check raises AssertionError."""
+"""Checks of a method in runs of the real engine on a tiny data set; a failed check raises AssertionError."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _QUIET = Console(quiet=True)
 
 
 def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
-    """A run of three steps in a permuted order that takes seconds, on the data of :func:`write_shapes`."""
+    """Return the configuration of a three-step run that takes seconds, on the data of :func:`write_shapes`."""
     return {
         "method": name,
         "out": str(out),
@@ -49,7 +49,7 @@ def _train(config: RunConfig, steps: range | None = None) -> Path:
 
 
 def check_run(name: str, data: Path, out: Path) -> None:
-    """Three steps through the runner; each step directory alone is enough to evaluate it."""
+    """Check three steps through the runner; each step directory must be enough to evaluate the step."""
     config = parse_config(tiny_settings(name, data, out))
     results = read_json(_train(config) / "results.json")
     assert list(results["steps"][-1]["iou"]) == ["background", "heart", "disc", "triangle", "hexagon", "square"]
@@ -59,7 +59,7 @@ def check_run(name: str, data: Path, out: Path) -> None:
 
 
 def check_resume(name: str, data: Path, folder: Path) -> None:
-    """A later step that breaks off in the middle and is begun again ends with the same files, bit by bit."""
+    """Check that an interrupted and resumed step ends with bitwise the same files."""
     settings = tiny_settings(name, data, folder / "straight")
     last = 0 if len(MethodHarness(name).task) == 1 else 1
     straight = _train(parse_config(settings), range(last + 1))
@@ -77,7 +77,7 @@ def check_resume(name: str, data: Path, folder: Path) -> None:
 
 @contextmanager
 def _breaking_off(step: int, iteration: int) -> Iterator[None]:
-    """Within it, training stops in a step before an iteration, as a signal stops it."""
+    """Stop training in a step before an iteration, as a signal does."""
     iterate = StepTraining.iterate
 
     def until(training: StepTraining, raw: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`data.cache`: decoded images and masks in memory that forked loader workers share."""
+"""Cache of decoded images and masks in memory shared by forked loader workers (`data.cache`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from starseg.utils.machine import available_memory
 
 
 class ImageCache:
-    """Decoded files of a split, each kept when whichever process reads it first; other files are only read.
+    """Decoded files of a split, each stored by the process that reads it first; other files are not cached.
 
     The memory is anonymous and shared: workers that are forked later see what those before them decoded, and nothing
     is left behind. Two processes that decode the same file at once write the same bytes.
@@ -43,11 +43,11 @@ class ImageCache:
         self._lock = multiprocessing.Lock()
 
     def image(self, path: Path) -> Tensor:
-        """What :func:`read_image` gives; not to be written to."""
+        """Return what :func:`read_image` returns; not to be modified."""
         return torch.from_numpy(self._read(path, _image_array)).permute(2, 0, 1)
 
     def mask(self, path: Path) -> np.ndarray:
-        """What :func:`read_mask` gives; not to be written to."""
+        """Return what :func:`read_mask` returns; not to be modified."""
         return self._read(path, read_mask)
 
     def _read(self, path: Path, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
@@ -71,7 +71,7 @@ def _image_array(path: Path) -> np.ndarray:
 
 
 def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
-    """Shapes of a split's images [H, W, 3] and masks [H, W] as decoded, as the images' headers say.
+    """Return the decoded shapes of a split's images [H, W, 3] and masks [H, W], read from the images' headers.
 
     Raises:
         UserError: an image is missing or no image.
@@ -86,7 +86,7 @@ def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
 def make_cache(
     setting: Literal["ram", "off", "auto"], split: Split, processes: int, console: Console
 ) -> ImageCache | None:
-    """The cache that `data.cache` asks for, still empty.
+    """Create the empty cache that `data.cache` asks for.
 
     Args:
         setting: "ram", "off", or "auto": if it takes at most half of this process's part of the available memory.

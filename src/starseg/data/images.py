@@ -20,12 +20,12 @@ _NAMED = 5
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is called as an image that is read."""
+    """Whether a file name has the suffix of a supported image format."""
     return path.suffix.lower() in SUFFIXES
 
 
 def note_unread(files: Sequence[Path]) -> None:
-    """Say on stderr which files among images are not read; of hidden ones nothing is said."""
+    """Report on stderr the files among images that are not read, except hidden ones."""
     names = [path.name for path in files if not path.name.startswith(".")]
     if not names:
         return
@@ -63,7 +63,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """An image of any colour mode as RGB, [3, H, W] uint8, rotated as its EXIF data says.
+    """Convert an image of any colour mode to RGB, [3, H, W] uint8, rotated by its EXIF data.
 
     Of 16-bit images the high byte is taken; what is transparent becomes white.
     """
@@ -71,7 +71,7 @@ def image_tensor(image: Image.Image) -> Tensor:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as :func:`image_tensor` gives it.
+    """Read an image file; see :func:`image_tensor`.
 
     Raises:
         UserError: missing, unreadable or truncated.
@@ -86,7 +86,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def transparent_pixels(path: Path) -> np.ndarray:
-    """Where an image file is transparent, in part or wholly: [H, W] bool, upright.
+    """Return where an image file is at least partly transparent, [H, W] bool, upright.
 
     Raises:
         UserError: missing, unreadable or truncated.
@@ -96,7 +96,7 @@ def transparent_pixels(path: Path) -> np.ndarray:
 
 
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
-    """Height and width of an image, upright.
+    """Return height and width of an image, upright.
 
     Args:
         path: the file.
@@ -115,7 +115,7 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
 
 
 def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
-    """The mask's ids, [H, W] uint8 (palette or grey PNG).
+    """Read a mask's ids, [H, W] uint8, from a palette or grey PNG.
 
     Args:
         path: the file.
@@ -134,7 +134,7 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
 
 
 def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | str) -> None:
-    """Compare (height, width) of an image, upright, and its mask.
+    """Refuse a mask whose (height, width) differs from its upright image's.
 
     Raises:
         UserError: they differ; names ``path``, the mask.

@@ -1,4 +1,4 @@
-"""Class index: how many pixels of each class every mask holds.
+"""Class index: the number of pixels of each class in every mask.
 
 Every file is read once, in parallel, and its pixels of every id on disk are cached. The label map is applied to the
 cached counts, so changing the map needs no new scan.
@@ -28,12 +28,12 @@ _VERSION = 2
 
 
 def cache_dir() -> Path:
-    """Where indices are kept: $STARSEG_CACHE, else ~/.cache/starseg."""
+    """Return the folder of cached indices: $STARSEG_CACHE or ~/.cache/starseg."""
     return Path(os.environ.get("STARSEG_CACHE") or Path.home() / ".cache" / "starseg")
 
 
 def pixels_per_id(mask: np.ndarray) -> np.ndarray:
-    """Pixels of every id in a mask of uint8, [256] int32."""
+    """Count the pixels of every id in a uint8 mask, [256] int32."""
     return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
 
 
@@ -68,7 +68,7 @@ def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> n
 
 
 def class_index(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels of every class in every mask of a split.
+    """Return the pixels of every class in every mask of a split.
 
     Returns:
         [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix.
@@ -88,7 +88,7 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
-    """Pixels by id on disk, from the files or the cache, keyed by their list with sizes and modification times."""
+    """Return pixels by id on disk, from the files or the cache, keyed by file list, sizes and modification times."""
     path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing, or damaged in one of many ways
         return file["pixels"]

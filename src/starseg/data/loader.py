@@ -1,4 +1,4 @@
-"""Batches from the files, in workers that live as long as a run."""
+"""Loading of batches in workers that live as long as a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFETCH = 4
 
 
 class _Reader(Dataset[Batch | UserError]):
-    """Makes the samples it is asked for, or says why not; workers hold nothing that belongs to a step."""
+    """Data set of the workers: makes requested samples or returns the error; holds no state of a step."""
 
     def __init__(self, cache: ImageCache | None) -> None:
         self.cache = cache
@@ -31,7 +31,7 @@ class _Reader(Dataset[Batch | UserError]):
 
 
 class _Requests(Sampler[list[SampleRequest]]):
-    """What the workers are sent; changes from pass to pass."""
+    """Batch sampler of the requests sent to the workers; changes from epoch to epoch."""
 
     batches: Iterable[list[SampleRequest]] = ()
 
@@ -40,7 +40,7 @@ class _Requests(Sampler[list[SampleRequest]]):
 
 
 class PersistentLoader:
-    """Loads one pass over data after another in the same workers, which the first pass starts.
+    """Loader whose workers, started by the first epoch, serve one epoch after another.
 
     Args:
         workers: how many; 0 loads in this process.
@@ -55,15 +55,15 @@ class PersistentLoader:
         self._passes = 0
 
     def over(self, dataset: StepDataset, sampler: EpochSampler) -> LoaderEpoch:
-        """All of the sampler's batches, each time it is iterated."""
+        """Return an epoch: all of the sampler's batches, each time it is iterated."""
         return LoaderEpoch(self, dataset, sampler)
 
     def close(self) -> None:
-        """End the workers; another pass would start new ones."""
+        """Stop the workers; another epoch would start new ones."""
         self._loader = None
 
     def run(self, batches: Iterable[list[SampleRequest]]) -> Iterator[Batch]:
-        """Load batches; whatever an unfinished pass before this one has ordered is thrown away.
+        """Load batches; those that an earlier unfinished epoch has requested are discarded.
 
         Raises:
             UserError: a file that cannot be read.
@@ -99,7 +99,7 @@ class PersistentLoader:
 
 @dataclass(frozen=True)
 class LoaderEpoch:
-    """A pass over some images; a pass that begins ends the one before."""
+    """Epoch over some images; starting an epoch ends the one before."""
 
     loading: PersistentLoader
     dataset: StepDataset
@@ -113,7 +113,7 @@ class LoaderEpoch:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach the workers too, of which the run needs batches until it has saved."""
+    """Ignore Ctrl-C and SIGTERM in a worker: the run needs its batches until the state is saved."""
     for number in (SIGINT, SIGTERM):
         signal(number, SIG_IGN)
 
@@ -124,7 +124,7 @@ def _collate_or_say(samples: list[Batch | UserError]) -> Batch | UserError:
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """One batch of samples, in a worker straight in shared memory; images channels last, as the network takes them."""
+    """Collate samples into a batch with channels-last images; in a worker, directly in shared memory."""
     images = default_collate([s.images.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2)
     labels, indices = (default_collate([getattr(s, name) for s in samples]) for name in ("labels", "indices"))
     return Batch(images, labels, indices, default_collate([s.extras for s in samples]))

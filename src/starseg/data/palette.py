@@ -1,4 +1,4 @@
-"""The colours of masks."""
+"""Colours of masks."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ IGNORE_COLOUR = (224, 224, 192)
 
 
 def voc_palette() -> np.ndarray:
-    """The [256, 3] uint8 RGB colours of PASCAL VOC masks: bit 3k + c of an index is bit 7 - k of colour c."""
+    """Return the RGB colours [256, 3] uint8 of PASCAL VOC: bit 3k + c of an index is bit 7 - k of colour c."""
     indices, channels = np.arange(256)[:, None], np.arange(3)
     planes = [(indices >> (3 * k + channels) & 1) << (7 - k) for k in range(3)]
     return np.sum(planes, axis=0).astype(np.uint8)
 
 
 def paint(ids: np.ndarray) -> np.ndarray:
-    """The [..., 3] uint8 colours of [...] uint8 ids; 255 (ignore) is cream as in the VOC's pictures."""
+    """Return the colours [..., 3] uint8 of ids [...] uint8; 255 (ignored) is cream, as in VOC."""
     colours = voc_palette()
     colours[IGNORE] = IGNORE_COLOUR
     return colours[ids]

@@ -1,4 +1,4 @@
-"""What one step sees: which images, with which labels, in which order."""
+"""Samples of a step: images, labels and their order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Batch:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory, from which copies to a GPU do not block; the loader calls this."""
+        """Copy into page-locked memory for non-blocking copies to a GPU; called by the loader."""
         return self.map(lambda values: values.pin_memory())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -57,7 +57,7 @@ class Batch:
 
 
 def sample_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on nothing but ``parts`` (say seed, step, epoch, sample index)."""
+    """Return a 63-bit seed that depends only on ``parts`` (such as seed, step, epoch, sample index)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -68,14 +68,14 @@ def extra_map(folder: Path, image: Path) -> Path:
 
 
 def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
-    """A copy of ids [H, W] uint8, looked up in a table of 256 bytes; by NumPy, they would become 64-bit indices."""
+    """Look up ids [H, W] uint8 in a table of 256 bytes, without the 64-bit indices that NumPy would make."""
     found = bytearray(ids) if table is None else bytearray(ids).translate(table)
     return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """All that must be known to make one sample; a few hundred bytes, sent to whichever worker is free.
+    """Request for one sample; a few hundred bytes, sent to the next free worker.
 
     Attributes:
         image, mask: files.
@@ -97,7 +97,7 @@ class SampleRequest:
     maps: tuple[tuple[str, Path], ...] = ()
 
     def read(self, cache: ImageCache | None = None) -> Batch:
-        """The sample: a :class:`Batch` of one, without the first dimension."""
+        """Make the sample: a :class:`Batch` without the first dimension."""
         image = cache.image(self.image) if cache else read_image(self.image)
 
         def grey(path: Path, table: bytes | None) -> Tensor:
@@ -157,6 +157,7 @@ class StepDataset:
         return len(self.positions)
 
     def request(self, key: tuple[Epoch, int]) -> SampleRequest:
+        """Return the request for the sample of an (epoch, position)."""
         epoch, position = key
         index = int(self.positions[position])
         path = self.split.images[index]
@@ -209,6 +210,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
 
     @property
     def batches_per_epoch(self) -> int:
+        """Number of batches of an epoch."""
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
     def __len__(self) -> int:
@@ -232,7 +234,7 @@ class EpochSampler(Sampler[list[tuple[Epoch, int]]]):
                     yield share
 
     def _mix(self, batch: list[tuple[Epoch, int]], epoch: Epoch, start: int) -> list[tuple[Epoch, int]]:
-        """A batch with its second half replaced by exemplars."""
+        """Replace the second half of a batch by exemplars."""
         crops, drawn = f"{epoch} at {start}", len(batch) // 2
         draw = np.random.default_rng(sample_seed(*(self.seed or ()), crops))
         rows = draw.choice(self.exemplars, drawn, replace=drawn > self.exemplars)

@@ -1,4 +1,4 @@
-"""Which images a step sees."""
+"""Selection of the images of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["train", "val", "test"]
 
 
 def select_images(pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:
-    """Positions of the images that a step sees (docs/reference/star.md, "The protocol").
+    """Return the positions of the images that a step sees (docs/reference/star.md, "The protocol").
 
     Args:
         pixels: [N, 256] class index.

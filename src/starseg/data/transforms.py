@@ -34,7 +34,7 @@ def train_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Ten
 
 
 def _resized_mask(mask: Tensor, crop: int) -> Tensor:
-    """What F.resize makes of a mask with "nearest-exact", in half the time: columns, then rows, picked by index."""
+    """Resize a mask like F.resize with "nearest-exact", in half the time: index columns, then rows."""
     rows, columns = (_nearest(side, crop) for side in mask.shape[1:])
     return torch.from_numpy(mask.numpy().take(columns, 2).take(rows, 1))
 
@@ -45,7 +45,7 @@ def _nearest(side: int, crop: int) -> np.ndarray:
 
 
 def eval_transform(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Short side resized to ``crop``, then a centre crop of that size."""
+    """Resize the short side to ``crop`` and take a centre crop of that size."""
     image = F.resize(image, [crop], antialias=True)
     mask = F.resize(mask, [crop], interpolation=_NEAREST)
     return F.center_crop(image, [crop, crop]), F.center_crop(mask, [crop, crop])

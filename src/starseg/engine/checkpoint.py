@@ -42,7 +42,7 @@ def read_results(run: Path) -> Any:
 
 
 def runs_below(folder: Path) -> str:
-    """The end of a message about a folder that is no run: which of its folders are."""
+    """Return the end of a message about a folder that is not a run: its subfolders that are."""
     runs = sorted(path.parent.name for path in folder.glob("*/results.json"))
     return f"; the runs in {folder} are {', '.join(runs)}" if runs else ""
 
@@ -68,7 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """model.json: what a step directory's weights are.
+    """Description of a step directory's network (model.json).
 
     Attributes:
         architecture, head_sizes: of the network.
@@ -118,7 +118,7 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
 def save_imported(
     folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], figures: dict[str, Any], origin: str
 ) -> None:
-    """Publish a step that was trained elsewhere, with ``figures`` measured on this run's data."""
+    """Publish a step that was trained elsewhere, with metrics measured on this run's data."""
     metrics = {
         "step": info.step,
         "new_classes": info.names[-info.head_sizes[-1] :],
@@ -132,6 +132,7 @@ def save_imported(
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether a step directory holds a finished step."""
     return (folder / "metrics.json").is_file()
 
 
@@ -163,7 +164,7 @@ def load_info(folder: Path) -> StepInfo:
 
 
 def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
-    """The network of a step directory, in eval mode on the CPU.
+    """Load the network of a step directory, in eval mode on the CPU.
 
     Raises:
         UserError: missing, damaged or not matching files.
@@ -182,6 +183,6 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
 
 
 def load_bank(folder: Path) -> dict[str, Tensor]:
-    """The method's state of a step directory; empty where the method keeps none."""
+    """Load the method's state from a step directory; empty if the method keeps none."""
     path = folder / "bank.safetensors"
     return read_tensors(path) if path.is_file() else {}

@@ -35,7 +35,7 @@ _SCORING = ("data.", "eval.", "train.accelerator=")
 
 
 def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo, RunConfig]:
-    """A trained network and the configuration that says what it is evaluated on.
+    """Open a trained network and the configuration of its evaluation.
 
     Args:
         weights: a run's step directory, or a file in a registered format (:mod:`starseg.engine.formats`).
@@ -57,7 +57,7 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
 def confusion_matrix(
     model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], all_reduce_sum: AllReduceSum = identity
 ) -> np.ndarray:
-    """Confusion over all pixels that are not ignored, model in eval mode and float32.
+    """Compute the confusion matrix over all pixels that are not ignored, in eval mode and float32.
 
     Args:
         model: the network.
@@ -81,7 +81,7 @@ def confusion_matrix(
 
 
 def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Score a network on the test split of ``config.data``.
+    """Evaluate a network on the test split of ``config.data``.
 
     Returns:
         What :func:`starseg.engine.metrics.summarize` gives, and the "confusion" matrix.

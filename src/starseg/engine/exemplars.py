@@ -1,4 +1,4 @@
-"""A step's exemplar memory: chosen when the step begins, kept beside it as memory.json, copied where asked."""
+"""Exemplar memory of a step: chosen when the step begins, saved as memory.json, copied if requested."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from starseg.utils.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Memory:
-    """The exemplars of one step, and their files in the same order."""
+    """Exemplars of one step, and their files in the same order."""
 
     exemplars: tuple[Exemplar, ...] = ()
     files: Split = NO_FILES
 
     @property
     def nbytes(self) -> int:
-        """What the images and masks take on disk."""
+        """Bytes of the images and masks on disk."""
         return sum(path.stat().st_size for path in (*self.files.images, *self.files.masks))
 
     def save(self, folder: Path, previous: Path, step: int, copy: bool) -> None:
-        """Write memory.json into a step's directory, and the files' copies if asked."""
+        """Write memory.json into a step directory, and copies of the files if requested."""
         folder.mkdir(parents=True, exist_ok=True)
         if copy:
             for name, *sources in zip(self.files.ids, self.files.images, self.files.masks, strict=True):
@@ -49,14 +49,17 @@ class Memory:
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """memory.json of a step directory, in the published form: for each step so far ``memory_candidates`` (the kept
-    images with their dataset ids) and ``memory_list`` (their names); empty where the step keeps no images."""
+    """Read memory.json of a step directory, in the published form; empty if the step keeps no images.
+
+    It holds, for each step so far, ``memory_candidates`` (the kept images with their dataset ids) and ``memory_list``
+    (their names).
+    """
     path = folder / "memory.json"
     return read_json(path) if path.is_file() else {}
 
 
 def kept(folder: Path, step: int) -> list[Exemplar]:
-    """The exemplars of a step.
+    """Return the exemplars of a step.
 
     Raises:
         UserError: memory.json is damaged.
@@ -74,7 +77,7 @@ def _copies(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def locate(names: Iterable[str], split: Split, previous: Path) -> Split:
-    """Files of images: those of the data set, else the copies that the previous step kept.
+    """Locate the files of images: those of the data set, or the copies that the previous step kept.
 
     Raises:
         UserError: an image is in neither.
@@ -123,7 +126,7 @@ def choose_memory(
 def confident_classes(
     model: Segmenter, batches: Iterable[Batch], positions: np.ndarray, fill_in: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What each image shows: [len(positions), 1 + C] counts of pixels.
+    """Count the pixels of each class in each image, [len(positions), 1 + C].
 
     Args:
         model: the previous step's.

@@ -30,7 +30,7 @@ _LOG_EVERY = 10
 
 
 def lr_factor(iteration: int, total: int, warmup: float) -> float:
-    """Poly schedule with power 0.9, with a linear warm-up from 0.001 over the first ``warmup`` share of iterations."""
+    """Return the factor of the poly schedule (power 0.9), with a linear warm-up from 0.001 over ``warmup``."""
     poly = max(0.0, 1 - iteration / total) ** 0.9
     if iteration >= warmup * total:
         return poly
@@ -39,7 +39,7 @@ def lr_factor(iteration: int, total: int, warmup: float) -> float:
 
 
 def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: float) -> SGD:
-    """SGD with momentum 0.9 and Nesterov, one group per entry of the method's parameter groups."""
+    """Create SGD with momentum 0.9 and Nesterov, one group per parameter group of the method."""
     groups = []
     for group in method.param_groups(ctx):
         if parameters := [p for p in group.module.parameters() if p.requires_grad]:
@@ -53,7 +53,7 @@ def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: fl
 
 
 def to_device(batch: Batch, model: Segmenter) -> Batch:
-    """All but the indices moved, images normalised."""
+    """Move a batch, except the indices, to the device and normalise its images."""
 
     def move(values: Tensor) -> Tensor:
         return values.to(model.mean.device, non_blocking=True)
@@ -69,7 +69,7 @@ def _frozen(fabric: Fabric, model: Segmenter, images: Tensor, maps: bool = False
 
 
 class StepTraining:
-    """The loop of one step, and all of its state.
+    """Training loop of one step, with all of its state.
 
     Args:
         fabric: device, precision, processes.
@@ -186,7 +186,7 @@ class StepTraining:
                 guard.saved_now()
 
     def iterate(self, raw: Batch) -> dict[str, Tensor]:
-        """One iteration on a uint8 batch: the loss terms."""
+        """Run one iteration on a uint8 batch and return the loss terms."""
         clock, micro = self.clock, self.micro
         with clock.time("data"):
             batch = to_device(raw, self.ctx.model)

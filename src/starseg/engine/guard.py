@@ -1,4 +1,4 @@
-"""When to save while a step trains, and what signals do meanwhile."""
+"""Saving during a step, and handling of signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starseg.errors import Stopped
 
 
 class Guard:
-    """Says when to save; while training, turns SIGTERM and Ctrl-C into a save and an orderly end.
+    """Decides when to save; during training, turns SIGTERM and Ctrl-C into a save and an orderly exit.
 
     Args:
         fabric: whose processes must agree.
@@ -34,7 +34,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handle the signals for the duration of a step; they end it at once where nothing is worth saving."""
+        """Handle signals for the duration of a step; they end it at once if there is nothing to save."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread alone.
             return
@@ -48,7 +48,7 @@ class Guard:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """From here on a signal waits for the next save."""
+        """Let signals wait for the next save from here on."""
         self.waiting = True
         try:
             yield

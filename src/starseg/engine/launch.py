@@ -67,12 +67,12 @@ def check_world_size(config: TrainConfig) -> None:
 
 
 def single_process(config: TrainConfig) -> TrainConfig:
-    """The same, for a single process: what looks at a run needs no others."""
+    """Return the configuration for a single process, as needed to inspect a run."""
     return config.model_copy(update={"devices": 1, "num_nodes": 1})
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """The configured devices and processes, not launched yet.
+    """Create the Fabric of the configured devices and processes, not launched yet.
 
     Raises:
         UserError: a GPU is asked for and there is none, or fewer than asked for.
@@ -105,7 +105,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
 
 def refuse_without_compiler(device: torch.device) -> None:
-    """For `train.compile`.
+    """Refuse `train.compile` without a compiler.
 
     Raises:
         UserError: torch.compile lacks what it needs for the device.
@@ -140,12 +140,12 @@ class _Sum(torch.autograd.Function):
 
 
 def make_all_reduce_sum(fabric: Fabric) -> Callable[[Tensor], Tensor]:
-    """A differentiable sum over the processes of ``fabric``; see :class:`StepContext`."""
+    """Return a differentiable sum over the processes of ``fabric``; see :class:`StepContext`."""
     return lambda values: values if fabric.world_size == 1 else _Sum.apply(values, fabric)
 
 
 def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
-    """Make floating-point buffers (batch norm's statistics) the mean over processes."""
+    """Average floating-point buffers (statistics of batch norm) over processes."""
     if fabric.world_size > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -153,7 +153,7 @@ def average_buffers(model: torch.nn.Module, fabric: Fabric) -> None:
 
 
 def synchronise_norm(model: Segmenter, fabric: Fabric) -> None:
-    """Give batch norms in train mode the images of all processes, where these train on GPUs."""
+    """Synchronise batch norms in train mode over processes that train on GPUs."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         for parent in list(model.modules()):
             for name, child in parent.named_children():

@@ -27,7 +27,7 @@ def summarize(
     iou_epsilon: float = 0.0,
     absent_as_zero: bool = False,
 ) -> dict[str, Any]:
-    """IoU and accuracies in percent; a class without pixels is None and left out of the means.
+    """Compute IoU and accuracies in percent; a class without pixels is None and left out of the means.
 
     Args:
         confusion: [1 + C, 1 + C] counts, rows the labels, columns the predictions.

@@ -1,4 +1,4 @@
-"""The data of a run: files, class indices, and how to load a step's share of them."""
+"""Data of a run: files, class indices, and loaders of a step's images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BYTES_PER_PIXEL = 5
 
 
 def workers_for(config: RunConfig, fabric: Fabric) -> int:
-    """Loader workers of this process: where that is left open, no more than its share of cores and shared memory."""
+    """Return the loader workers of this process; `auto` is limited by its share of cores and shared memory."""
     if config.data.workers != "auto":
         return config.data.workers
     if fabric.device.type != "cuda":
@@ -46,7 +46,7 @@ def workers_for(config: RunConfig, fabric: Fabric) -> int:
 
 @dataclass(frozen=True)
 class RunData:
-    """The data set with its class indices, and how to load a step's share of it."""
+    """Data set with its class indices and the loaders of a step's images."""
 
     dataset: Dataset
     task: TaskSequence
@@ -60,13 +60,13 @@ class RunData:
     maps: Mapping[str, Path] = field(default_factory=dict)
 
     def positions(self, step: int, kind: Kind) -> np.ndarray:
-        """Which images of the split a step sees, ascending: by their masks, or as a published list says."""
+        """Return the positions of a step's images, ascending: selected by their masks or by a published list."""
         listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
         return select_images(pixels, self.task, step, kind) if listed is None else listed
 
     def digest(self, step: int) -> str:
-        """Short digest of the names of a step's training images, in their order."""
+        """Return a short digest of the ordered names of a step's training images."""
         names = [self.dataset.train.ids[place] for place in self.positions(step, "train")]
         return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -118,7 +118,7 @@ class RunData:
     def train_loader(
         self, step: int, epochs: Sequence[int | str], drop_last: bool, exemplars: Split = NO_FILES, start: int = 0
     ) -> LoaderEpoch:
-        """Augmented training crops of a step's images and of its exemplar memory.
+        """Load augmented training crops of a step's images and exemplars.
 
         Order and crops depend on (seed, step, epoch, sample) alone; ``start`` batches are left out.
         """
@@ -143,11 +143,12 @@ class RunData:
         return self.loading.over(crops, sampler)
 
     def samples(self, step: int, exemplars: int) -> int:
-        """Samples of an epoch, which appended exemplars belong to, and those that fill half of each batch do not."""
+        """Return the samples of an epoch, with appended exemplars but not those that fill half of each batch."""
         appended = self.memory is None or self.memory.mix == "append"
         return len(self.positions(step, "train")) + (exemplars if appended else 0)
 
     def test_loader(self, step: int) -> LoaderEpoch:
+        """Load the test images of a step."""
         full = self.config.eval.image == "full"
         table = self.dataset.labels.compose(self.task.relabelling(step, "test", self.dataset.test_fill))
         crop = None if full else self.config.data.crop

@@ -1,4 +1,4 @@
-"""A run directory: which run it belongs to, its lock, and steps copied from another run."""
+"""Run directories: ownership, lock, and steps copied from another run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _resolved_tree(tree: Any) -> Any:
 
 
 def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] = ()) -> list[str]:
-    """A line for each key but the ``free`` ones whose value in ``a``, which is there, is not that in ``b``."""
+    """Describe, one line per key, the values of ``a`` that differ in ``b``, except for ``free`` keys."""
     if path in free:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
@@ -84,7 +84,7 @@ def differences(a: Any, b: Any, free: Keys = frozenset(), path: tuple[str, ...] 
 
 
 def started(step_dir: Path) -> bool:
-    """Whether a step directory holds what a run learnt: a finished step, or the state of an unfinished one."""
+    """Whether a step directory holds a finished step or the state of an unfinished one."""
     return checkpoint.is_finished(step_dir) or begun(step_dir)
 
 
@@ -160,7 +160,7 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
 
 
 def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
-    """Check that another run's step 0 can be this run's.
+    """Refuse another run's step 0 that does not fit this run.
 
     Raises:
         UserError: it is not finished, or learnt something else than ``mine``.
@@ -175,7 +175,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
 
 
 def adopt(source: Path, target: Path) -> None:
-    """Copy another run's finished step, replacing what a run left that was killed before its first save."""
+    """Copy another run's finished step, replacing what a run killed before its first save left."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, ignore=shutil.ignore_patterns("logs"))

@@ -21,7 +21,7 @@ _SCALES = (1, 2, 4)
 
 
 def cross_entropy_map(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every pixel, 0 where it is ignored: [N, C, H, W], [N, H, W] -> [N, H, W]."""
+    """Compute the cross-entropy of every pixel, 0 where ignored: [N, C, H, W], [N, H, W] -> [N, H, W]."""
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
 
 

@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a frozen previous model says of pixels that are labelled background.
+"""Pseudo-labels: predictions of the frozen previous model for pixels labelled background.
 
 Shape letters: N images, H W pixels, C logit channels. Labels are training ids, 0 background, 255 ignore.
 """
@@ -15,7 +15,7 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 
 def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, background: int = BACKGROUND) -> Tensor:
-    """Labels with the confident predictions of a sigmoid classifier filled in where they say background.
+    """Fill background labels with the confident predictions of a sigmoid classifier.
 
     Args:
         labels: [N, H, W].
@@ -33,7 +33,7 @@ def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, backgro
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax as a share of the largest possible one, ln C: [N, C, H, W] -> [N, H, W] in [0, 1]."""
+    """Compute the entropy of the softmax divided by its maximum, ln C: [N, C, H, W] -> [N, H, W] in [0, 1]."""
     log_p = logits.log_softmax(1)
     return -(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1])
 
@@ -48,7 +48,7 @@ def published_entropy(logits: Tensor, total: int) -> Tensor:
 
 @dataclass
 class EntropyHistogram:
-    """Counts of values in [0, 1] by class.
+    """Histogram of values in [0, 1] by class.
 
     Attributes:
         counts: [C, bins] int64.
@@ -58,6 +58,7 @@ class EntropyHistogram:
 
     @classmethod
     def zeros(cls, classes: int, bins: int, device: torch.device) -> EntropyHistogram:
+        """Create an empty histogram."""
         return cls(torch.zeros(classes, bins, dtype=torch.int64, device=device))
 
     def update(self, values: Tensor, classes: Tensor, chosen: Tensor) -> None:
@@ -67,7 +68,7 @@ class EntropyHistogram:
         self.counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
 
     def medians(self) -> Tensor:
-        """[C] medians to half a bin: the mean of the two middle values; 0 for a class without values."""
+        """Return medians [C], exact to half a bin: the mean of the two middle values; 0 for a class without values."""
         counts = self.counts.cumsum(1)
         total = counts[:, -1:]
         middle = torch.cat([(total - 1) // 2, total // 2], 1).clamp_min(0)
@@ -76,7 +77,7 @@ class EntropyHistogram:
         return torch.where(total[:, 0] > 0, medians, 0.0)
 
     def binned_medians(self, floor: float, running_index: bool = False) -> Tensor:
-        """[C] medians, linear inside the bin and at least ``floor``, as PLOP takes them from 100 bins.
+        """Return medians [C] interpolated in the bin and at least ``floor``, as PLOP takes them from 100 bins.
 
         Args:
             floor: also that of a class without values.

@@ -15,12 +15,12 @@ AllReduceSum = Callable[[Tensor], Tensor]
 
 
 def identity(values: Tensor) -> Tensor:
-    """The sum over one process."""
+    """Return a tensor as it is: the sum over one process."""
     return values
 
 
 def ratio(total: Tensor, weight: Tensor | int, all_reduce_sum: AllReduceSum = identity) -> tuple[Tensor, Tensor]:
-    """Sums over processes as a mean.
+    """Return the ratio of two sums over processes.
 
     Args:
         total: [K] sums of this process.
@@ -36,5 +36,5 @@ def ratio(total: Tensor, weight: Tensor | int, all_reduce_sum: AllReduceSum = id
 
 
 def mean(values: Tensor, all_reduce_sum: AllReduceSum = identity) -> Tensor:
-    """Scalar mean over all entries of all processes."""
+    """Return the mean over all entries of all processes."""
     return ratio(values.sum()[None], values.numel(), all_reduce_sum)[0][0]

@@ -20,12 +20,12 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits [N, C, h, w] as float32 at the size of the labels [N, H, W]."""
+    """Upsample logits [N, C, h, w] in float32 to the size of the labels [N, H, W]."""
     return resize(logits.float(), labels.shape[-2:])
 
 
 def one_hot(labels: Tensor, first_id: int, classes: int) -> Tensor:
-    """[N, H, W] training ids -> [N, K, H, W] bool masks of ids ``first_id`` .. ``first_id + classes - 1``."""
+    """Return masks [N, K, H, W] bool of ids ``first_id`` .. ``first_id + classes - 1`` in labels [N, H, W]."""
     ids = torch.arange(first_id, first_id + classes, device=labels.device)
     return labels[:, None] == ids[:, None, None]
 
@@ -63,7 +63,7 @@ def negatives_per_class(logits: Tensor, all_reduce_sum: AllReduceSum = identity)
 
 
 def mix(new: Tensor, replay: Tensor, background: Tensor, replay_weight: Tensor, background_weight: Tensor) -> Tensor:
-    """mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
+    """Compute mbce = (L_new + w_r L_replay + w_b L_bg) / (1 + w_r + w_b), [K]."""
     total = new + replay_weight * replay + background_weight * background
     return total / (1 + replay_weight + background_weight)
 
@@ -187,5 +187,5 @@ def top_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def background_cells(grid_labels: Tensor, grid_old: Tensor) -> Tensor:
-    """[N, h, w] bool: cells labelled background in which the old model sees nothing either."""
+    """Return the cells [N, h, w] bool that both the labels and the old model call background."""
     return (grid_labels == BACKGROUND) & (grid_old == BACKGROUND)

@@ -17,6 +17,8 @@ from starseg.replay.statistics import sample_at_stride
 
 
 class AdapterOptions(StarOptions):
+    """Options of Adapter."""
+
     uac: float = Field(0.1, ge=0)
     """Weight of the uncertainty-aware constraint."""
     adc: bool = True
@@ -25,6 +27,8 @@ class AdapterOptions(StarOptions):
 
 @register_method("adapter")
 class Adapter(Star):
+    """Adapter (Zhu et al., AAAI 2025)."""
+
     summary = "STAR with an uncertainty constraint and prototypes that follow the drift of the features"
     source = "Zhu et al., AAAI 2025"
     ocfm_epsilon = 1e-4

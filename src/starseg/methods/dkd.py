@@ -22,6 +22,8 @@ from starseg.replay.memory import MemoryRule
 
 
 class DkdOptions(ClassLossOptions):
+    """Options of DKD."""
+
     later_pos_weight: float | None = from_recipe(gt=0)
     """Weight of positive pixels after step 0; by default the recipe's (1 on VOC, 35 on ADE20K), or `pos_weight` where
     another one than the recipe's is given."""
@@ -36,6 +38,8 @@ _SIGMOID = SigmoidMethod.recipes
 
 @register_method("dkd")
 class Dkd(SigmoidMethod):
+    """DKD (Baek et al., NeurIPS 2022)."""
+
     summary = "distillation of logits and of their positive and negative parts; new heads start as an auxiliary one"
     source = "Baek et al., NeurIPS 2022"
     layout = HeadLayout((AUXILIARY,))
@@ -110,6 +114,8 @@ def class_weights(model: Segmenter, heads: int) -> Tensor:
 
 @register_method("dkd-m")
 class DkdM(Dkd):
+    """DKD-M: DKD with an exemplar memory."""
+
     summary = "DKD with an exemplar memory"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "dkd"

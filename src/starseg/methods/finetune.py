@@ -6,6 +6,8 @@ from starseg.methods.sigmoid import SigmoidMethod
 
 @register_method("finetune")
 class FineTune(SigmoidMethod):
+    """Fine-tuning without any measure against forgetting."""
+
     summary = "base loss on the new classes, nothing against forgetting"
     stores = "nothing"
     base_step = "star"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 @register_method("joint")
 class Joint(SigmoidMethod):
+    """Joint training on all classes."""
+
     summary = "all classes at once, with all images"
     stores = "nothing (it sees all images)"
     source = "upper bound"

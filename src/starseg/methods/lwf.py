@@ -15,6 +15,8 @@ from starseg.models import Output
 
 
 class LwfOptions(Strict):
+    """Options of LwF."""
+
     kd: float = Field(100.0, ge=0)
     """Weight of the distillation; 0 is fine-tuning with a softmax."""
     alpha: float = Field(1.0, gt=0)
@@ -23,6 +25,8 @@ class LwfOptions(Strict):
 
 @register_method("lwf")
 class Lwf(SoftmaxMethod):
+    """LwF (Li and Hoiem, ECCV 2016)."""
+
     summary = "softmax distillation of the previous model's probabilities"
     source = "Li and Hoiem, ECCV 2016"
     Options = LwfOptions

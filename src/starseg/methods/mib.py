@@ -25,6 +25,8 @@ class BackgroundInit(SoftmaxMethod):
 
 
 class MibOptions(Strict):
+    """Options of MiB."""
+
     kd: float = Field(10.0, ge=0)
     """Weight of the unbiased distillation."""
     alpha: float = Field(1.0, gt=0)
@@ -33,6 +35,8 @@ class MibOptions(Strict):
 
 @register_method("mib")
 class Mib(BackgroundInit):
+    """MiB (Cermelli et al., CVPR 2020)."""
+
     summary = "cross-entropy and distillation that count old and new classes into the background"
     base_step = "lwf"
     source = "Cermelli et al., CVPR 2020"

@@ -25,6 +25,8 @@ _FLOOR = 0.001
 
 
 class PlopOptions(Strict):
+    """Options of PLOP."""
+
     pod: float | None = from_recipe(ge=0)
     """Weight of each feature map's pooled distance; by default the recipe's (0.01 on VOC, 0.001 on ADE20K)."""
     pod_logits: float | None = from_recipe(ge=0)
@@ -39,6 +41,8 @@ _SOFTMAX = SoftmaxMethod.recipes
 
 @register_method("plop")
 class Plop(BackgroundInit):
+    """PLOP (Douillard et al., CVPR 2021)."""
+
     summary = "Local POD on six maps, pseudo-labels where the previous model's entropy is below the class's median"
     base_step = "lwf"
     source = "Douillard et al., CVPR 2021"

@@ -31,6 +31,8 @@ SALIENCY = "saliency"
 
 
 class SsulOptions(Strict):
+    """Options of SSUL."""
+
     saliency_dir: Path | None = None
     """Folder with a grey PNG per training image, named like it: background with a value above 0 is unknown. Without it
     all background is, as on ADE20K."""
@@ -40,6 +42,8 @@ class SsulOptions(Strict):
 
 @register_method("ssul")
 class Ssul(Method):
+    """SSUL (Cha et al., NeurIPS 2021)."""
+
     summary = "an unknown class from saliency maps, pseudo-labels, all but the new head frozen"
     source = "Cha et al., NeurIPS 2021"
     layout = HeadLayout((UNKNOWN_HEAD, BACKGROUND_HEAD), conv=True)
@@ -123,6 +127,8 @@ def merge_unknown(logits: Tensor) -> Tensor:
 
 @register_method("ssul-m")
 class SsulM(Ssul):
+    """SSUL-M: SSUL with an exemplar memory."""
+
     summary = "SSUL with an exemplar memory that fills half of every batch"
     stores = "the previous model, 100 images (ADE20K: 300)"
     section = base_step = "ssul"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 class StarOptions(ClassLossOptions):
+    """Options of STAR."""
+
     mbce: float = Field(1.0, ge=0)
     """Weight of the mixed class loss."""
     ocfm: float = Field(5.0, ge=0)
@@ -45,6 +47,8 @@ class StarOptions(ClassLossOptions):
 
 @register_method("star")
 class Star(SigmoidMethod):
+    """STAR (Chen et al., NeurIPS 2023)."""
+
     summary = "prototype replay: about 2 KB per class in place of old images"
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
@@ -159,6 +163,8 @@ class Star(SigmoidMethod):
 
 @register_method("star-m")
 class StarM(Star):
+    """STAR-M: STAR with an exemplar memory."""
+
     summary = "STAR with an exemplar memory of 50 old images beside the prototypes"
     stores = Star.stores + "; 50 images"
     section = base_step = "star"

@@ -1,1 +1,1 @@
-"""What is kept of old classes, and how much of it is replayed."""
+"""Memory of old classes: prototype bank, exemplars, and the replay plan."""

@@ -1,4 +1,4 @@
-"""The prototype bank: all that is kept of the old classes' images (Chen et al., NeurIPS 2023)."""
+"""Prototype bank: all that is stored of the old classes (Chen et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ class PrototypeBank:
 
     @property
     def present(self) -> Tensor:
-        """[K] bool: classes that had a cell; the others are neither replayed nor kept apart from."""
+        """Classes that had a cell, [K] bool; the others are not used in replay or losses."""
         return self.prototypes.abs().sum(1) > 0
 
     @cached_property
     def shown(self) -> Tensor:
-        """[P, D] prototypes of the classes :attr:`present`; their number waits for a GPU, once."""
+        """Prototypes [P, D] of the classes :attr:`present`; the first access synchronises with the GPU."""
         return self.prototypes[self.present]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, as in bank.safetensors."""
+        """Return the tensors by name, as in bank.safetensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def fits(cls, state: Mapping[str, Tensor]) -> bool:
-        """Whether tensors by name are a bank's."""
+        """Whether named tensors are those of a bank."""
         return all(f.name in state for f in fields(cls))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:
-        """Undoes :meth:`state_dict`, with copies of the tensors."""
+        """Create a bank from copies of the tensors that :meth:`state_dict` returned."""
         return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
 
     def to(self, device: torch.device) -> PrototypeBank:
-        """The same on a device."""
+        """Return the bank on a device."""
         return PrototypeBank(**{k: v.to(device) for k, v in self.state_dict().items()})
 
     def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
-        """The old classes followed by the new ones, with ``counts`` [1 + K_old] carried on for the old."""
+        """Append the new classes; the old ones get ``counts`` [1 + K_old]."""
         merged = {
             f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self) if f.name != "counts"
         }
@@ -92,6 +92,6 @@ class PrototypeBank:
         return self.features(rows, e1, e2)
 
     def features(self, rows: Tensor, e1: Tensor, e2: Tensor) -> Tensor:
-        """Features of classes ``rows`` [M] from given draws e1 [M, D], e2 [M, D] or [M, 1]."""
+        """Return features of classes ``rows`` [M] for given draws e1 [M, D], e2 [M, D] or [M, 1]."""
         directions = self.prototypes[rows] + self.noise[rows] * e1
         return directions * (self.norm_mean[rows, None] + self.norm_std[rows, None] * e2)

@@ -18,7 +18,7 @@ _CERTAIN = 0.7
 
 @dataclass
 class Drift:
-    """Sums over the cells in which both models surely see the same old class, K classes, D channels.
+    """Sums over cells in which both models confidently predict the same old class, K classes, D channels.
 
     Attributes:
         cells: [K] float64.
@@ -31,6 +31,7 @@ class Drift:
 
     @classmethod
     def zeros(cls, classes: int, channels: int, device: torch.device) -> Drift:
+        """Create empty sums."""
         sums = torch.zeros(2, classes, channels, dtype=torch.float64, device=device)
         return cls(torch.zeros(classes, dtype=torch.float64, device=device), sums[0], sums[1])
 
@@ -48,7 +49,7 @@ class Drift:
             total.index_add_(0, rows, F.normalize(maps.movedim(1, -1)[chosen].double(), dim=1))
 
     def move(self, bank: PrototypeBank, counts: Tensor, all_reduce_sum: AllReduceSum) -> PrototypeBank:
-        """The bank with the prototypes of its first K classes moved and their noise widened by as much.
+        """Return the bank with the prototypes of its first K classes moved and their noise increased accordingly.
 
         Args:
             bank: of K classes or more.

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MemoryRule:
-    """How a method keeps and uses old images.
+    """Rule by which a method selects and uses exemplars.
 
     Attributes:
         score: sigmoid from which on a prediction names a class of an image that may be kept.
@@ -25,7 +25,7 @@ class MemoryRule:
 
 
 class Exemplar(NamedTuple):
-    """An image that is kept, or may be.
+    """Image that is kept as an exemplar, or a candidate.
 
     Attributes:
         name: the data set's own identifier of it (:attr:`starseg.data.datasets.base.Split.ids`).
@@ -37,7 +37,7 @@ class Exemplar(NamedTuple):
 
 
 def merge(exemplars: Iterable[Exemplar]) -> list[Exemplar]:
-    """Each image once, with all classes that it is known to show."""
+    """Merge entries of the same image, with all classes that it is known to show."""
     classes: dict[str, set[int]] = {}
     for name, shown in exemplars:
         classes.setdefault(name, set()).update(shown)

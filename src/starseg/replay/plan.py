@@ -13,7 +13,7 @@ from starseg.tasks import Setting
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """Counts for one step with K_old old classes.
+    """Replay counts of one step with K_old old classes.
 
     Attributes:
         per_iteration: [K_old] int64 features replayed each iteration.
@@ -29,7 +29,7 @@ class ReplayPlan:
 
     @cached_property
     def rows(self) -> Tensor:
-        """[sum(per_iteration)] int64 class of each replayed feature; their number waits for a GPU, once."""
+        """Class of each replayed feature, [sum(per_iteration)] int64; the first access synchronises with the GPU."""
         return torch.repeat_interleave(self.per_iteration)
 
 
@@ -39,7 +39,11 @@ def make_adapter_plan(
     """Adapter's replay plan: at least one feature per class (docs/reference/baselines.md, "Adapter").
 
     Args:
-        labelled: [K_new] grid cells of the new classes; the rest as in :func:`make_plan`.
+        setting: see :func:`make_plan`.
+        stored: see :func:`make_plan`.
+        predicted: see :func:`make_plan`.
+        labelled: [K_new] grid cells of the new classes.
+        iterations: see :func:`make_plan`.
     """
     stored, predicted = stored.float(), predicted.float()
     plan = make_plan(setting, stored, predicted, len(labelled), iterations)
@@ -53,7 +57,7 @@ def make_adapter_plan(
 
 
 def make_plan(setting: Setting, stored: Tensor, predicted: Tensor, new_classes: int, iterations: int) -> ReplayPlan:
-    """The replay plan, in float32 as published.
+    """Compute STAR's replay plan, in float32 as published.
 
     Args:
         setting: "overlap" or "disjoint".

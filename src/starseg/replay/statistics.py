@@ -1,4 +1,4 @@
-"""One streaming pass over features and labels on the stride grid: counts, prototypes, noise, norms.
+"""Feature statistics in one streaming pass over the stride grid: counts, prototypes, noise, norms.
 
 All sums are kept in float64, so that the order of the batches and the number of processes do not matter.
 """
@@ -27,13 +27,13 @@ def sample_at_stride(labels: Tensor, stride: int) -> Tensor:
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs, [size] int64; larger values (255) are not counted."""
+    """Count the occurrences of 0..size-1, [size] int64; larger values (255) are not counted."""
     ids = ids.flatten().long()
     return torch.bincount(ids[ids < size], minlength=size)
 
 
 def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], threshold: float = 0.5) -> Tensor:
-    """The old model's prediction in training: argmax + 1 where an upsampled raw logit exceeds ``threshold``, else 0.
+    """Return the old model's labels in training: argmax + 1 where an upsampled raw logit exceeds ``threshold``, else 0.
 
     Args:
         logits: [N, C, h, w].
@@ -53,12 +53,12 @@ def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], th
 def old_model_labels(
     labels: Tensor, old_logits: Tensor, cells: Sequence[int], threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Labels [N, H, W] and :func:`old_prediction`, both [N, H', W'] and thinned for a grid of cells."""
+    """Return labels [N, H, W] and :func:`old_prediction`, both subsampled for a grid of cells to [N, H', W']."""
     return subsample_to_support(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
 
 
 def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, threshold: float) -> Tensor:
-    """Grid cells by label [N, H, W], those labelled background by the old model's prediction: [ids] int64."""
+    """Count grid cells by label [N, H, W], those labelled background by the old model's label: [ids] int64."""
     cells = [side // stride for side in labels.shape[1:]]
     labels, seen = old_model_labels(labels, old_logits, cells, threshold)
     thinned = labels.shape[-1] // cells[-1]
@@ -84,6 +84,8 @@ class FeatureStatistics:
 
     @classmethod
     def zeros(cls, classes: int, channels: int, device: torch.device | str = "cpu") -> FeatureStatistics:
+        """Create empty statistics."""
+
         def double(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -111,11 +113,11 @@ class FeatureStatistics:
         self.norm_square_sum.index_add_(0, rows, norms.square())
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> FeatureStatistics:
-        """The statistics of all processes, ``all_reduce_sum`` summing one tensor over them."""
+        """Sum the statistics over processes with ``all_reduce_sum``."""
         return FeatureStatistics(*(all_reduce_sum(getattr(self, f.name)) for f in fields(self)))
 
     def finish(self, old: PrototypeBank | None = None, *, noise_around_row: bool = False) -> PrototypeBank:
-        """The bank entries of the new classes; a class without a cell gets zeros.
+        """Return the bank entries of the new classes; a class without a cell gets zeros.
 
         Args:
             old: bank of the classes before, if any.
@@ -143,7 +145,7 @@ class FeatureStatistics:
 
 
 def measure(cells: Iterable[tuple[Tensor, Tensor]], first: int, classes: int) -> FeatureStatistics:
-    """The statistics of ``classes`` new classes in batches.
+    """Measure the statistics of ``classes`` new classes over batches.
 
     Args:
         cells: at least one pair of features [N, D, h, w] and training ids on their grid [N, h, w].

@@ -1,4 +1,4 @@
-"""The list of classes that masks of one's own show: a file, CVAT's labelmap.txt, or names."""
+"""Class lists of a user's masks: a file, CVAT's labelmap.txt, or names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLACK = (0, 0, 0)
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes that masks show.
+    """Classes that masks show.
 
     Attributes:
         names: by index in the masks, the background first.
@@ -35,7 +35,7 @@ class ClassList:
 
 
 def read_classes(given: str) -> ClassList:
-    """A class list from a file, a class a line and the background first, or from "horse,cow".
+    """Read a class list from a file (one class per line, the background first) or from names ("horse,cow").
 
     A line is ``name``, ``name R G B`` or ``name #rrggbb``; black is the background's colour by default. CVAT's
     labelmap.txt has lines ``name:R,G,B:parts:actions`` in any order.
@@ -74,11 +74,12 @@ def read_classes(given: str) -> ClassList:
 
 
 def is_background(name: str) -> bool:
+    """Whether a class name means the background."""
     return name.casefold().strip("_") == "background"
 
 
 def _parse(line: str, path: Path) -> tuple[str, Colour | None]:
-    """Name and colour of a line."""
+    """Parse name and colour of a line."""
     match = _LINE.fullmatch(line)
     if not match or _HASH.search(match["name"]):
         raise UserError(f"{path}: expected 'name', 'name R G B' or 'name #rrggbb', got {line!r}")
@@ -97,7 +98,7 @@ def _read_colour(text: str, line: str, path: Path) -> Colour:
 
 
 def _read_label_map(lines: Sequence[str], path: Path) -> list[tuple[str, Colour | None]]:
-    """Names and colours of CVAT's labelmap.txt, which is sorted by name, the background moved to the front."""
+    """Read names and colours of CVAT's labelmap.txt, sorted by name with the background moved to the front."""
     entries: list[tuple[str, Colour | None]] = []
     for line in lines:
         if match := _LABEL_MAP_LINE.fullmatch(line):

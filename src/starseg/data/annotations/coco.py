@@ -28,7 +28,7 @@ _SLACK = 1.0
 
 @dataclass(frozen=True)
 class Coco:
-    """A COCO file, indexed.
+    """COCO file, indexed by image.
 
     Attributes:
         path: the file.
@@ -44,7 +44,7 @@ class Coco:
 
     @property
     def annotated(self) -> list[str]:
-        """Names of the categories that some annotation has, in the order of their ids, without the background."""
+        """Names of the annotated categories in the order of their ids, without the background."""
         used = {row["category_id"] for rows in self.annotations.values() for row in rows}
         return [name for number, name in sorted(self.categories.items()) if number in used and not is_background(name)]
 
@@ -56,12 +56,12 @@ class Coco:
         return ClassList(("background", *self.annotated), None, str(self.path))
 
     def left_out(self, classes: ClassList) -> list[str]:
-        """Annotated categories that are none of the classes."""
+        """Return the annotated categories that are not among the classes."""
         wanted = {name.casefold() for name in classes.names}
         return [name for name in self.annotated if name.casefold() not in wanted]
 
     def photos(self, images: Path, classes: ClassList) -> list[Photo]:
-        """The listed images, in the order of their names.
+        """Return the listed images in the order of their names.
 
         Raises:
             UserError: a class that no category is called, a listed image that is not below the folder ``images``, or
@@ -89,7 +89,7 @@ class Coco:
         ]
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
-        """The mask of an image; what no annotation covers is background.
+        """Draw the mask of an image; pixels without annotation are background.
 
         Args:
             image: its entry.
@@ -151,7 +151,7 @@ def read_coco(path: Path) -> Coco:
 
 
 def _rows(tree: Any, part: str, keys: Mapping[str, type], path: Path) -> list[Row]:
-    """One of the file's lists."""
+    """Return one of the file's lists."""
     rows = tree.get(part) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a COCO file with the lists images, annotations and categories; no {part}")
@@ -178,13 +178,13 @@ def _file_name(row: Row, path: Path) -> str:
 
 
 def _found(images: Path, missing: str) -> str:
-    """Where a missing image lies instead."""
+    """Suggest where a missing image is."""
     other = next(images.rglob(Path(missing).name), None)
     return f", but {other} is there" if other else ""
 
 
 def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
-    """An annotation's ``segmentation`` as compressed run lengths of pycocotools.
+    """Convert an annotation's ``segmentation`` to pycocotools' compressed run lengths.
 
     Raises:
         UserError: neither polygons inside the image nor run lengths of its size; ``place`` names the annotation.
@@ -213,7 +213,7 @@ def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
 
 
 def _run_lengths(shape: Row, size: tuple[int, int], place: str) -> Row:
-    """Run lengths as pycocotools has them, checked: decoding wrong ones, it writes and reads beyond its memory."""
+    """Convert run lengths for pycocotools after checking them: it accesses memory out of bounds for invalid ones."""
     if not isinstance(shape.get("size"), list) or tuple(shape["size"]) != tuple(size):
         raise UserError(
             f"{place}: its run lengths are of the size {shape.get('size')} (height, width), its image is {list(size)}"
@@ -233,7 +233,7 @@ def _run_lengths(shape: Row, size: tuple[int, int], place: str) -> Row:
 
 
 def _uncompressed(text: str) -> list[int]:
-    """COCO's compressed run lengths as numbers.
+    """Decode COCO's compressed run lengths to numbers.
 
     A number is written in groups of 5 bits, the lowest first, each as the character 48 + group, + 32 where another
     follows; the last group's highest bit is the sign. From the fourth on, a number is the difference to the one before

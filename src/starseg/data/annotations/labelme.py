@@ -1,4 +1,4 @@
-"""Labelme annotations: a JSON file an image, with named polygons."""
+"""Labelme annotations: one JSON file per image, with named polygons."""
 
 from __future__ import annotations
 

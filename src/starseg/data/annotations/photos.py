@@ -1,4 +1,4 @@
-"""Photos and masks of one's own: paired by name, and converted to palette PNGs of class ids.
+"""A user's photos and masks: paired by name, and converted to palette PNGs of class ids.
 
 Masks are PNGs of indices or colours, or Labelme JSON files, of the same names as the images.
 """
@@ -42,7 +42,7 @@ _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080'
 
 @dataclass(frozen=True)
 class Photo:
-    """An image and where its mask comes from.
+    """Image with the source of its mask.
 
     Attributes:
         name: of the image below its folder, without suffix; its converted mask is called so too.
@@ -58,7 +58,7 @@ class Photo:
 
 
 def _files(folder: Path, outside: Path | None = None) -> list[Path]:
-    """Files below a folder in order of their paths, nothing hidden, nothing in the folder ``outside``."""
+    """List the files below a folder by path, without hidden ones and those in the folder ``outside``."""
     files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
@@ -68,7 +68,7 @@ def _name(file: Path, folder: Path) -> str:
 
 
 def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
-    """Look for two images that differ in their suffixes alone.
+    """Refuse images that differ only in their suffixes.
 
     Raises:
         UserError: there are; names both.
@@ -80,7 +80,7 @@ def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
 
 
 def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
-    """Images in order of their names, each with the mask (PNG, else Labelme JSON) of the same name.
+    """Pair each image, in the order of names, with the mask (PNG or Labelme JSON) of the same name.
 
     Folders inside ``images`` are looked through; their masks lie in folders of the same names.
 
@@ -117,7 +117,7 @@ def _pair(name: str, image: Path, mask: Path | None, classes: ClassList) -> Phot
 
 
 def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.ndarray:
-    """A mask as [H, W] uint8 indices into ``classes``, 255 ignored.
+    """Read a mask as indices into ``classes``, [H, W] uint8, 255 ignored.
 
     Raises:
         UserError: unreadable, not as large as its image (``size``, height and width), or with indices, colours or
@@ -141,7 +141,7 @@ def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.nd
 
 
 def _packed(colours: np.ndarray) -> np.ndarray:
-    """[3, ...] uint8 colours as [...] integers."""
+    """Pack colours [3, ...] uint8 into integers [...]."""
     red, green, blue = colours.astype(np.int32)
     return red << 16 | green << 8 | blue
 
@@ -199,7 +199,7 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
 
 
 def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose images for validation, a share of those of each class; a class keeps an image to train on.
+    """Choose a fraction of each class's images for validation; every class keeps an image for training.
 
     Args:
         shown: [N, C] bool, which image shows which class.

@@ -38,7 +38,7 @@ __all__ = [
 
 @cache
 def load_plugins() -> None:
-    """Import, once, what other packages and files register.
+    """Import, once, the data sets that other packages and files register.
 
     Raises:
         UserError: one of them cannot be imported.
@@ -48,7 +48,7 @@ def load_plugins() -> None:
 
 
 def find_dataset(key: str) -> DatasetSpec:
-    """The spec of a registered data set.
+    """Return the spec of a registered data set.
 
     Raises:
         UserError: there is none of that key; lists the known ones.
@@ -64,7 +64,7 @@ def find_dataset(key: str) -> DatasetSpec:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The configured data set's folder, `data.root` or the default.
+    """Return the configured data set's folder, `data.root` or the default.
 
     Raises:
         UserError: an unknown data set.
@@ -74,7 +74,7 @@ def data_root(config: DataConfig) -> Path:
 
 
 def list_dataset(config: DataConfig) -> Dataset:
-    """The configured data set as its lists say, whether or not the files exist.
+    """Return the configured data set as listed, whether or not the files exist.
 
     Raises:
         UserError: an unknown data set, or the folder has another layout.
@@ -83,7 +83,7 @@ def list_dataset(config: DataConfig) -> Dataset:
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """The configured data set.
+    """Open the configured data set.
 
     Raises:
         UserError: an unknown data set, another layout, or a missing file.

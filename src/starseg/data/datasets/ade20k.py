@@ -1,4 +1,4 @@
-"""The ADE20K layout of the scene parsing benchmark (ADEChallengeData2016).
+"""ADE20K in the layout of the scene parsing benchmark (ADEChallengeData2016).
 
 images/{training,validation}/x.jpg
 annotations/{training,validation}/x.png     ids 1..150, 0 "other"
@@ -21,7 +21,7 @@ _HEADER = ["Idx", "Ratio", "Train", "Val", "Name"]
 
 
 def _expected(root: Path) -> str:
-    """What ``root`` must hold, and where the data seems to lie instead."""
+    """Describe the expected content of ``root``, and where the data seem to be instead."""
     for place in (root / _UNPACKED, root.parent / _UNPACKED):
         if place.is_dir() and place != root:
             return f"the data seem to lie in {place}: give data.root={place}"
@@ -32,7 +32,7 @@ def _expected(root: Path) -> str:
 
 
 def read_names(root: Path) -> tuple[str, ...]:
-    """Class names by dataset id from objectInfo150.txt, "other" first.
+    """Read class names by dataset id from objectInfo150.txt, "other" first.
 
     A name is the text before the first comma, or all of it where that would make two names equal.
 
@@ -57,7 +57,7 @@ def read_names(root: Path) -> tuple[str, ...]:
 
 
 def read_split(root: Path, name: str) -> Split:
-    """The images of a split ("training" or "validation") in order of their names, each with the mask it must have.
+    """List the images of a split ("training" or "validation") by name, each with its expected mask.
 
     Raises:
         UserError: a folder is missing or holds no image.

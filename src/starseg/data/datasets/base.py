@@ -1,4 +1,4 @@
-"""A data set on disk: two lists of image and mask files, the class names, and how masks are read."""
+"""Data sets on disk: two lists of image and mask files, the class names, and how masks are read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NO_FILES = Split((), (), ())
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on disk.
+    """Data set on disk.
 
     Attributes:
         key: of its spec (:class:`starseg.data.datasets.spec.DatasetSpec`).
@@ -66,11 +66,11 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """Both splits, by what messages call them."""
+        """Both splits by their names in messages."""
         return {"training": self.train, "test": self.test}
 
     def scored(self, confusion: np.ndarray, dataset_ids: Sequence[int]) -> np.ndarray:
-        """A confusion matrix in which predictions of unlabelled classes count as background.
+        """Return the confusion matrix with predictions of unlabelled classes counted as background.
 
         Args:
             confusion: [1 + C, 1 + C], rows the labels, columns the predictions.
@@ -84,7 +84,7 @@ class Dataset:
 
 
 def read_lines(path: Path, layout: str) -> list[str]:
-    """The lines of a list that belongs to a layout, stripped, without empty ones.
+    """Read the lines of a layout's list, stripped, without empty ones.
 
     Raises:
         UserError: unreadable; ``layout`` says what data.root must look like.
@@ -98,7 +98,7 @@ def read_lines(path: Path, layout: str) -> list[str]:
 
 
 def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
-    """Class names as they stand in a list.
+    """Return class names after checking that they are distinct.
 
     Raises:
         UserError: a name stands there twice.
@@ -109,7 +109,7 @@ def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
 
 
 def refuse_missing(dataset: Dataset) -> None:
-    """Look for every file of a data set.
+    """Refuse a data set with missing files.
 
     Raises:
         UserError: an empty split, or a missing file: names the first one and how many there are.

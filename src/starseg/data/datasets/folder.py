@@ -1,4 +1,4 @@
-"""The prepared layout of one's own photos and masks, which `starseg learn` writes and a run reads.
+"""Prepared layout of a user's photos and masks, written by `starseg learn` and read by a run.
 
 classes.txt            a name a line by class id, the background first
 train.txt, val.txt     image, tab, mask a line; relative paths start at the prepared folder
@@ -20,7 +20,7 @@ _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt
 
 
 def write_list(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Write image and mask of each pair on a line."""
+    """Write a list with the image and mask of one pair per line."""
     path.write_text("".join(f"{image}\t{mask}\n" for image, mask in pairs), encoding="utf-8")
 
 
@@ -34,7 +34,7 @@ def _read_split(root: Path, name: str) -> Split:
 
 
 def open_folder(root: Path) -> Dataset:
-    """Open a prepared folder; classes that its masks never show are not scored.
+    """Open a prepared folder; classes that its masks never show are not evaluated.
 
     Raises:
         UserError: another layout.

@@ -72,7 +72,7 @@ class DatasetSpec:
         published: bool = True,
         unlabelled: Collection[int] = (),
     ) -> Dataset:
-        """The data set in a folder, as ``open`` returns it.
+        """Return the data set in a folder, as ``open`` does.
 
         Args:
             root: the folder.
@@ -102,7 +102,7 @@ class DatasetSpec:
         steps: Sequence[Sequence[int | str]] | None = None,
         setting: Setting = "overlap",
     ) -> TaskSequence:
-        """A task on this data set: a published one, or a free list of steps.
+        """Return a task on this data set: a published one, or a free list of steps.
 
         Args:
             names: class names by class id, as the opened data set has them.

@@ -1,4 +1,4 @@
-"""The PASCAL VOC 2012 layout, exactly as the published README gives it.
+"""PASCAL VOC 2012 in the layout of the published README.
 
 JPEGImages/*.jpg  SegmentationClassAug/*.png  SegmentationClass/*.png
 ImageSets/Segmentation/train_aug.txt    lines "/JPEGImages/x.jpg /SegmentationClassAug/x.png"
