@@ -1,4 +1,4 @@
-"""A batch in parts: gradient accumulation that changes no loss."""
+"""Gradient accumulation that changes no loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starseg.models import Output
 
 
 class MicroBatches:
-    """A network that a batch goes through in parts: called once, then asked for :meth:`backward`.
+    """Network that processes a batch in micro-batches; call it once, then :meth:`backward`.
 
     The losses see the outputs of the whole batch, so they and their gradients are the batch's, whatever they are
     normalised over. The parts go through the network twice: without gradients for the outputs, then one by one with
@@ -34,7 +34,7 @@ class MicroBatches:
         self.leaves: list[Tensor] = []
 
     def __call__(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
-        """The outputs of all parts, joined, as leaves of a graph."""
+        """Return the concatenated outputs of all micro-batches, as leaves of a graph."""
         parts = images.tensor_split(self.parts)
         self.calls = [(part, None if i else extra_features, maps) for i, part in enumerate(parts)]
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
@@ -48,7 +48,7 @@ class MicroBatches:
         return Output(joined[0], joined[1], extra, joined[2:] or None)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss of the outputs to the network's parameters'."""
+        """Accumulate the parameters' gradients of a loss of the outputs."""
         # Its gradient is what fp16's loss scaler multiplies all by, as it will those of the parts once more.
         unit = torch.zeros_like(loss, requires_grad=True)
         self.fabric.backward(loss + unit)

@@ -13,12 +13,16 @@ from starseg.models import Output
 
 
 class IltOptions(LwfOptions):
+    """Options of ILT."""
+
     features: float = Field(100.0, ge=0)
     """Weight of the mean squared difference of the encoder's last map."""
 
 
 @register_method("ilt")
 class Ilt(Lwf):
+    """ILT (Michieli and Zanuttigh, ICCV Workshops 2019)."""
+
     summary = "LwF, and the encoder's features kept near the previous model's"
     base_step = "lwf"
     source = "Michieli and Zanuttigh, ICCVW 2019"

@@ -1,4 +1,4 @@
-"""What a network is built from, as ``model.json`` has it, and the names of its parameters in files."""
+"""Architecture of a network, as stored in ``model.json``, and the names of its parameters in files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMER = {"backbone.": "encoder.body.", "aspp.": "decoder."}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network without its weights and classifier.
+    """Description of a network without its weights and classifier.
 
     Attributes:
         encoder: name of the encoder; for the builder "timm" that of a timm model.
@@ -34,12 +34,12 @@ class Architecture:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Architecture:
-        """The one that a configuration asks for."""
+        """Return the architecture that a configuration asks for."""
         return cls(config.backbone, config.decoder, config.output_stride)
 
 
 def upgrade_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of a network with today's names, where it has those of earlier versions of starseg."""
+    """Rename the parameters of earlier versions of starseg in a state dict to the current names."""
 
     def name(key: str) -> str:
         return next((new + key.removeprefix(old) for old, new in _FORMER.items() if key.startswith(old)), key)
@@ -48,7 +48,7 @@ def upgrade_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of :func:`upgrade_keys`."""
+    """Undo :func:`upgrade_keys`."""
 
     def name(key: str) -> str:
         return next((old + key.removeprefix(new) for old, new in _FORMER.items() if key.startswith(new)), key)

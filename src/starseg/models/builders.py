@@ -1,4 +1,4 @@
-"""Builders of networks, by the name that an architecture has for them."""
+"""Registry of network builders, by the name that an architecture gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starseg.models.segmenter import Segmenter
 
 
 class Parts(NamedTuple):
-    """What a builder makes: :class:`starseg.models.encoders.Encoder` or its like, and a decoder."""
+    """Result of a builder: an encoder (such as :class:`starseg.models.encoders.Encoder`) and a decoder."""
 
     encoder: Encoder
     decoder: nn.Module
@@ -59,7 +59,7 @@ def make_network(
     layout: HeadLayout = SIGMOID,
     pretrained: bool | Path = False,
 ) -> Segmenter:
-    """Build a network with random weights but for, where asked for, the encoder's.
+    """Build a network with random weights, except the encoder's if pretrained ones are requested.
 
     Args:
         architecture: what to build.
@@ -79,7 +79,7 @@ def make_network(
 
 
 def check_crop(network: Segmenter, crop: int) -> None:
-    """Compare the training crops with what a network takes.
+    """Refuse training crops that do not fit a network.
 
     Raises:
         UserError: their side is no multiple of what the encoder and the grid need.

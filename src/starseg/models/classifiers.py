@@ -17,7 +17,7 @@ BACKGROUND, UNKNOWN, AUXILIARY = "background", "unknown", "auxiliary"
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The heads of a method's network.
+    """Layout of the classifier heads of a method's network.
 
     Attributes:
         lead: names of the leading channels, each a head of its own. An auxiliary head learns from detached features.
@@ -33,7 +33,7 @@ SOFTMAX = HeadLayout((BACKGROUND,))
 
 
 def make_head(channels: int, classes: int, conv: bool) -> nn.Module:
-    """A randomly initialised head: [N, channels, h, w] -> [N, classes, h, w]."""
+    """Make a randomly initialised head: [N, channels, h, w] -> [N, classes, h, w]."""
     last = nn.Conv2d(channels, classes, 1)
     if not conv:
         return last
@@ -42,7 +42,7 @@ def make_head(channels: int, classes: int, conv: bool) -> nn.Module:
 
 
 def last_layer(head: nn.Module) -> nn.Conv2d:
-    """The 1x1 convolution of a head."""
+    """Return the 1x1 convolution of a head."""
     layer = head[-1] if isinstance(head, nn.Sequential) else head
     assert isinstance(layer, nn.Conv2d)
     return layer

@@ -23,12 +23,12 @@ Grid = Sequence[int]
 
 
 def _ratios(encoder: Encoder, stride: int) -> list[int]:
-    """How many cells of each map make one of the grid along an axis, at least one."""
+    """Return how many cells of each map make one cell of the grid along an axis, at least one."""
     return [max(1, stride // own) for own in encoder.strides]
 
 
 def _to_grid(maps: Tensor, ratio: int, grid: Grid) -> Tensor:
-    """Maps [N, C, *, *] averaged over ``ratio`` x ``ratio`` cells and, where they are not on the grid yet, resized."""
+    """Average maps [N, C, *, *] over ``ratio`` x ``ratio`` cells and resize those that are not on the grid yet."""
     if ratio > 1:
         maps = F.avg_pool2d(maps, ratio, ceil_mode=True)
     # An exported graph must resize at sizes at which the traced example need not.
@@ -41,7 +41,7 @@ def _conv_norm_relu(channels: int, width: int, kernel: int) -> nn.Sequential:
 
 
 class Aspp(ASPP):
-    """torchvision's ASPP with dropout 0.1 on the deepest map, followed by one more 3x3 conv-BN-ReLU."""
+    """ASPP of torchvision with dropout 0.1 on the deepest map, followed by one more 3x3 conv-BN-ReLU."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         rates = [r * 16 // output_stride for r in (6, 12, 18)]
@@ -52,13 +52,13 @@ class Aspp(ASPP):
         self.last_conv = _conv_norm_relu(_WIDTH, _WIDTH, 3)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Return features [N, D, h, w]."""
         deepest = maps[-1] if self.on_grid else _to_grid(maps[-1], self.ratio, grid)
         return self.last_conv(super().forward(deepest))
 
 
 class Fpn(nn.Module):
-    """A light feature pyramid: 1x1 conv-BN-ReLU of every map, their sum on the grid, 3x3 conv-BN-ReLU."""
+    """Light feature pyramid: 1x1 conv-BN-ReLU of every map, their sum on the grid, 3x3 conv-BN-ReLU."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Fpn(nn.Module):
         self.last_conv = _conv_norm_relu(_WIDTH, _WIDTH, 3)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Return features [N, D, h, w]."""
         parts = zip(self.lateral, maps, self.ratios, strict=True)
         return self.last_conv(torch.stack([lateral(_to_grid(m, ratio, grid)) for lateral, m, ratio in parts]).sum(0))
 
 
 class Linear(nn.Module):
-    """A 1x1 projection of all maps, concatenated on the grid, and batch norm."""
+    """Linear projection (1x1) of all maps, concatenated on the grid, with batch norm."""
 
     def __init__(self, encoder: Encoder, output_stride: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Linear(nn.Module):
         self.norm = nn.BatchNorm2d(_WIDTH)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Features [N, D, h, w]."""
+        """Return features [N, D, h, w]."""
         found = [_to_grid(m, ratio, grid) for m, ratio in zip(maps, self.ratios, strict=True)]
         return self.norm(self.project(torch.cat(found, 1)))
 

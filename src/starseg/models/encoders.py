@@ -29,7 +29,7 @@ _MOMENTUM = 0.01
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images become a network's input: (pixel / 255 - mean) / std, RGB.
+    """Normalisation of RGB images: (pixel / 255 - mean) / std.
 
     Attributes:
         mean, std: of each channel, for pixels in 0..1.
@@ -40,7 +40,7 @@ class Preprocess:
 
 
 class Encoder(nn.Module):
-    """A timm model as a feature extractor.
+    """Feature extractor made of a timm model.
 
     Args:
         body: maps [N, 3, H, W] to a list of maps, the deepest last.
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
                 module.momentum = _MOMENTUM
 
     def example(self) -> Tensor:
-        """A black image of the smallest size that reaches every layer, on the encoder's device."""
+        """Return a black image of the smallest size that reaches every layer, on the encoder's device."""
         side = math.ceil(_SIDE / self.multiple) * self.multiple
         return next(self.body.parameters()).new_zeros(1, 3, side, side)
 
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
                 resample(img_size=(side, side))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [N, C, *, *] of normalised images, from shallow to deep."""
+        """Return the maps [N, C, *, *] of normalised images, from shallow to deep."""
         maps = self.body(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
@@ -149,7 +149,7 @@ def load_encoder_weights(body: nn.Module, path: Path) -> None:
 
 
 def _create(name: str, output_stride: int, pretrained: bool) -> tuple[Any, bool]:
-    """A timm model with ``features_only``, and whether it is fully convolutional, dilated to the output stride."""
+    """Create a timm model with ``features_only``, and tell whether it is dilated to the output stride."""
     try:
         return timm.create_model(name, features_only=True, output_stride=output_stride, pretrained=pretrained), True
     except _UNFIT as error:

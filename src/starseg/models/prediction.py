@@ -21,7 +21,7 @@ _AT_A_TIME = 8
 
 @dataclass(frozen=True)
 class LargestLogit:
-    """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
+    """Sigmoid prediction rule: the class of the largest logit if it exceeds 0, else background.
 
     Attributes:
         argmax_of_sigmoids: compare the float32 sigmoids, where saturated ones tie and the first wins.
@@ -36,7 +36,7 @@ class LargestLogit:
         return self._ids(*self._score(logits[:, self.lead :]).max(1))
 
     def upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """The rule on logits [N, C, h, w] resized to ``size``, resizing only what can win, a few maps at a time.
+        """Apply the rule to logits [N, C, h, w] resized to ``size``, resizing only classes that can win.
 
         A class with no positive logit in an image has none after bilinear interpolation either.
         """
@@ -61,7 +61,7 @@ class LargestLogit:
 
 
 def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
-    """A prediction rule on logits [N, C, h, w] resized to ``size``, by the rule's own ``upsampled`` if it has one.
+    """Apply a prediction rule to logits [N, C, h, w] resized to ``size``, with the rule's own ``upsampled`` if any.
 
     The logits' memory format does not matter: channels_last ones would be interpolated with other rounding.
 

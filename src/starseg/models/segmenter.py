@@ -1,4 +1,4 @@
-"""A segmentation network: encoder, decoder, and one classifier head per step (docs/protocol.md).
+"""Segmentation network: encoder, decoder, and one classifier head per step (docs/protocol.md).
 
 Shape letters: N images, H W pixels, h w feature cells, D feature channels, C logit channels: those of the leading heads
 (none in STAR), then the classes without background.
@@ -38,7 +38,7 @@ _PIXELS = 512 * 512
 
 
 class Output(NamedTuple):
-    """What the network computes.
+    """Outputs of the network.
 
     Attributes:
         features: [N, D, h, w], the map the heads and the prototypes live on.
@@ -54,7 +54,7 @@ class Output(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """The parts of a network, as a method tells the optimizer of them.
+    """Parts of a network by role, for a method's parameter groups.
 
     Attributes:
         encoder, decoder: before the classifier.
@@ -111,22 +111,22 @@ class Segmenter(nn.Module):
 
     @property
     def classes(self) -> int:
-        """How many it tells apart, the background not among them."""
+        """Number of classes, without the background."""
         return sum(self.head_sizes)
 
     @property
     def multiple(self) -> int:
-        """What sides of images are multiples of, for whole cells and no resizing before the encoder."""
+        """Divisor of image sides that gives whole cells without resizing before the encoder."""
         return math.lcm(self.stride, self.encoder.multiple)
 
     @property
     def preprocess(self) -> Preprocess:
-        """What :meth:`normalize` does."""
+        """Normalisation that :meth:`normalize` applies."""
         return self.encoder.preprocess
 
     @property
     def roles(self) -> Roles:
-        """Its parts."""
+        """Parts of the network by role."""
         return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1])
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +152,7 @@ class Segmenter(nn.Module):
         self.head_sizes.append(classes)
 
     def cut_heads(self, keep: int) -> list[nn.Module]:
-        """Take off and return all heads but the first ``keep``."""
+        """Remove and return all heads except the first ``keep``."""
         taken = list(self.heads[keep:])
         self.heads, self.head_sizes = self.heads[:keep], self.head_sizes[:keep]
         return taken
@@ -179,24 +179,24 @@ class Segmenter(nn.Module):
             head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Segmenter:
-        """As torch's, but what was frozen stays in eval mode."""
+        """Set the training mode as torch does, but keep frozen layers in eval mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images [N, 3, H, W] on any device to the encoder's input, channels last."""
+        """Convert uint8 images [N, 3, H, W] on any device to the encoder's input, channels last."""
         images = images.to(self.mean.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits [N, C, h, w] of a feature map [N, D, h, w]."""
+        """Compute logits [N, C, h, w] of a feature map [N, D, h, w]."""
         lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
         return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits [N, C, h, w] of uint8 images [N, 3, H, W]; in eval mode, without gradients."""
+        """Compute logits [N, C, h, w] of uint8 images [N, 3, H, W], without gradients; call it in eval mode."""
         on_cpu = self.mean.device.type == "cpu"
         at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
         return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
@@ -218,14 +218,14 @@ class Segmenter(nn.Module):
         return Output(features, self.classify(features), extra, found if maps else None)
 
     def _fit(self, images: Tensor) -> Tensor:
-        """Images in the nearest size that the encoder takes."""
+        """Resize images to the nearest size that the encoder takes."""
         if self.encoder.convolutional:
             return images
         size = [max(1, round(int(side) / self.multiple)) * self.multiple for side in images.shape[-2:]]
         return images if size == list(images.shape[-2:]) else resize(images, size)
 
     def _grid(self, maps: Sequence[Tensor], images: Tensor) -> Sequence[int]:
-        """Height and width of the feature map, that of a map of the same stride where there is one."""
+        """Return height and width of the feature map: those of a map of the same stride if there is one."""
         if self.stride in self.encoder.strides:
             return maps[self.encoder.strides.index(self.stride)].shape[-2:]
         return [side // self.stride for side in images.shape[-2:]]
