@@ -221,8 +221,8 @@ def test_a_crop_that_does_not_fit_is_refused(encoder: str, crop: int, message: s
 
 def test_a_run_with_such_a_crop_writes_nothing(tiny: dict) -> None:
     tiny |= {"model": {"backbone": "starseg_test_swin", "pretrained": False}, "data": {**tiny["data"], "crop": 48}}
-    with pytest.raises(UserError, match=r"data\.crop: 48"):
-        Runner(parse_config(tiny), Console(quiet=True)).run()
+    with pytest.raises(UserError, match=r"data\.crop: 48"), Runner(parse_config(tiny), Console(quiet=True)) as runner:
+        runner.run()
     assert not Path(tiny["out"]).exists()
 
 
