@@ -1,4 +1,4 @@
-"""The segmentation network: an encoder, a decoder, and one classifier head per step."""
+"""Segmentation network: an encoder, a decoder, and one classifier head per step."""
 
 from starseg.models.architectures import Architecture, upgrade_keys
 from starseg.models.builders import make_network

@@ -40,7 +40,7 @@ class Preprocess:
 
 
 class Encoder(nn.Module):
-    """A timm model as a feature extractor.
+    """Feature extractor made of a timm model.
 
     Args:
         body: module that turns images [N, 3, H, W] into a list of maps, the deepest last.

@@ -21,7 +21,7 @@ _AT_A_TIME = 8
 
 @dataclass(frozen=True)
 class LargestLogit:
-    """The sigmoid prediction rule: the largest logit's class where it exceeds 0, else background.
+    """Sigmoid prediction rule: the class of the largest logit if it exceeds 0, else background.
 
     Attributes:
         argmax_of_sigmoids: compare float32 sigmoids instead of logits; saturated sigmoids tie, and the first wins.

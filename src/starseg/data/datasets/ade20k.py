@@ -1,4 +1,4 @@
-"""The ADE20K layout of the scene parsing benchmark (ADEChallengeData2016).
+"""ADE20K in the layout of the scene parsing benchmark (ADEChallengeData2016).
 
 images/{training,validation}/x.jpg
 annotations/{training,validation}/x.png     ids 1..150, 0 "other"

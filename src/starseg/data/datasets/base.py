@@ -40,7 +40,7 @@ NO_FILES = Split((), (), ())
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on disk.
+    """Data set on disk.
 
     Attributes:
         key: key of its spec (:class:`starseg.data.datasets.spec.DatasetSpec`).
