@@ -128,7 +128,10 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "unknown precision": (_set("train.precision", "8"), "train.precision: input should be"),
     "unknown compat": (_set("compat", "mostly"), "compat: input should be 'published'"),
     "unknown setting": (_set("task.setting", "sequential"), "task.setting: input should be 'overlap' or 'disjoint'"),
-    "unknown data set": (_set("data.dataset", "coco"), "data.dataset: input should be"),
+    "unknown data set": (
+        _set("data.dataset", "coco"),
+        "data.dataset: unknown data set 'coco'; known: ade, folder, voc",
+    ),
     "output stride 4": (_set("model.output_stride", 4), "model.output_stride: input should be 8 or 16"),
     "crop beside the grid": (_set("data.crop", 60), "data.crop: 60 is no multiple of model.output_stride"),
     "crop 0": (_set("data.crop", 0), "data.crop: input should be greater than 0"),

@@ -24,6 +24,7 @@ from starseg.data.datasets.voc import VOC
 from starseg.data.index import cache_dir, class_index
 from starseg.data.labels import LabelMap
 from starseg.data.samples import StepDataset
+from starseg.engine.setup import resolve_config
 from starseg.errors import UserError
 from starseg.report.data_check import check_data, print_report
 from starseg.tasks import TaskSequence
@@ -80,6 +81,7 @@ def _settings(root: Path, out: Path) -> dict:
             **{"batch_size": 4, "warmup": 0.0, "precision": "32"},
             **{"base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
         },
+        "memory": {"size": 0},
         "star": {"pos_weight": 4},
     }
 
@@ -162,6 +164,18 @@ def test_star_trains_two_steps(miniature: Path, tmp_path: Path) -> None:
     assert [list(step["iou"])[1:] for step in steps] == [["road", "building"], ["road", "building", "car", "bicycle"]]
     info = json.loads((run / "step_1" / "model.json").read_text())
     assert (info["dataset"], info["test_fill"], info["dataset_ids"]) == ("cityscapes", 255, [0, 1, 3, 14, 19])
+
+
+def test_a_run_without_a_recipe_names_the_keys_to_give(miniature: Path, tmp_path: Path) -> None:
+    settings = _settings(miniature, tmp_path / "run")
+    del settings["train"]["later"], settings["star"]
+    with pytest.raises(
+        UserError, match=r"give train\.later\.epochs, train\.later\.lr, star\.pos_weight, or .*recipe=voc"
+    ):
+        starseg.train(parse_config(settings), console=QUIET)
+    assert not (tmp_path / "run").exists()
+    resolved, _ = resolve_config(parse_config({**settings, "recipe": "voc"}))
+    assert (resolved.train.later.epochs, resolved.method_section("star")["pos_weight"]) == (60, 4.0)
 
 
 ON_DISK = st.lists(st.sampled_from([*range(34), 255]), min_size=1, max_size=64)
