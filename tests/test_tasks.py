@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starseg.errors import UserError
-from starseg.tasks import TaskSequence, make_task
+from starseg.tasks import TaskSequence, make_task, split_classes
 
 TABLES = {"15-1": ((1, 2), (3,)), "joint": ((1, 2, 3, 4, 5),)}
 NAMES = ("background", "ant", "bee", "cat", "dog", "eel")
@@ -60,3 +60,9 @@ def test_relabelling_is_undone_by_dataset_ids(order: list[int], sizes: list[int]
     train = task.relabelling(step, "train")
     assert sorted(set(train.tolist()) - {0, 255}) == list(range(1 + len(task.old(step)), len(back)))
     assert (train[list(task.old(step))] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["15", "15-0", "15-1-1", "a-b"])
+def test_the_sizes_in_a_task_s_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"task '{name}': expected '<classes of step 0>-"):
+        split_classes(range(1, 21), name)

@@ -7,6 +7,7 @@ everything inside starseg is independent of the class order. This module is the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -29,8 +30,14 @@ def split_classes(order: Sequence[int], name: str) -> Steps:
     Args:
         order: dataset ids in order of learning.
         name: "<classes of step 0>-<classes of each later step>".
+
+    Raises:
+        ValueError: the name has another form.
     """
-    base, later = map(int, name.split("-"))
+    sizes = re.fullmatch(r"(\d+)-([1-9]\d*)", name)
+    if sizes is None:
+        raise ValueError(f"task {name!r}: expected '<classes of step 0>-<classes of each later step>', such as '15-1'")
+    base, later = map(int, sizes.groups())
     rest = range(base, len(order), later)
     return (tuple(order[:base]), *(tuple(order[i : i + later]) for i in rest))
 

@@ -71,6 +71,19 @@ def test_a_data_set_s_package_registers_recipes(registered: dict) -> None:
         register_recipe("star", "folder", recipe)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"posweight": 9.0}, "star takes no option posweight from a recipe; it takes: pos_weight"),
+        ({}, "has no pos_weight: add it to the recipe's options, or give star.pos_weight"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_method(registered: dict, options: dict, message: str) -> None:
+    register_recipe("star", "folder", Recipe(StepSchedule(5, 0.1), StepSchedule(4, 0.2), options=options))
+    with pytest.raises(UserError, match=f"the recipe of method star for data set 'folder'.*{message}"):
+        resolve(_config("star"))
+
+
 def test_the_weight_of_dkd_s_later_steps() -> None:
     def weights(recipe: str, **options: float) -> tuple[float, float]:
         section = resolve(_config("dkd", recipe=recipe, dkd=options)).method_section("dkd")

@@ -117,7 +117,8 @@ def apply_recipe(config: RunConfig, method: type[Method], options: Strict) -> Ru
         options: the method's options, validated.
 
     Raises:
-        UserError: the method has no recipe for the data set, and values are missing.
+        UserError: the method has no recipe for the data set and values are missing, or the recipe does not fit the
+            method.
     """
     recipe = find_recipe(config, method)
     completed = method.complete_options(options, recipe)
@@ -127,6 +128,7 @@ def apply_recipe(config: RunConfig, method: type[Method], options: Strict) -> Ru
         memory_size = config.memory.size or 0
         train = config.train
     else:
+        _check_options(config, method, recipe, completed)
         memory_size = recipe.memory_size if config.memory.size is None else config.memory.size
         train = config.train.model_copy(
             update={
@@ -154,6 +156,28 @@ def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]
     if method.memory and config.memory.size is None:
         yield "memory.size"
     yield from (f"{method.section}.{key}" for key in recipe_options(method.Options) if options[key] is None)
+
+
+def _check_options(config: RunConfig, method: type[Method], recipe: Recipe, options: Mapping[str, Any]) -> None:
+    """Refuse a recipe that names an option which the method does not take from it, or lacks one that is not given.
+
+    Args:
+        config: the configuration as it was given.
+        method: the configured method.
+        recipe: its recipe.
+        options: the method's options, completed from the recipe.
+
+    Raises:
+        UserError: see above.
+    """
+    allowed = recipe_options(method.Options)
+    title = f"the recipe of method {method.name} for data set {config.recipe or config.data.dataset!r}"
+    if unknown := sorted(recipe.options.keys() - set(allowed)):
+        known = ", ".join(allowed) or "none"
+        raise UserError(f"{title}: {method.name} takes no option {', '.join(unknown)} from a recipe; it takes: {known}")
+    if missing := [name for name in allowed if options[name] is None]:
+        keys = ", ".join(f"{method.section}.{name}" for name in missing)
+        raise UserError(f"{title} has no {', '.join(missing)}: add it to the recipe's options, or give {keys}")
 
 
 def _has_later_steps(config: RunConfig, method: type[Method]) -> bool:

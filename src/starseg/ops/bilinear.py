@@ -71,7 +71,7 @@ def resize_at_support(maps: Tensor, size: Sequence[int], cells: Sequence[int]) -
         return down @ (maps @ across.T)
 
 
-def split_classes(maps: Tensor, pixels: int) -> tuple[Tensor, ...]:
+def channel_chunks(maps: Tensor, pixels: int) -> tuple[Tensor, ...]:
     """Split maps [N, C, h, w] along C into parts of the size that is processed at a time.
 
     Args:

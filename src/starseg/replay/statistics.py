@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from starseg.ops.bilinear import largest, resize_at_support, split_classes, subsample_to_support
+from starseg.ops.bilinear import channel_chunks, largest, resize_at_support, subsample_to_support
 from starseg.replay.bank import PrototypeBank
 from starseg.tasks import BACKGROUND, IGNORE
 from starseg.utils.deprecation import old_names
@@ -45,7 +45,7 @@ def old_prediction(logits: Tensor, size: Sequence[int], cells: Sequence[int], th
         [N, H', W'] int64 training ids, at the pixels that :func:`starseg.ops.bilinear.subsample_to_support` keeps.
     """
     maps = logits.float()
-    parts = split_classes(maps, 4 * cells[0] * cells[1])
+    parts = channel_chunks(maps, 4 * cells[0] * cells[1])
     best, winner = largest(resize_at_support(part, size, cells) for part in parts)
     return torch.where(best > threshold, winner + 1, BACKGROUND)
 
