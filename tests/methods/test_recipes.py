@@ -113,6 +113,23 @@ def test_a_run_of_the_version_before_goes_on(method: str, tiny: dict, tmp_path: 
             claim(run, resolve(parse_config({**tiny, "method": method, "out": str(run), method: {key: 0.5}})))
 
 
+@pytest.mark.parametrize("method", ["plop", "dkd", "star"])
+def test_a_run_of_the_version_before_on_a_folder_goes_on_with_the_recipe_of_voc(method: str, tmp_path: Path) -> None:
+    """Version 0.1.0 took VOC's values for a folder, too, and did not save all of them."""
+    config = _config(method, recipe="voc", out=str(tmp_path / "run"))
+    tree = yaml.safe_load(dump_config(resolve(config)))
+    del tree["recipe"], tree["model"]["decoder"]
+    later = {"plop": {"pod": None, "pod_logits": None}}.get(method, {})
+    tree[method] = {key: value for key, value in tree[method].items() if key != "later_pos_weight"} | later
+    run = config.run_dir
+    (run / "step_0").mkdir(parents=True)
+    (run / "step_0" / "metrics.json").write_text("{}")
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    claim(run, resolve(config)).close()
+    with pytest.raises(UserError, match=r"another configuration:"):
+        claim(run, resolve(_config(method, recipe="ade", out=str(run))))
+
+
 def test_every_method_has_a_recipe_for_the_published_data_sets() -> None:
     for method in METHODS.values():
         assert {"voc", "ade"} <= method.recipes.keys(), method.name

@@ -17,7 +17,7 @@ from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
-from starseg.methods.recipes import apply_recipe
+from starseg.methods.recipes import apply_recipe, recipes_of
 from starseg.utils.files import write_atomic
 
 # Keys that may differ when a run is resumed, because they affect the location of files and the speed, not the result.
@@ -70,7 +70,11 @@ def resolve(config: RunConfig) -> RunConfig:
 def _resolved_tree(tree: Any) -> Any:
     """Complete a saved configuration of an earlier version, which may lack recipe values; unchanged if that fails."""
     try:
-        return yaml.safe_load(dump_config(resolve(parse_config(tree))))
+        config = parse_config(tree)
+        if "recipe" not in tree and config.data.dataset not in recipes_of(METHODS[config.method]):
+            # Version 0.1.0 took VOC's values for every data set that it had no others for.
+            config = config.model_copy(update={"recipe": "voc"})
+        return yaml.safe_load(dump_config(resolve(config)))
     except (UserError, KeyError, TypeError, AttributeError):
         return tree
 
