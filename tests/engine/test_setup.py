@@ -45,6 +45,21 @@ def test_the_file_and_its_overrides_are_named(tmp_path: Path) -> None:
         check_method(config.model_copy(update={"seed": 3}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.dataset=cows", "data.dataset: unknown data set 'cows'"),
+        ("data.dataset=folder", "no recipe for method star on data set 'folder'"),
+        ("recipe=cows", "recipe: method star has no recipe for data set 'cows'"),
+    ],
+)
+def test_the_file_is_named_where_the_data_set_or_recipe_is_unknown(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {name: 15-1}\n")
+    with pytest.raises(UserError, match=rf"c\.yaml \(with {change}\):\n{message}"):
+        prepare(load_config(path, [change]), QUIET)
+
+
 def test_a_prepared_run_is_resolved(tiny: dict) -> None:
     run = prepare(parse_config({**tiny, "train": {"batch_size": 4}}), QUIET)
     assert (run.config.train.base.epochs, run.config.train.later.epochs, run.config.memory.size) == (60, 60, 0)

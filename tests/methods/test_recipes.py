@@ -1,15 +1,15 @@
 """A recipe belongs to a method and a data set; without one, the configuration must give every value."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from starseg.config import dump_config, parse_config
+from starseg.config import Strict, dump_config, parse_config
 from starseg.engine.rundir import claim, resolve
 from starseg.errors import UserError
-from starseg.methods import METHODS, Recipe, StepSchedule, recipes, register_recipe
+from starseg.methods import METHODS, Recipe, SigmoidMethod, StepSchedule, recipes, register_method, register_recipe
 
 FOLDER = {"data": {"dataset": "folder"}, "task": {"name": "own", "steps": [["a"], ["b"]]}}
 SCHEDULE = {"base": {"epochs": 3, "lr": 0.1}, "later": {"epochs": 2, "lr": 0.01}, "warmup": 0.0}
@@ -46,6 +46,24 @@ def test_an_error_names_exactly_the_keys_to_give(method: str, given: dict, missi
         resolve(_config(method, **given))
     start = f"no recipe for method {method} on data set 'folder': give "
     assert str(caught.value) == f"{start}{missing}, or take another data set's with recipe=voc or recipe=ade"
+
+
+def test_a_method_with_an_option_that_must_be_given() -> None:
+    class PupilOptions(Strict):
+        teacher: str
+
+    @register_method("pupil")
+    class Pupil(SigmoidMethod):
+        Options = PupilOptions
+        recipes: ClassVar = {}
+
+    try:
+        with pytest.raises(
+            UserError, match=r"no recipe for method pupil on data set 'folder': give train\.base\.epochs"
+        ):
+            resolve(_config("pupil", pupil={"teacher": "star"}))
+    finally:
+        del METHODS["pupil"]
 
 
 def test_a_configuration_may_give_every_value_itself() -> None:
