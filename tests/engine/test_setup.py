@@ -77,3 +77,17 @@ def test_constructing_a_runner_does_no_work_and_leaving_it_releases_the_lock(tin
                 pass
         with pytest.raises(UserError, match="/nowhere"), wrong:
             pass
+
+
+def test_the_lock_is_released_where_entering_fails(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, although a notebook, say, keeps the exception and with it the file."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starseg.engine.rundir.write_atomic", full)
+        with pytest.raises(UserError, match="the disk is full") as kept:
+            Runner(parse_config(tiny), QUIET).__enter__()
+    with Runner(parse_config(tiny), QUIET):
+        assert kept.value

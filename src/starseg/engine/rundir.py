@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 from weakref import WeakSet
@@ -143,10 +144,12 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[s
         UserError: the directory belongs to a run with another configuration, or cannot be locked.
     """
     refuse_another_run(run_dir, config, free)
-    held = held or lock(run_dir)
-    # Checked again, as another run may have started and finished in between.
-    refuse_another_run(run_dir, config, free)
-    write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    with ExitStack() as on_error:
+        held = held or on_error.enter_context(lock(run_dir))
+        # Checked again, as another run may have started and finished in between.
+        refuse_another_run(run_dir, config, free)
+        write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+        on_error.pop_all()
     return held
 
 
