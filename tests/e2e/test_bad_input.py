@@ -391,6 +391,18 @@ def test_a_cache_that_cannot_be_written_is_not_needed(
     assert "note: " in printed.err and f"{config / 'cache'}" in printed.err and "Not a directory" in printed.err
 
 
+def test_the_index_needs_no_recipe(
+    tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("starseg.methods.star.Star.recipes", {})
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    monkeypatch.setattr(sys, "argv", ["starseg", "data", "index", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0 and "step 2: " in capsys.readouterr().out
+
+
 def test_the_table() -> None:
     """Last, since it prints what the tests before it found."""
     for kind, code, message in TABLE:

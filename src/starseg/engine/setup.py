@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from starseg.config import RunConfig
+from starseg.data.datasets import find_dataset
 from starseg.engine.launch import check_world_size, make_fabric, refuse_without_compiler
 from starseg.engine.run_data import RunData, open_data
 from starseg.engine.rundir import resolve
@@ -54,13 +55,18 @@ def check_method(config: RunConfig) -> None:
     """Check the parts of a configuration that depend on the registered methods.
 
     Raises:
-        UserError: the method or a section is unknown, an option is invalid, or the method does not support a setting.
+        UserError: the method, the data set or a section is unknown, an option is invalid, or the method does not
+            support a setting.
     """
     if config.method not in METHODS:
         raise UserError(
             f"{config.source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}; "
             "one of your own is named by STARSEG_METHODS=its_file.py, or by its package (docs/new-method.md)"
         )
+    try:
+        find_dataset(config.data.dataset)
+    except UserError as error:
+        raise UserError(f"{config.source}:\n{error}") from error
     _check_sections(config)
     method = METHODS[config.method]
     if config.memory.size and method.memory is None:
@@ -110,7 +116,10 @@ def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
         UserError: :func:`check_method` rejects the configuration, or a value is neither given nor in a recipe.
     """
     check_method(config)
-    resolved = resolve(config)
+    try:
+        resolved = resolve(config)
+    except UserError as error:
+        raise UserError(f"{config.source}:\n{error}") from error
     return resolved, make_method(resolved)
 
 
