@@ -23,7 +23,7 @@ from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.config import parse_config
-from starseg.engine.runner import train
+from starseg.experiments.train import train
 
 Change = Callable[[dict, Path], None]
 LISTS = "ImageSets/Segmentation"

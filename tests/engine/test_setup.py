@@ -63,7 +63,7 @@ def test_the_file_is_named_where_the_data_set_or_recipe_is_unknown(tmp_path: Pat
 def test_a_prepared_run_is_resolved(tiny: dict) -> None:
     run = prepare(parse_config({**tiny, "train": {"batch_size": 4}}), QUIET)
     assert (run.config.train.base.epochs, run.config.train.later.epochs, run.config.memory.size) == (60, 60, 0)
-    assert run.fabric is None and len(run.task) == 3 and run.method.name == "star"
+    assert run.fabric.world_size == 1 and len(run.task) == 3 and run.method.name == "star"
     assert not run.config.run_dir.exists()
 
 

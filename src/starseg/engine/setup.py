@@ -32,14 +32,14 @@ class PreparedRun:
         method: the method with its options.
         data: the opened and indexed data; loader workers are started on first use.
         notes: deviations of this run from the published method.
-        fabric: devices and processes, not launched yet; None if the run is not prepared for training.
+        fabric: devices and processes, not launched yet.
     """
 
     config: RunConfig
     method: Method
     data: RunData
     notes: list[str]
-    fabric: Fabric | None
+    fabric: Fabric
 
     @property
     def task(self) -> TaskSequence:
@@ -123,28 +123,24 @@ def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
     return resolved, make_method(resolved)
 
 
-def prepare(config: RunConfig, console: Console, steps: range | None = None, *, training: bool = False) -> PreparedRun:
+def prepare(config: RunConfig, console: Console, steps: range | None = None) -> PreparedRun:
     """Check a configuration, its devices and its data, without writing, launching or training anything.
 
     Args:
         config: configuration as returned by :func:`starseg.config.load_config`.
         console: where the number of images, the method's notes and progress are printed.
         steps: the steps to run; all by default.
-        training: whether to set up devices and loader workers for training as well.
 
     Raises:
         UserError: the configuration, devices or data must be corrected first.
     """
     resolved, method = resolve_config(config)
-    fabric = None
-    if training:
-        check_world_size(resolved.train)
-        fabric = make_fabric(resolved.train)
-        if resolved.train.compile:
-            refuse_without_compiler(fabric.device)
+    check_world_size(resolved.train)
+    fabric = make_fabric(resolved.train)
+    if resolved.train.compile:
+        refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
     notes = method.notes(find_recipe(resolved, type(method)))
-    if training:
-        for note in notes:
-            console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     return PreparedRun(resolved, method, data, notes, fabric)
