@@ -17,15 +17,13 @@ Newton method; :func:`iterate_adamw` performs the published iterations.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from starseg.errors import UserError
-
-Noise = Literal["dist", "angle", "bitwise"]
+from starseg.replay.directions import Noise
 
 _LR, _DECAY, _EPSILON, _ITERATIONS = 2.5e-4, 0.01, 1e-8, 500_000
 # The problem is solved for a sequence of weights of phi, each of them from the solution before.
