@@ -170,6 +170,7 @@ class Choices:
         binned_entropy: PLOP computes medians from 100 bins, regardless of ``plop.threshold``.
         binned_running_index: PLOP's running count of these bins adds the index of a bin instead of its content.
         fixed_prototypes: Adapter does not move the old prototypes.
+        iterated_prototypes: STAR-Lite derives prototypes by iterations of AdamW instead of solving for their limit.
     """
 
     noise_around_row: bool = False
@@ -185,6 +186,7 @@ class Choices:
     binned_entropy: bool = False
     binned_running_index: bool = False
     fixed_prototypes: bool = False
+    iterated_prototypes: bool = False
 
 
 SOUND = Choices()
@@ -202,6 +204,7 @@ PUBLISHED = Choices(
     binned_entropy=True,
     binned_running_index=True,
     fixed_prototypes=True,
+    iterated_prototypes=True,
 )
 
 

@@ -15,7 +15,7 @@ from starseg.finetuning.run import LearnRequest, learn
 from starseg.methods import METHODS
 
 CONTINUE_FROM = {
-    "star": {"adapter", "finetune", "star", "star-m"},
+    "star": {"adapter", "finetune", "star", "star-lite", "star-m"},
     "finetune": {"finetune"},
     "mib": {"ilt", "lwf", "mib", "plop"},
     "ssul": {"ssul", "ssul-m"},
