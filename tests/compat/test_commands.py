@@ -256,7 +256,7 @@ def test_a_launch_script_prints_its_usage(argv: list[str], message: str) -> None
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])
+@pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade", "compute_prototype"])
 def test_the_scripts_at_the_root(name: str) -> None:
     command = [sys.executable, str(ROOT / f"{name}.py"), "-r", "/nowhere/weight.pth"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

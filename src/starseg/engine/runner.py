@@ -23,6 +23,7 @@ from starseg.engine.setup import PreparedRun, prepare
 from starseg.engine.step import Step
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
+from starseg.methods import Method
 from starseg.models import Architecture, make_network
 from starseg.models.builders import check_crop
 
@@ -104,6 +105,10 @@ class Runner:
             else:
                 self._run_step(step)
         return run.config.run_dir
+
+    def begin(self, step: int) -> Method:
+        """Begin a step without training it, and return the method after its ``begin_step``; nothing is saved."""
+        return self._step(step).begin()
 
     def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
         """Measure the time per iteration over a few iterations of a step, without saving anything."""

@@ -30,7 +30,7 @@ from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
-from starseg.methods import StepContext
+from starseg.methods import Method, StepContext
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
@@ -114,6 +114,11 @@ class Step:
             "exemplar_bytes": memory.nbytes,
         }
         return TrainedStep(self.number, ctx.model, memory, bank, metrics)
+
+    def begin(self) -> Method:
+        """Begin the step as training does, and return the method; nothing is trained or saved."""
+        self._begin(self._context()[0], 1, 1e-6)
+        return self.method
 
     def seconds_per_iteration(self, iterations: int = 3) -> float:
         """Measure the time per iteration over a few iterations without the first; nothing is saved."""
