@@ -45,6 +45,7 @@ def test_which_methods_continue_from_a_step(name: str) -> None:
         test_fill=0,
         lead=list(layout.lead),
         conv_heads=layout.conv,
+        hidden=layout.hidden,
     )
     reasons = {other: default_method(other).can_continue(info, run.state) for other in METHODS}
     assert {other for other, reason in reasons.items() if reason is None} == CONTINUE_FROM[name]

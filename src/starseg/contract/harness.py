@@ -82,7 +82,7 @@ class MethodHarness:
         """Return a new instance, with the options completed by the method's first recipe."""
         cls = METHODS[self.name]
         recipe = next(iter(recipes_of(cls).values()), None)
-        options = cls.complete_options(cls.Options(**self.options), recipe)
+        options = cls.complete_options(cls.Options(**{**cls.contract_options, **self.options}), recipe)
         return cls(cls.Options(**options))
 
     def batch(self, step: int) -> Batch:
@@ -90,7 +90,7 @@ class MethodHarness:
         first = 1 + len(self.task.old(step))
         return random_batch(step, range(first, first + len(self.task.new(step))), range(1, first))
 
-    def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD]:
+    def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD | None]:
         """Prepare a step: add a head to the previous step's model, and load the method's state from a file.
 
         Args:
@@ -98,7 +98,7 @@ class MethodHarness:
             context: fields of the step context to replace.
 
         Returns:
-            The method, its context and an optimizer.
+            The method, its context and an optimizer; None in a step that trains nothing.
         """
         method, new, old = self.method(), len(self.task.new(step)), None
         with _SEEDING:
@@ -121,6 +121,8 @@ class MethodHarness:
             generator=torch.Generator().manual_seed(step),
         )
         ctx = replace(ctx, **context)
+        if not method.stages(ctx):
+            return method, ctx, None
         with _SEEDING, torch.no_grad():
             torch.manual_seed(step)
             method.init_heads(ctx)
@@ -130,9 +132,14 @@ class MethodHarness:
             method.begin_step(ctx)
         return method, ctx, make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
 
-    def train(self, method: Method, ctx: StepContext, optimizer: SGD, batch: Batch, times: int) -> list[float]:
-        """Repeat iterations on one batch, each with the same random draws, and return their losses."""
-        values = []
+    def train(self, method: Method, ctx: StepContext, optimizer: SGD | None, batch: Batch, times: int) -> list[float]:
+        """Repeat iterations on one batch, each with the same random draws, and return their losses.
+
+        Without an optimizer nothing is trained.
+        """
+        values: list[float] = []
+        if optimizer is None:
+            return values
         ctx.model.train()
         for _ in range(times):
             loss = total(method, ctx, batch)

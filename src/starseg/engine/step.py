@@ -94,17 +94,22 @@ class Step:
         ctx, memory = self._context()
         images = len(self.data.positions(self.number, "train"))
         new = self.run.task.list_names(self.run.task.new(self.number))
-        self._say(f"learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations")
-        training = self._begin(ctx, phase.epochs, phase.lr)
-        spent = self._fit(training, memory, guard, state)
+        clock, spent, iterations = Clock(self.fabric.device), 0.0, 0
+        if self.method.stages(ctx):
+            self._say(f"learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations")
+            training = self._begin(ctx, phase.epochs, phase.lr, clock)
+            spent = self._fit(training, memory, guard, state)
+            iterations = training.iteration
+        else:
+            self._say(f"learning {new} from {images} images without training")
         ctx.model.eval()
-        with torch.no_grad(), training.clock.time("statistics"):
+        with torch.no_grad(), clock.time("statistics"):
             average_buffers(ctx.model, self.fabric)
             self.method.end_step(ctx)
         bank = self.method.state_dict()
-        with training.clock.time("evaluation"):
+        with clock.time("evaluation"):
             scores = self._evaluate(ctx)
-        self._log_times(training)
+        self._log_times(clock, iterations)
         metrics = scores | {
             "seconds": round(time.monotonic() - start + spent, 2),
             "images": images,
@@ -117,13 +122,18 @@ class Step:
 
     def begin(self) -> Method:
         """Begin the step as training does, and return the method; nothing is trained or saved."""
-        self._begin(self._context()[0], 1, 1e-6)
+        self._begin(self._context()[0], 1, 1e-6, Clock(self.fabric.device))
         return self.method
 
     def seconds_per_iteration(self, iterations: int = 3) -> float:
-        """Measure the time per iteration over a few iterations without the first; nothing is saved."""
+        """Measure the time per iteration over a few iterations without the first; nothing is saved.
+
+        0 for a step that trains nothing.
+        """
         ctx, memory = self._context()
-        training = self._begin(ctx, 1, 1e-6)
+        if not self.method.stages(ctx):
+            return 0.0
+        training = self._begin(ctx, 1, 1e-6, Clock(self.fabric.device))
         ctx.model.train()
         loader, marks = self.data.train_loader(self.number, range(iterations), True, memory.files), []
         for batch in itertools.islice(loader, iterations):
@@ -202,14 +212,13 @@ class Step:
         for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 
-    def _begin(self, ctx: StepContext, epochs: int, lr: float) -> StepTraining:
+    def _begin(self, ctx: StepContext, epochs: int, lr: float, clock: Clock) -> StepTraining:
         """Initialise and freeze parts of the network, call the method's ``begin_step`` and set up the training loop."""
         with torch.no_grad():
             self.method.init_heads(ctx)
         self.method.freeze(ctx)
         synchronise_norm(ctx.model.train(), self.fabric)
         ctx.model.eval()
-        clock = Clock(self.fabric.device)
         with torch.no_grad(), clock.time("statistics"):
             self.method.begin_step(ctx)
         self.fabric.strategy.precision.load_state_dict(self.loss_scale)
@@ -284,11 +293,11 @@ class Step:
 
         return save
 
-    def _log_times(self, training: StepTraining) -> None:
+    def _log_times(self, clock: Clock, iterations: int) -> None:
         """Write the time spent on each part of the step to its logs."""
         if self.leader:
             logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="")
-            logger.log_metrics(training.clock.scalars(), step=training.iteration)
+            logger.log_metrics(clock.scalars(), step=iterations)
             logger.finalize("success")
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:

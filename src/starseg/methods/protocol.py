@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -29,7 +29,17 @@ from starseg.tasks import TaskSequence
 if TYPE_CHECKING:
     from starseg.engine.checkpoint import StepInfo
 
-__all__ = ["METHODS", "Group", "Method", "Network", "Recipe", "StepContext", "StepSchedule", "register_method"]
+__all__ = [
+    "METHODS",
+    "Group",
+    "Method",
+    "Network",
+    "Recipe",
+    "Stage",
+    "StepContext",
+    "StepSchedule",
+    "register_method",
+]
 
 METHODS: dict[str, type[Method]] = {}
 ADAPTERS: list[Callable[[Any], Any]] = []
@@ -86,6 +96,19 @@ class Group(NamedTuple):
     module: nn.Module
     lr: float = 1.0
     decay: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a step with its own trained parameters, optimizer and schedule.
+
+    Attributes:
+        name: name of the stage, shown in messages if a step has several.
+        schedule: the section of the configuration with its epochs and learning rate.
+    """
+
+    name: str
+    schedule: Literal["base", "later"]
 
 
 @dataclass(frozen=True)
@@ -170,8 +193,8 @@ class Method(ABC):
     """What the method stores from one step to the next."""
     base_step: ClassVar[str]
     """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
-    layout: ClassVar[HeadLayout] = SIGMOID
-    """Kind of the classifier heads."""
+    layout: HeadLayout = SIGMOID
+    """Kind of the classifier heads; may depend on the options."""
     memory: ClassVar[MemoryRule | None] = None
     """How old images are selected and used as exemplars; None for a method without exemplar memory."""
     one_process: ClassVar[bool] = False
@@ -180,6 +203,8 @@ class Method(ABC):
     """Hyper-parameters by data set; other packages add recipes with :func:`~starseg.methods.register_recipe`."""
     Options: ClassVar[type[Strict]] = Strict
     """Model of the options; fields made by :func:`~starseg.methods.from_recipe` default to the recipe's value."""
+    contract_options: ClassVar[Mapping[str, Any]] = {}
+    """Options with which the contract suite runs the method, if its defaults are too large for a small network."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -206,6 +231,14 @@ class Method(ABC):
         """
         return []
 
+    def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
+        """Return the stages in which a step trains, one after another; by default a single one.
+
+        A step without a stage trains nothing: :meth:`end_step` does all its work, and of the other hooks only
+        :meth:`load_state_dict` is called.
+        """
+        return (Stage("network", "later" if ctx.step else "base"),)
+
     def extra_maps(self) -> dict[str, Path]:
         """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.
 
@@ -220,7 +253,7 @@ class Method(ABC):
             info: description of the finished step.
             state: tensors that the method of that step stored.
         """
-        if (info.lead, info.conv_heads) != (list(self.layout.lead), self.layout.conv):
+        if info.layout != self.layout:
             return f"a step of {info.method} has other classifier heads than {self.name} trains"
         return None
 
