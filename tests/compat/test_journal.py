@@ -1,5 +1,6 @@
 """The commands of STAR's journal version: flags, files and compute_prototype.py."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from starseg.compat import commands
 from starseg.engine.checkpoint import load_info
 from starseg.utils.files import read_json
 
+ROOT = Path(__file__).parents[2]
 Train = Callable[..., None]
 LITE = ("--noise_type", "dist", "--basemodel", "DeepLabV3")
 BASIC = (*LITE, "--save_prototypes")
@@ -112,3 +114,39 @@ def test_files_that_do_not_fit_are_refused(train: Train, tmp_path: Path, capsys:
     _refused(lambda: train(1, *again), capsys, "here prototypes is missing")
     torch.save({"numbers": torch.ones(6), "prototypes": torch.ones(4, 256), "dist_noise": torch.ones(5)}, path)
     _refused(lambda: train(1, *again), capsys, "6 numbers do not belong with {'prototypes': (4, 256)}")
+
+
+@pytest.mark.parametrize("flags", [BASIC, LITE])
+def test_cityscapes(
+    flags: tuple[str, ...], tmp_path: Path, write_city: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    """Two steps of 13-6 with the flags of the published scripts, and eval_city.py."""
+    root = write_city(tmp_path / "CityScapes", train=12, val=4, ids=(8, 11, 26, 33))
+    tree = json.loads((ROOT / "configs" / "config_city.json").read_text())
+    args = tree["data_loader"]["args"]
+    for split in ("train", "val", "test"):
+        args[split]["args"]["transform_args"]["crop_size"] = 64
+    args["task"]["allow_absent"] = True
+    tree["arch"]["args"] |= {"backbone": "test_resnet", "backbone_pretrained": False}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tree))
+    common = [
+        "-c",
+        str(config),
+        "-d",
+        "cpu",
+        "--multiprocessing_distributed",
+        "--save_dir",
+        str(tmp_path / "saved_city"),
+    ]
+    common += ["--name", "STAR", "--task_name", "13-6", "--task_setting", "overlap", "--bs", "4", "--ep", "1"]
+    common += ["--data_root", str(root), *flags]
+    commands.train("city", [*common, "--task_step", "0", "--lr", "0.005"])
+    if flags == LITE:
+        commands.derive([*common, "--task_step", "1"])
+    commands.train("city", [*common, "--task_step", "1", "--lr", "0.0005", "--freeze_bn", "--mem_size", "0"])
+    folder = tmp_path / "saved_city" / "models" / "overlap_13-6_STAR" / "step_1"
+    assert len(load_info(folder).names) == 20
+    capsys.readouterr()
+    commands.evaluate("city", ["-d", "cpu", "--test", "-r", str(folder / "checkpoint-epoch1.pth")])
+    assert "mean all" in capsys.readouterr().out

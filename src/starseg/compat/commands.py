@@ -1,4 +1,4 @@
-"""Published commands train_voc.py, train_ade.py, eval_voc.py, eval_ade.py and compute_prototype.py."""
+"""Published commands train_<voc|ade|city>.py, eval_<voc|ade|city>.py and compute_prototype.py."""
 
 from __future__ import annotations
 

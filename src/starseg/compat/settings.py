@@ -13,7 +13,11 @@ from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
 from starseg.replay.directions import Noise
 
-_DATASETS = {"VOCIncrementalDataLoader": "voc", "ADEIncrementalDataLoader": "ade"}
+_DATASETS = {
+    "VOCIncrementalDataLoader": "voc",
+    "ADEIncrementalDataLoader": "ade",
+    "CityIncrementalDataLoader": "city",
+}
 """Our data set of each published loader."""
 
 
@@ -101,13 +105,13 @@ class LoaderArgs(_Keys):
     pin_memory: bool = True
     memory: ExemplarMemory = ExemplarMemory()
     root: Path | None = None
-    """Ours: the data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K."""
+    """Ours: the data set's folder; by default ./datasets/PascalVOC2012, ADE20K or CityScapes."""
 
 
 class Loader(_Keys):
     """Section ``data_loader``."""
 
-    type: Literal["VOCIncrementalDataLoader", "ADEIncrementalDataLoader"]
+    type: Literal["VOCIncrementalDataLoader", "ADEIncrementalDataLoader", "CityIncrementalDataLoader"]
     args: LoaderArgs
 
 

@@ -41,7 +41,7 @@ class StarBasic(PrototypeReplay):
     stores = "the previous model, (D + 2) floats per class: count, prototype, noise"
     recipes: ClassVar[Recipes] = {
         **PrototypeReplay.recipes,
-        "cityscapes": Recipe(StepSchedule(60, 5e-3), StepSchedule(60, 5e-4), options={"pos_weight": 4.0}),
+        "city": Recipe(StepSchedule(60, 5e-3), StepSchedule(60, 5e-4), options={"pos_weight": 4.0}),
     }
     Options = NoiseOptions
     options: NoiseOptions
