@@ -11,33 +11,10 @@ from starseg.config import DataConfig, load_config, override, parse_config
 from starseg.data import validation
 from starseg.data.datasets import open_dataset
 from starseg.data.index import class_index
-from starseg.data.validation import held_out, open_splits
+from starseg.data.validation import open_splits
 from starseg.engine.run_data import open_data
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
-
-
-def test_every_class_is_on_both_sides() -> None:
-    rng = np.random.default_rng(0)
-    pixels = np.zeros((400, 256), np.int32)
-    pixels[:, 0] = 9  # the background is everywhere
-    for number, share in {1: 0.5, 2: 0.2, 3: 0.05, 4: 0.01}.items():
-        pixels[:, number] = rng.random(400) < share
-    pixels[:, 255] = 1
-    ids = [f"image {i}" for i in range(400)]
-    first = np.flatnonzero(held_out(pixels, ids, 0.2))
-    assert len(first) == pytest.approx(80, abs=2)
-    pixels[first[:3], 5] = 1  # would be held out altogether
-    pixels[first[3], 6] = 1  # a single image, which must remain for training
-    pixels[np.setdiff1d(np.arange(400), first)[:2], 7] = 1  # would not be held out at all
-    held = held_out(pixels, ids, 0.2)
-    assert held.dtype == bool and held.sum() == pytest.approx(80, abs=3)
-    assert (pixels[held][:, [0, 1, 2, 3, 4, 5, 7]] > 0).any(0).all() and not held[first[3]]
-    assert (pixels[~held][:, :8] > 0).any(0).all()
-    # Independent of the order of the files, as the list of a data set may be sorted otherwise elsewhere.
-    order = rng.permutation(400)
-    assert np.array_equal(held_out(pixels[order], [ids[i] for i in order], 0.2), held[order])
-    assert not held_out(pixels[:1], ids[:1], 0.9).any()
 
 
 def test_the_held_out_images_take_the_place_of_the_test_images(shapes: Path) -> None:
@@ -58,7 +35,7 @@ def test_a_data_set_of_single_images_is_refused(shapes: Path, monkeypatch: pytes
         train=type(dataset.train)(*(x[:1] for x in (dataset.train.images, dataset.train.masks, dataset.train.ids))),
     )
     monkeypatch.setattr(validation, "open_dataset", lambda _: one)
-    with pytest.raises(UserError, match=r"data\.validation: no class is shown by two of the 1 training images"):
+    with pytest.raises(UserError, match=r"data\.validation: none of the 1 training images"):
         open_splits(DataConfig(root=shapes, validation=0.25))
 
 

@@ -13,9 +13,11 @@ import yaml
 from rich.console import Console
 
 from starseg.cli.main import main
-from starseg.config import override
+from starseg.config import override, parse_config
 from starseg.errors import UserError
 from starseg.experiments.sweep import Point, make_sweep, parse_grid, run_sweep, tune
+from starseg.experiments.train import train
+from starseg.methods import METHODS
 
 LATER = "train.later.lr=0.001,0.002"
 
@@ -126,13 +128,13 @@ def test_folder_names_are_readable_and_safe() -> None:
 def test_points_that_differ_in_later_settings_share_step_0(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     methods = ["finetune", "star", "mib", "plop", "joint"]
-    sweep = make_sweep(config, methods, [3, 4], out, [], ["train.base.lr=0.01,0.02", LATER, "star.ocfm=1,2"])
+    sweep = make_sweep(config, methods, [3, 4], out, [], ["train.base.lr=0.01,0.02", LATER, "star.mbce=1,2"])
     plan = sweep.tuning.plan([point for found in sweep.points.values() for point in found], [3])
     bases = {plan.name(run) for run in plan.runs if run.run_dir in plan.only_base}
-    # mib and plop start from LwF's step 0, finetune from STAR's without options; STAR's options may concern its step 0.
+    # mib and plop start from LwF's step 0, finetune from STAR's without options; `star.mbce` concerns STAR's step 0.
     assert bases == {
         *(f"sweep/{owner}/base_step/train.base.lr={lr}/seed3" for owner in ("lwf", "star") for lr in (0.01, 0.02)),
-        *(f"sweep/star/base_step/star.ocfm={x},train.base.lr={lr}/seed3" for x in (1, 2) for lr in (0.01, 0.02)),
+        *(f"sweep/star/base_step/star.mbce={x},train.base.lr={lr}/seed3" for x in (1, 2) for lr in (0.01, 0.02)),
     }
     own = [run for run in plan.runs if run.run_dir not in plan.only_base]
     assert len(own) == 4 + 8 + 4 + 4 + 2 and {run.seed for run in own} == {3}
@@ -151,6 +153,42 @@ def test_points_that_differ_in_later_settings_share_step_0(config: Path, tmp_pat
         for rest in ("lwf/base_step/train.base.lr=0.01", "mib/train.base.lr=0.01,train.later.lr=0.002")
     ]
     assert all(run.data.validation is None for run in final.runs)
+
+
+CHANGED = {
+    "star": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5},
+    "ssul": {"threshold": 0.5},
+    "dkd": {"kd": 1, "dkd": 1, "later_pos_weight": 2},
+    "adapter": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5, "adc": False},
+}
+
+
+@pytest.mark.parametrize("method", CHANGED)
+def test_later_options_have_no_effect_on_step_0(method: str, tiny: dict, tmp_path: Path) -> None:
+    tiny |= {"method": method}
+    plain = train(parse_config(tiny), range(1), Console(quiet=True)) / "step_0"
+    changed = {METHODS[method].section: CHANGED[method], "out": str(tmp_path / "changed")}
+    other = train(parse_config(tiny | changed), range(1), Console(quiet=True)) / "step_0"
+    for name in ("model.safetensors", "bank.safetensors"):
+        assert (plain / name).is_file() == (other / name).is_file()
+        assert not (plain / name).is_file() or (plain / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_all_later_options_are_tested() -> None:
+    declared = {name: method.later_options for name, method in METHODS.items() if method.base_step == name}
+    assert {name: set(options) for name, options in declared.items() if options} == {
+        name: set(options) for name, options in CHANGED.items()
+    }
+    assert all(method.later_options <= set(method.Options.model_fields) for method in METHODS.values())
+
+
+def test_a_sweep_over_later_options_trains_step_0_once(config: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(config, ["star", "star-m"], [0], tmp_path / "out", [], ["star.ocfm=1,2"])
+    plan = sweep.tuning.plan([point for found in sweep.points.values() for point in found], [0])
+    assert [plan.name(run) for run in plan.runs] == [
+        "sweep/star/base_step/default/seed0",
+        *(f"sweep/{method}/star.ocfm={value}/seed0" for method in ("star", "star-m") for value in (1, 2)),
+    ]
 
 
 def test_the_tuning_never_reads_the_test_images(config: Path, shapes: Path, tmp_path: Path) -> None:
@@ -194,7 +232,7 @@ def test_sweep_end_to_end(run: Callable[..., str], tmp_path: Path) -> None:
     assert "evaluated on held-out training images (data.validation 0.2)" in tuned["run"]["notes"][0]
     page, text = (out / "report.html").read_text(), (out / "compare.md").read_text()
     for shown in (page, text, " ".join(said.split())):
-        assert "was tuned with seed 0 on 20% of the training images" in shown and "s for the tuning and" in shown
+        assert "was tuned with seed 0 on 20% of the training images" in shown and "s in the tuning and" in shown
     assert '<h2 id="sweep">Sweep</h2>' in page and page.count("<td>yes</td>") == 2
     assert text.count("| yes |") == 2
     again = run(*argv)

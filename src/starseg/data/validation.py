@@ -1,9 +1,7 @@
-"""A validation split, cut from the training images of a data set."""
+"""Validation splits, cut from training images."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +9,9 @@ import numpy as np
 from starseg.config import DataConfig
 from starseg.data.datasets import Dataset, Split, open_dataset
 from starseg.data.index import class_index
+from starseg.data.samples import sample_seed
 from starseg.errors import UserError
-from starseg.tasks import IGNORE
+from starseg.tasks import BACKGROUND, IGNORE
 
 
 def open_splits(config: DataConfig) -> Dataset:
@@ -24,41 +23,41 @@ def open_splits(config: DataConfig) -> Dataset:
     dataset = open_dataset(config)
     if config.validation is None:
         return dataset
-    held = held_out(class_index(dataset, dataset.train), dataset.train.ids, config.validation)
+    shown = np.delete(class_index(dataset, dataset.train) > 0, [BACKGROUND, IGNORE], axis=1)
+    held = split_images(shown, config.validation, np.random.default_rng(sample_seed("validation")))
     if not held.any():
         raise UserError(
-            f"data.validation: no class is shown by two of the {len(held)} training images of {dataset.root}, so none "
-            "can be held out; add images, or remove the key"
+            f"data.validation: none of the {len(held)} training images of {dataset.root} can be held out, because a "
+            "class would lose its only one; add images, or remove the key"
         )
     train, test = _take(dataset.train, ~held), _take(dataset.train, held)
     return replace(dataset, train=train, test=test, published={})
 
 
-def held_out(pixels: np.ndarray, ids: Sequence[str], share: float) -> np.ndarray:
-    """Choose validation images by a hash of their identifiers, so that they depend on nothing else.
-
-    A class that two images or more show is then represented on both sides, and a class of a single image in training;
-    where two classes contradict each other, the rarer one decides.
+def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose validation images, a fraction of those of each class, leaving every class an image to train on.
 
     Args:
-        pixels: [N, 256] class index of the training images.
-        ids: identifiers of the images.
-        share: share of the images to hold out.
+        shown: [N, C] bool, whether an image shows a class.
+        share: fraction of the images to choose.
+        rng: random generator.
 
     Returns:
-        [N] bool.
+        [N] bool, whether an image is chosen; a class shown by two or more images is in both parts wherever possible.
     """
-    order = np.argsort([hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest() for name in ids])
-    held = np.zeros(len(ids), bool)
-    held[order[: round(share * len(ids))]] = True
-    present = np.delete(pixels > 0, IGNORE, axis=1)
-    for number in np.argsort(-present.sum(0), kind="stable"):
-        shown = order[present[order, number]]
-        if held[shown].all():
-            held[shown[-1:]] = False
-        elif len(shown) > 1 and not held[shown].any():
-            held[shown[0]] = True
-    return held
+    chosen = np.zeros(len(shown), bool)
+    left = shown.sum(0)
+    for column in np.argsort(left, kind="stable"):
+        images = rng.permutation(np.flatnonzero(shown[:, column]))
+        wanted = min(max(1, round(share * len(images))), len(images) - 1)
+        for image in images:
+            spared = (left[shown[image]] > 1).all()
+            if not chosen[image] and spared and chosen[images].sum() < wanted:
+                chosen[image] = True
+                left = left - shown[image]
+    without = rng.permutation(np.flatnonzero(~shown.any(1)))
+    chosen[without[: round(share * len(without))]] = True
+    return chosen
 
 
 def _take(split: Split, keep: np.ndarray) -> Split:

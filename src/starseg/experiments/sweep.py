@@ -123,8 +123,7 @@ class Stage:
     def _base_step(self, point: Point, run: RunConfig, seed: int) -> RunConfig:
         """Return the run that trains step 0 for a grid point: by :attr:`Method.base_step` if its settings are equal."""
         for method in (METHODS[point.method].base_step, point.method):
-            section = METHODS[method].section
-            setting = {k: v for k, v in point.setting.items() if k in _BASE_KEYS or k.partition(".")[0] == section}
+            setting = {key: value for key, value in point.setting.items() if _affects_step_0(key, method)}
             base = Point(method, setting)
             place = self.out / self.kind / method / "base_step" / base.name / f"seed{seed}"
             lender = self._configure(base, seed, place)
@@ -259,6 +258,7 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     out, tuned = sweep.final.out, tune(sweep, console)
     if is_leader():
         print_rows(tuned.rows, "tuning: mIoU of all classes on held-out training images in percent", console)
+        out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "sweep.csv", comma_separated(tuned.rows).encode())
     if not tuned.best:
         raise UserError("no grid point of any method finished; the reasons are listed above")
@@ -267,8 +267,8 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     if is_leader():
         caption = (
             f"Each method was tuned with seed {sweep.seeds[0]} on {sweep.share:.0%} of the training images, held out; "
-            "the setting with the highest mIoU of all classes after the last step was chosen. Training and evaluation "
-            f"took {_seconds(tuned.runs):,.0f} s for the tuning and {_seconds(plan.runs):,.0f} s for the final runs."
+            "the setting with the highest mIoU of all classes after the last step was chosen. The finished steps "
+            f"took {_seconds(tuned.runs):,.0f} s in the tuning and {_seconds(plan.runs):,.0f} s in the final runs, evaluation included."
         )
         console.print(caption, highlight=False)
         runs = [run.run_dir for run in plan.runs if run.run_dir not in plan.only_base and plan.name(run) not in failed]
@@ -331,6 +331,11 @@ def _concerns(key: str, run: RunConfig) -> bool:
     if key.startswith("train.later."):
         return _later_steps(run)
     return key in _BASE_KEYS or key.partition(".")[0] == method.section
+
+
+def _affects_step_0(key: str, method: str) -> bool:
+    section, _, option = key.partition(".")
+    return key in _BASE_KEYS or (section == METHODS[method].section and option not in METHODS[method].later_options)
 
 
 def _later_steps(run: RunConfig) -> bool:
