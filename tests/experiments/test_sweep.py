@@ -20,6 +20,7 @@ from starseg.experiments.train import train
 from starseg.methods import METHODS
 
 LATER = "train.later.lr=0.001,0.002"
+NO_RECIPE = ("data.dataset=folder", "train.later.lr=null", "train.warmup=0", "memory.size=0", "star.pos_weight=4")
 
 
 @pytest.fixture
@@ -95,6 +96,7 @@ def test_mistakes_are_found_before_training(config: Path, tmp_path: Path) -> Non
     refused(r"star\.nothing: unknown key", "star.nothing=1,2")
     refused(r"--sweep plop\.pod: concerns none of the compared methods \(star, mib\)", "plop.pod=1,2")
     refused(r"--sweep train\.later\.lr: concerns none", LATER, methods=("joint",))
+    refused("no recipe for method star.* give train.later.lr,", LATER, methods=("star",), overrides=NO_RECIPE)
     refused("start_from: a sweep trains step 0", LATER, overrides=("start_from=somewhere",))
     assert not out.exists()
     (out / "star_seed0").mkdir(parents=True)
@@ -232,7 +234,10 @@ def test_sweep_end_to_end(run: Callable[..., str], tmp_path: Path) -> None:
     assert "evaluated on held-out training images (data.validation 0.2)" in tuned["run"]["notes"][0]
     page, text = (out / "report.html").read_text(), (out / "compare.md").read_text()
     for shown in (page, text, " ".join(said.split())):
-        assert "was tuned with seed 0 on 20% of the training images" in shown and "s in the tuning and" in shown
+        assert (
+            "trained with seed 0 and evaluated on 20% of the training images" in shown
+            and "s in the tuning and" in shown
+        )
     assert '<h2 id="sweep">Sweep</h2>' in page and page.count("<td>yes</td>") == 2
     assert text.count("| yes |") == 2
     again = run(*argv)

@@ -303,9 +303,13 @@ def write_comparison(
     rows = summary(finished)
     if not rows:
         raise UserError(f"{out}: holds no finished run of a comparison")
-    for columns in (("seeds", *GROUPS), COLUMNS[len(GROUPS) : -len(STORED)], STORED):  # all at once are too wide for a terminal
+    for columns in (
+        ("seeds", *GROUPS),
+        COLUMNS[len(GROUPS) : -len(STORED)],
+        STORED,
+    ):  # all at once are too wide for a terminal
         table_rows = [{"method": row["method"]} | {column: row[column] for column in columns} for row in rows]
-        print_rows(table_rows, "after the last step, mIoU in percent, mean over seeds", console)
+        print_rows(table_rows, "after the last step: mean over seeds, mIoU in percent", console)
     notes = footnotes(finished)
     for note in notes:
         console.print(f"* {note}", highlight=False)

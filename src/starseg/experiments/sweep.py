@@ -129,6 +129,7 @@ class Stage:
             lender = self._configure(base, seed, place)
             if lends(lender, run):
                 break
+        resolve_config(lender)
         return lender
 
 
@@ -266,9 +267,10 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     failed = run_plan(plan, console)
     if is_leader():
         caption = (
-            f"Each method was tuned with seed {sweep.seeds[0]} on {sweep.share:.0%} of the training images, held out; "
-            "the setting with the highest mIoU of all classes after the last step was chosen. The finished steps "
-            f"took {_seconds(tuned.runs):,.0f} s in the tuning and {_seconds(plan.runs):,.0f} s in the final runs, evaluation included."
+            "Each method has the setting with the highest mIoU of all classes after the last step, trained with seed "
+            f"{sweep.seeds[0]} and evaluated on {sweep.share:.0%} of the training images, which were held out. "
+            f"Training and evaluation of the finished steps took {_seconds(tuned.runs):,.0f} s in the tuning and "
+            f"{_seconds(plan.runs):,.0f} s in the final runs."
         )
         console.print(caption, highlight=False)
         runs = [run.run_dir for run in plan.runs if run.run_dir not in plan.only_base and plan.name(run) not in failed]
