@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -100,15 +100,13 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a step with its own trained parameters, optimizer and schedule.
+    """The training of a step; a step without a stage trains nothing.
 
     Attributes:
         name: name of the stage, shown in messages if a step has several.
-        schedule: the section of the configuration with its epochs and learning rate.
     """
 
     name: str
-    schedule: Literal["base", "later"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,8 @@ class Method(ABC):
     """What the method stores from one step to the next."""
     base_step: ClassVar[str]
     """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
+    later_options: ClassVar[frozenset[str]] = frozenset()
+    """Options without effect on step 0, so that a sweep over them trains step 0 only once."""
     layout: HeadLayout = SIGMOID
     """Kind of the classifier heads; may depend on the options."""
     memory: ClassVar[MemoryRule | None] = None
@@ -237,7 +237,7 @@ class Method(ABC):
         A step without a stage trains nothing: :meth:`end_step` does all its work, and of the other hooks only
         :meth:`load_state_dict` is called.
         """
-        return (Stage("network", "later" if ctx.step else "base"),)
+        return (Stage("network"),)
 
     def extra_maps(self) -> dict[str, Path]:
         """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.

@@ -49,6 +49,7 @@ class PrototypeReplay(SigmoidMethod):
     """
 
     memory: ClassVar[MemoryRule] = MemoryRule(score=0.9)
+    later_options: ClassVar[frozenset[str]] = frozenset({"ocfm", "sad", "old_threshold", "replay"})
     ocfm_epsilon: ClassVar[float] = 0.0
     needs: ClassVar[str] = "prototype bank"
     """What a later step needs from the step before, for messages."""

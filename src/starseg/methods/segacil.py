@@ -55,6 +55,7 @@ class SegAcil(SigmoidMethod):
         "voc": Recipe(StepSchedule(50, 1e-3), StepSchedule(1, 1e-3), options={"pos_weight": 1.0}),
         "ade": Recipe(StepSchedule(50, 1e-3), StepSchedule(1, 1e-3), options={"pos_weight": 1.0}),
     }
+    later_options = frozenset({"uncertainty"})
     contract_options: ClassVar[Mapping[str, Any]] = {"width": 32}
     Options = SegAcilOptions
     options: SegAcilOptions

@@ -34,6 +34,7 @@ class Star(PrototypeReplay):
     summary = "prototype replay: about 2 KB per class in place of old images"
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
+    later_options = PrototypeReplay.later_options | {"norm_noise"}
     Options = StarOptions
     options: StarOptions
     bank: PrototypeBank | None

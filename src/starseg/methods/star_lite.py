@@ -29,6 +29,7 @@ class StarLite(StarBasic):
     summary = "STAR-Basic with prototypes derived from the classifier: one number stored per class"
     stores = "the previous model, 1 float per class: count"
     base_step = "star"
+    later_options = StarBasic.later_options | {"noise"}
     needs: ClassVar[str] = "counts"
 
     counts: Tensor | None = None
