@@ -24,10 +24,12 @@ class HeadLayout:
         lead: names of the leading channels, each of which has its own head. An auxiliary head is trained on detached
             features.
         conv: whether every head is 3x3 conv-BN-ReLU and a 1x1 convolution instead of a 1x1 convolution alone.
+        hidden: units of a hidden layer that all heads share; 0 for none.
     """
 
     lead: tuple[str, ...] = ()
     conv: bool = False
+    hidden: int = 0
 
 
 SIGMOID = HeadLayout()
