@@ -224,7 +224,9 @@ class Step:
 
     def _schedule(self, stage: Stage) -> tuple[int, float]:
         """Return the number of epochs and the base learning rate of a stage."""
-        phase = self.config.train.later if stage.schedule == "later" else self.config.train.base
+        if stage.schedule:
+            return stage.schedule.epochs, stage.schedule.lr
+        phase = self.config.train.later if self.number else self.config.train.base
         assert phase.epochs and phase.lr, "filled in by resolve()"
         return phase.epochs, phase.lr
 
@@ -253,7 +255,8 @@ class Step:
 
         Args:
             ctx: context of the stage.
-            epochs, lr: schedule of the stage.
+            epochs: number of epochs of the stage.
+            lr: its base learning rate.
             clock: clock of the step.
             stage: index of the stage.
             before: iterations of the earlier stages.

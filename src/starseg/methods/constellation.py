@@ -43,6 +43,10 @@ class ConstellationOptions(Strict):
 
     base: Literal["auto", "frozen", "trained"] = "auto"
     """Whether step 0 trains the network: `auto` trains it unless it starts from pretrained weights."""
+    epochs: int = Field(10, gt=0)
+    """Epochs of the classifier over the computed features."""
+    lr: float = Field(0.1, gt=0)
+    """Learning rate of the classifier."""
     crops: int = Field(4, gt=0)
     """Augmented crops of each image whose features are computed."""
     width: int = Field(256, gt=0)
@@ -76,8 +80,8 @@ class Constellation(Method):
     stores = "the network; a mixture of Gaussians per class"
     layout = HeadLayout((BACKGROUND_HEAD,), hidden=256)
     recipes: ClassVar[Recipes] = {
-        "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(10, 0.1)),
-        "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(10, 0.1)),
+        "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
+        "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4)),
     }
     Options = ConstellationOptions
     options: ConstellationOptions
@@ -96,9 +100,10 @@ class Constellation(Method):
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the classifier, after that of the network in a step 0 that trains it."""
-        classifier = Stage(CLASSIFIER, "later", self.options.crops)
-        trained = self.options.base == "trained" or (self.options.base == "auto" and not ctx.pretrained)
-        return (Stage(NETWORK, "base"), classifier) if ctx.step == 0 and trained else (classifier,)
+        options = self.options
+        classifier = Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops)
+        trained = options.base == "trained" or (options.base == "auto" and not ctx.pretrained)
+        return (Stage(NETWORK), classifier) if ctx.step == 0 and trained else (classifier,)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why constellation cannot continue from a finished step: another network, or no bank of Gaussians."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -104,14 +104,14 @@ class Stage:
 
     Attributes:
         name: name of the stage, shown in messages if a step has several.
-        schedule: the section of the configuration with its epochs and learning rate.
+        schedule: epochs and learning rate; None for those of ``train.base`` in step 0 and ``train.later`` afterwards.
         crops: number of augmented crops of each image that the stage trains on, if the feature map does not change in
             it. Their features are then computed once and held in memory: batches have no images, but the features as
             ``extras[FEATURES]`` and labels on their grid. 0 for a stage that computes features in each iteration.
     """
 
     name: str
-    schedule: Literal["base", "later"]
+    schedule: StepSchedule | None = None
     crops: int = 0
 
 
@@ -149,7 +149,7 @@ class StepContext:
     rank: int = 0
     world: int = 1
     pretrained: bool = False
-    stage: Stage = Stage("network", "base")
+    stage: Stage = Stage("network")
     cached: Callable[[], Iterator[Batch]] | None = None
 
     @property
@@ -246,7 +246,7 @@ class Method(ABC):
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the stages in which a step trains, one after another; by default a single one."""
-        return (Stage("network", "later" if ctx.step else "base"),)
+        return (Stage("network"),)
 
     def extra_maps(self) -> dict[str, Path]:
         """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.
