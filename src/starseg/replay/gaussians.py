@@ -13,7 +13,7 @@ from torch import Tensor
 
 RESERVOIR = 4096
 """Cells of a class on which the modes are clustered."""
-_ROUNDS = 20
+_ROUNDS, _FACTOR_ROUNDS = 20, 5
 # The covariance of a mode is averaged with the diagonal covariance of its class, which counts as so many cells.
 _PRIOR_CELLS = 8.0
 Cells = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -229,8 +229,25 @@ class _Moments:
         spread = weights @ (covariance.diagonal(dim1=1, dim2=2) + (means - mean).square())
         trust = (number / (number + _PRIOR_CELLS))[:, None, None]
         covariance = trust * covariance + (1 - trust) * torch.diag(spread)
-        values, vectors = torch.linalg.eigh(covariance)
-        top = vectors[..., vectors.shape[-1] - factors :] * values[:, None, -factors:].clamp_min(0).sqrt()
-        rest = covariance.diagonal(dim1=1, dim2=2) - top.square().sum(2)
+        parts = [_factorise(matrix, factors) for matrix in covariance]
+        deviations = torch.stack([rest for rest, _ in parts]) if parts else means
+        common = torch.stack([part for _, part in parts]) if parts else means.new_zeros(*means.shape, factors)
         owners = torch.full((len(number),), class_id, dtype=torch.int32, device=number.device)
-        return owners, weights.float(), means.half(), rest.clamp_min(0).sqrt().half(), top.half()
+        return owners, weights.float(), means.half(), deviations.half(), common.half()
+
+
+def _factorise(covariance: Tensor, factors: int) -> tuple[Tensor, Tensor]:
+    """Return deviations [D] and factors F [D, R] with covariance ~ diag(deviations^2) + F F^T, by factor analysis.
+
+    A few steps of the fixed-point iteration of maximum likelihood (Joereskog, Psychometrika 1967).
+    """
+    variance = covariance.diagonal()
+    least = 1e-3 * variance.clamp_min(1e-3 * float(variance.mean()) + 1e-12)
+    rest, common = variance.maximum(least), covariance.new_zeros(len(variance), factors)
+    top = min(factors, len(variance))
+    for _ in range(_FACTOR_ROUNDS if top else 0):
+        scale = rest.sqrt()
+        values, vectors = torch.linalg.eigh(covariance / scale[:, None] / scale)
+        common[:, :top] = scale[:, None] * vectors[:, -top:] * (values[-top:] - 1).clamp_min(0).sqrt()
+        rest = (variance - common.square().sum(1)).maximum(least)
+    return rest.sqrt(), common
