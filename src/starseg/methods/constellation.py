@@ -5,6 +5,7 @@ docs/constellation.md has the method in formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # Cells from which the descriptor's statistics are computed.
 _STATISTICS = 50_000
 # Cells to which the background's mixture is fitted after step 0.
-_MERGED = 200_000
+_MERGED, _AT_ONCE = 100_000, 8192
 NETWORK, CLASSIFIER = "network", "classifier"
 
 
@@ -255,36 +256,47 @@ class Constellation(Method):
 
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and that of the background to both old draws and new cells."""
-        ctx = self.ctx
+        ctx = self.ctx  # the context of the last stage, as begin_step received it
         new = range(ctx.first_new, ctx.first_new + ctx.new_classes)
         modes = {BACKGROUND: self.options.background_modes} | dict.fromkeys(new, self.options.modes)
+        background = float(self.bank.counts[0]) * ctx.stage.crops if self.bank else 0.0
+        share = min(1.0, _MERGED / max(background, 1.0))
+        cells = partial(self._measured, ctx, background, share)
         fitted, numbers = fit_mixtures(
-            partial(self._measured, ctx), modes, self.options.factors, ctx.generator, ctx.all_reduce_sum,
-            ctx.rank, ctx.world,
-        )  # fmt: skip
+            cells, modes, self.options.factors, ctx.generator, ctx.all_reduce_sum, ctx.rank, ctx.world
+        )
+        numbers[0] /= share
         numbers = numbers / ctx.stage.crops
         if self.bank is None:
             self.bank = GaussianBank(**{**fitted.state_dict(), "counts": numbers.float()})
         else:
-            old = self.bank.counts.double()
-            background = old[:1] + numbers[:1]
-            self.bank = self.bank.replace(fitted, torch.cat([background, old[1:], numbers[1:]]))
+            counts = torch.cat([numbers[:1], self.bank.counts[1:].double(), numbers[1:]])
+            self.bank = self.bank.replace(fitted, counts)
 
-    def _measured(self, ctx: StepContext) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield cells with their labels; background only where the classifier predicts it too."""
+    def _measured(self, ctx: StepContext, background: float, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield cells with their labels, then draws of the old background; see :meth:`_agreed`.
+
+        Args:
+            ctx: context of the step.
+            background: number of cells that the old background stands for.
+            share: random share of the background, old and new, that is taken.
+        """
+        # The second generator is in the same state in every process.
+        choice, generator = (torch.Generator(ctx.device).manual_seed(seed) for seed in (1 + ctx.rank, 0))
         for batch in self._batches(ctx):
             features, labels = self._cells(ctx, batch)
+            dropped = torch.rand(labels.shape, generator=choice, device=ctx.device) >= share
+            labels = torch.where((labels == BACKGROUND) & dropped, IGNORE, labels)
             yield features, self._agreed(ctx, features, labels)
-        if self.bank is not None:
+        parts = math.ceil(background * share / _AT_ONCE)
+        for _ in range(parts):
             amounts = torch.zeros_like(self.amounts)
-            amounts[0] = self.amounts[0] * self.draw_weights[0]
-            generator = torch.Generator(ctx.device).manual_seed(ctx.step)
-            for _ in range(ctx.iterations):
-                drawn, ids = self._draw(amounts, generator)
-                if len(ids):
-                    yield drawn, self._agreed(ctx, drawn, ids)
+            amounts[0] = background * share / parts
+            drawn, ids = self._draw(amounts, generator)
+            yield drawn, self._agreed(ctx, drawn, ids)
 
     def _agreed(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the labels [n], with background ignored where the classifier predicts a class."""
         taken = _classify(ctx.model.classify, features).argmax(1) != BACKGROUND
         return torch.where((labels == BACKGROUND) & taken, IGNORE, labels)
 
