@@ -138,12 +138,13 @@ class Runner:
         run = self.prepared
         first = next((t for t in self._wanted if not checkpoint.is_finished(run.step_dir(t))), None)
         model, start_from = run.config.model, run.config.start_from
+        architecture = run.method.architecture(Architecture.of(model))
         if first and not checkpoint.is_finished(run.step_dir(first - 1)):
             raise UserError(f"step {first} needs step {first - 1}, which is not finished: {run.step_dir(first - 1)}")
         if first == 0 and start_from:
-            refuse_to_adopt(start_from, step_info(run, 0, Architecture.of(model), [len(run.task.new(0))]))
+            refuse_to_adopt(start_from, step_info(run, 0, architecture, [len(run.task.new(0))]))
         elif first == 0:
-            check_crop(make_network(Architecture.of(model), [1], pretrained=model.pretrained), run.config.data.crop)
+            check_crop(make_network(architecture, [1], pretrained=model.pretrained), run.config.data.crop)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
 from starseg.losses.reduction import identity
 from starseg.methods.recipes import Recipe, Recipes, StepSchedule, recipe_options
-from starseg.models import Output, Segmenter
+from starseg.models import Architecture, Output, Segmenter
 from starseg.models.classifiers import SIGMOID, HeadLayout
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
@@ -100,13 +100,19 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """The training of a step; a step without a stage trains nothing.
+    """A part of a step with its own trained parameters, optimizer and schedule.
 
     Attributes:
         name: name of the stage, shown in messages if a step has several.
+        schedule: epochs and learning rate; None for those of ``train.base`` in step 0 and ``train.later`` afterwards.
+        crops: number of augmented crops of each image that the stage trains on, if the feature map does not change in
+            it. Their features are then computed once and held in memory: batches have no images, but the features as
+            ``extras[FEATURES]`` and labels on their grid. 0 for a stage that computes features in each iteration.
     """
 
     name: str
+    schedule: StepSchedule | None = None
+    crops: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class StepContext:
         all_reduce_sum: sums a tensor over processes, differentiably, so that every process holds the loss of the global
             batch.
         rank, world: index of this process, and number of processes.
+        pretrained: whether the encoder of step 0 starts from pretrained weights.
+        stage: the current stage of the step.
+        cached: starts one pass over the features that the engine holds in memory (:attr:`Stage.crops`), with batches as
+            in training but without the order of an epoch; None if it holds none.
     """
 
     task: TaskSequence
@@ -138,6 +148,9 @@ class StepContext:
     all_reduce_sum: Callable[[Tensor], Tensor] = identity
     rank: int = 0
     world: int = 1
+    pretrained: bool = False
+    stage: Stage = Stage("network")
+    cached: Callable[[], Iterator[Batch]] | None = None
 
     @property
     def new_classes(self) -> int:
@@ -231,6 +244,10 @@ class Method(ABC):
         """
         return []
 
+    def architecture(self, architecture: Architecture) -> Architecture:
+        """Return the architecture of the network that this method trains, given the configured one."""
+        return architecture
+
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the stages in which a step trains, one after another; by default a single one.
 
@@ -283,9 +300,10 @@ class Method(ABC):
         """Return parameters with their learning-rate factors; every trained parameter is in exactly one group."""
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Prepare the step before it trains; called with the new head added and without gradients. May scan the data.
+        """Prepare a stage of the step before it trains; called without gradients, with the new head added.
 
-        The result must depend on the context alone, because resuming an interrupted step calls this method again.
+        May scan the data. The result must depend on the context alone, because resuming an interrupted step calls this
+        method again; in a stage after the first, the model may already be partly trained in that stage.
         """
         self.ctx = ctx
 

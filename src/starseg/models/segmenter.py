@@ -213,17 +213,26 @@ class Segmenter(nn.Module):
         at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
         return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
 
-    def forward(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        extra_features: Tensor | None = None,
+        maps: bool = False,
+        features: Tensor | None = None,
+    ) -> Output:
         """Run the network.
 
         Args:
             images: [N, 3, H, W] normalised floats.
             extra_features: [M, D] replayed features, also classified.
             maps: whether to return the encoder's maps as well.
+            features: [N, D, h, w] feature map of the images if it is known already; the images are then not used.
         """
-        images = self._fit(images)
-        found = self.encoder(images)
-        features = self.decoder(found, self._grid(found, images))
+        found = None
+        if features is None:
+            images = self._fit(images)
+            found = self.encoder(images)
+            features = self.decoder(found, self._grid(found, images))
         extra = None
         if extra_features is not None and len(extra_features):
             extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
