@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from starseg.errors import UserError
+from starseg.utils.files import read_text
 
 
 class Strict(BaseModel):
@@ -339,7 +340,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(read_text(path)) or {}
     except OSError as error:
         place = "" if path.is_absolute() else f"; looked from {Path.cwd()}"
         raise UserError(f"{path}: cannot read the configuration ({error.strerror}){place}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starseg.config import Label, RunConfig, explain, parse_config
 from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
+from starseg.utils.files import parse_json
 
 _DATASETS = {"VOCIncrementalDataLoader": "voc", "ADEIncrementalDataLoader": "ade"}
 """Our data set of each published loader."""
@@ -303,7 +303,7 @@ def read_published(path: Path) -> dict[str, Any]:
         UserError: missing, or not a JSON object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except ValueError as error:

@@ -18,7 +18,7 @@ from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import apply_recipe
-from starseg.utils.files import write_atomic
+from starseg.utils.files import read_text, write_atomic
 
 # Keys that may differ when a run is resumed, because they affect the location of files and the speed, not the result.
 Keys = frozenset[tuple[str, ...]]
@@ -159,7 +159,7 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
     strange = run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir())
     if path.is_file():
         try:
-            text = path.read_text()
+            text = read_text(path)
             theirs = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error

@@ -1,13 +1,58 @@
-"""Atomic writes and JSON files."""
+"""Text and JSON files, and atomic writes."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from starseg.errors import UserError
+
+# The mark of UTF-16 in little-endian order is the beginning of that of UTF-32.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# A file of nothing but the mark of UTF-16 is more likely to be damaged than empty.
+_NO_TEXT = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """Read a text file in UTF-8, or in the encoding that its byte order mark stands for.
+
+    Windows editors and shells write byte order marks, also in UTF-16.
+
+    Args:
+        path: the file.
+        errors: treatment of bytes that are not valid in the encoding, as for :func:`open`.
+
+    Raises:
+        OSError: the file is unreadable.
+        UnicodeDecodeError: it is in another encoding.
+    """
+    with path.open("rb") as file:
+        start = file.read(5)
+    marked = (name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark) and start not in _NO_TEXT)
+    encoding = next(marked, "utf-8")
+    return path.read_text(encoding=encoding, errors=errors)
+
+
+def parse_json(path: Path) -> Any:
+    """Parse a JSON file that a user or another program wrote.
+
+    Raises:
+        OSError: the file is unreadable.
+        ValueError: it is not valid JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -46,7 +91,7 @@ def read_json(path: Path) -> Any:
         UserError: missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from error
     except ValueError as error:

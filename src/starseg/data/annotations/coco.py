@@ -7,7 +7,6 @@ crowd.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from starseg.data.datasets.base import distinct
 from starseg.data.images import refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
+from starseg.utils.files import parse_json
 
 Row = dict[str, Any]
 _SLACK = 1.0
@@ -143,7 +143,7 @@ def read_coco(path: Path) -> Coco:
     """
     _pycocotools()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--masks {path}: expected a folder, or a COCO file ({error})") from error
     images = _by_id(tree, "images", {"file_name": str}, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from starseg.data.images import refuse_other_size
 from starseg.errors import UserError
+from starseg.utils.files import parse_json
 
 
 def draw_labelme(path: Path, size: tuple[int, int], names: Sequence[str]) -> np.ndarray:
@@ -30,7 +30,7 @@ def draw_labelme(path: Path, size: tuple[int, int], names: Sequence[str]) -> np.
             unknown, or a shape has no area.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path)
         shapes, found = tree["shapes"], (tree["imageHeight"], tree["imageWidth"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a Labelme file with shapes, imageHeight and imageWidth ({error})") from error

@@ -11,6 +11,7 @@ import numpy as np
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
+from starseg.utils.files import read_text
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def read_lines(path: Path, layout: str) -> list[str]:
         UserError: the file is unreadable.
     """
     try:
-        # Some Windows editors write a byte order mark at the beginning of a file.
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
