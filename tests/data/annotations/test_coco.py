@@ -178,8 +178,19 @@ def test_two_images_with_the_same_name(tmp_path: Path) -> None:
     path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.png"}]}))
     with pytest.raises(UserError, match=r"a\.png: a\.jpg has the same stem"):
         read_coco(path).photos(tmp_path / "images", read_classes("cat"))
-    path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.jpg"}]}))
-    with pytest.raises(UserError, match=r"a\.jpg: a\.jpg has the same stem"):
+    path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "./a.jpg"}]}))
+    with pytest.raises(
+        UserError, match=r"images listed more than once: a\.jpg \(ids 1, 3\); give every file one entry"
+    ):
+        read_coco(path).photos(tmp_path / "images", read_classes("cat"))
+
+
+def test_all_files_that_are_listed_twice_are_named_at_once(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    tree = json.loads(path.read_text())
+    again = [{"id": number, "file_name": name} for number, name in ((9, "sub\\b.jpg"), (4, "a.jpg"), (8, "a.jpg"))]
+    path.write_text(json.dumps({**tree, "images": [*tree["images"], *again]}))
+    with pytest.raises(UserError, match=r"a\.jpg \(ids 1, 4, 8\), sub/b\.jpg \(ids 2, 9\); give every file"):
         read_coco(path).photos(tmp_path / "images", read_classes("cat"))
 
 

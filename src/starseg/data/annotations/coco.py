@@ -7,9 +7,10 @@ crowd.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from starseg.utils.files import parse_json
 
 Row = dict[str, Any]
 _SLACK = 1.0
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,22 @@ class Coco:
                 f"{self.path}: image {row['id']}: {images / name} is missing{_found(images, name)}; {len(missing)} of "
                 f"{len(files)} images are: --images is the folder that file_name starts from"
             )
+        self._check_listed_once(files)
         check_unique_stems([images / name for name, _ in files], images)
         return [
             Photo(Path(name).with_suffix("").as_posix(), images / name, self.path, partial(self.draw, row, indices))
             for name, row in files
         ]
+
+    def _check_listed_once(self, files: Sequence[tuple[str, Row]]) -> None:
+        """Refuse files that are listed under several image ids, given all names, sorted, with their entries."""
+        listed = [(name, [row["id"] for _, row in rows]) for name, rows in groupby(files, key=lambda pair: pair[0])]
+        if twice := [f"{name} (ids {', '.join(map(str, ids))})" for name, ids in listed if len(ids) > 1]:
+            rest = f" and {len(twice) - _NAMED} more" if len(twice) > _NAMED else ""
+            raise UserError(
+                f"{self.path}: images listed more than once: {', '.join(twice[:_NAMED])}{rest}; give every file one "
+                "entry, with the annotations of all of them"
+            )
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
         """Draw the mask of an image; pixels outside all annotations are background.
