@@ -168,6 +168,19 @@ def test_files_that_are_not_read_are_named(photos: Path, capsys: pytest.CaptureF
         find_images([f"{photos}/*.txt"])
 
 
+def test_hidden_files_are_no_images_unless_named(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    expected = find_images([f"{photos}/**/*"])
+    capsys.readouterr()
+    for path in expected:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    assert find_images([f"{photos}/**/*"]) == expected
+    assert find_images([str(photos)]) == [path for path in expected if path.parent == photos]
+    with pytest.raises(UserError, match="no file matches this pattern that is an image"):
+        find_images([f"{photos}/.*"])
+    assert "._" not in capsys.readouterr().err
+    assert find_images([str(photos / "._a.png")]) == [photos / "._a.png"]
+
+
 def test_a_folder_of_folders_gets_advice_on_the_pattern(photos: Path) -> None:
     for file in photos.glob("*.*"):
         file.unlink()

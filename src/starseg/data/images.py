@@ -20,8 +20,8 @@ _NAMED = 5
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file has the suffix of a supported image format."""
-    return path.suffix.lower() in SUFFIXES
+    """Whether a file has the suffix of a supported image format and is not hidden, as macOS's ``._x.jpg`` are."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def note_unread(files: Sequence[Path]) -> None:
