@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 from rich.console import Console
 from torch import Tensor
 from torchvision import io
@@ -17,6 +18,16 @@ from starseg.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMED = 5
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def is_image(path: Path) -> bool:
@@ -38,7 +49,8 @@ def note_unread(files: Sequence[Path]) -> None:
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        # Given a path, Pillow maps uncompressed files into memory, and garbles sideways TIFF images if grey.
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except UserError:
         raise
@@ -50,7 +62,28 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF data are damaged."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's parser raises nearly anything on damaged bytes
+        return 1
+    return found if found in _TRANSPOSITIONS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image in upright orientation, as every reader of images and masks sees it."""
+    image.load()  # Pillow itself turns TIFF images here and takes their orientation out
+    turn = _TRANSPOSITIONS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width of an opened, not yet loaded file in upright orientation."""
+    width, height = image.size
+    if isinstance(image, TiffImageFile):
+        # As stored: some versions of Pillow turn the size when the file is opened, others when it is loaded.
+        width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -67,7 +100,7 @@ def image_tensor(image: Image.Image) -> Tensor:
 
     16-bit images are reduced to their high byte; transparent pixels are composited over white.
     """
-    return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(_to_rgb(_upright(image)))).permute(2, 0, 1)
 
 
 def read_image(path: Path) -> Tensor:
@@ -92,7 +125,7 @@ def transparent_pixels(path: Path) -> np.ndarray:
         UserError: the file is missing, unreadable or truncated.
     """
     with _opened(path, "image") as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3] < 255
+        return np.asarray(_upright(image).convert("RGBA"))[..., 3] < 255
 
 
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
@@ -106,16 +139,15 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
         UserError: the file is missing, unreadable or, if decoded as a whole, truncated.
     """
     with _opened(path, "image") as image:
-        width, height = image.size
-        turned = _orientation(image) in (5, 6, 7, 8)
+        size = _upright_size(image)
         if whole:
             image.draft(None, (1, 1))
             image.load()
-    return (width, height) if turned else (height, width)
+    return size
 
 
 def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
-    """Read the ids of a mask (palette or grey PNG), [H, W] uint8.
+    """Read the ids of a mask (palette or grey PNG), [H, W] uint8, rotated according to its EXIF data.
 
     Args:
         path: the file.
@@ -130,7 +162,7 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
                 f"{path}: a mask must be an 8-bit palette or grey image, not {image.mode!r}; save the class ids as one"
                 f"{otherwise}"
             )
-        return np.array(image)
+        return np.array(_upright(image))
 
 
 def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | str) -> None:
