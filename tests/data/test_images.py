@@ -1,5 +1,8 @@
 """Images and masks of every kind of file are read alike, and damaged files are named."""
 
+import io
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,36 @@ def _saved(image: Image.Image, path: Path, **options: object) -> torch.Tensor:
     read = read_image(path)
     assert read.dtype == torch.uint8 and read.shape[0] == 3
     return read.int()
+
+
+def test_images_are_read_up_to_the_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.png"
+    Image.new("L", (18_000, 10_000), 7).save(path, compress_level=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert image_size(path) == (10_000, 18_000)
+        mask = read_mask(path)
+    assert mask.shape == (10_000, 18_000) and (mask[::999, ::999] == 7).all()
+    monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "180")
+    assert image_size(path, whole=False) == (10_000, 18_000)
+    monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "179")
+    for read in (read_image, read_mask, image_size, transparent_pixels):
+        with pytest.raises(UserError, match=r"x\.png: 18000x10000 pixels are more than the limit of 179 megapixels; cut"):
+            read(path)
+    monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "many")
+    with pytest.raises(UserError, match="STARSEG_MAX_MEGAPIXELS: expected a whole number .* got 'many'"):
+        read_image(path)
+
+
+def test_a_header_of_an_enormous_size_is_refused_without_reading_it(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    header = bytearray(buffer.getvalue())
+    header[16:24] = (2**30).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(header)
+    with pytest.raises(UserError, match=r"bomb\.png: 1073741824x1073741824 pixels are more than the limit of 1000"):
+        read_image(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "LA", "1", "CMYK"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,10 @@ from torchvision import io
 from starseg.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_MEGAPIXELS = 1000
+"""Default of $STARSEG_MAX_MEGAPIXELS, the size of the largest image that is read, in millions of pixels."""
+# The limit of Pillow is below the size of photos of telephones, so that :func:`_refuse_too_large` replaces it.
+Image.MAX_IMAGE_PIXELS = None
 _NAMED = 5
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +56,7 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     try:
         # Given a path, Pillow maps uncompressed files into memory, and garbles sideways TIFF images if grey.
         with path.open("rb") as file, Image.open(file) as image:
+            _refuse_too_large(image, path)
             yield image
     except UserError:
         raise
@@ -59,6 +65,22 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
         raise UserError(
             f"{path}: cannot read this {what} ({reason}); replace the file or take it out of the data set"
         ) from error
+
+
+def _refuse_too_large(image: Image.Image, path: Path) -> None:
+    """Refuse an image whose pixels would take more memory than a photo can, as a damaged or malicious file may.
+
+    Raises:
+        UserError: the image exceeds the limit, or the limit is not a number.
+    """
+    limit = os.environ.get("STARSEG_MAX_MEGAPIXELS") or str(MAX_MEGAPIXELS)
+    if not limit.isdecimal():
+        raise UserError(f"STARSEG_MAX_MEGAPIXELS: expected a whole number of millions of pixels, got {limit!r}")
+    if image.width * image.height > int(limit) * 10**6:
+        raise UserError(
+            f"{path}: {image.width}x{image.height} pixels are more than the limit of {limit} megapixels; cut the image "
+            "into parts or scale it down, or set STARSEG_MAX_MEGAPIXELS to a higher limit if the memory suffices"
+        )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -101,7 +101,7 @@ def _is_predicted(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == _MARK or image.info.get("comment") == _MARK.encode()
-    except OSError:
+    except Exception:  # Pillow raises nearly anything on damaged bytes
         return False
 
 
