@@ -83,10 +83,11 @@ def train(
     out: Out = None,
 ) -> None:
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
-    from starseg.config import load_config, override
+    from starseg.config import load_config
     from starseg.engine.launch import is_leader
     from starseg.experiments.train import train as run
     from starseg.report.page import write_report
+    from starseg.utils.overrides import override
 
     options = {"out": out and str(out), "train.devices": devices, "train.num_nodes": num_nodes}
     options["train.deterministic"] = deterministic or None

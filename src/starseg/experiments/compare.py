@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from starseg.config import RunConfig, load_config, override
+from starseg.config import RunConfig, load_config
 from starseg.engine.rundir import FREE_KEYS, differences
 from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
@@ -23,6 +23,7 @@ from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import write_page
 from starseg.utils.files import read_json, write_atomic
+from starseg.utils.overrides import override
 
 GROUPS = ("old", "new", "all", "harmonic")
 COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", "stored bytes")
