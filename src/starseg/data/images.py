@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
-from rich.console import Console
 from torch import Tensor
 from torchvision import io
 
+from starseg.data.folders import note, some
 from starseg.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -22,7 +22,6 @@ MAX_MEGAPIXELS = 1000
 """Default of $STARSEG_MAX_MEGAPIXELS, the size of the largest image that is read, in millions of pixels."""
 # The limit of Pillow is below the size of photos of telephones, so that :func:`_refuse_too_large` replaces it.
 Image.MAX_IMAGE_PIXELS = None
-_NAMED = 5
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,13 +41,9 @@ def is_image(path: Path) -> bool:
 
 def note_unread(files: Sequence[Path]) -> None:
     """Print a note on stderr about files that are not supported images; hidden files are not mentioned."""
-    names = [path.name for path in files if not path.name.startswith(".")]
-    if not names:
-        return
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
-    text = f"note: {what} starseg reads: {', '.join(names[:_NAMED])}{rest}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    if names := [path.name for path in files if not path.name.startswith(".")]:
+        what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
+        note(f"{what} starseg reads: {some(names)}")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
+from starseg.data.folders import list_files, note, some
 from starseg.data.images import SUFFIXES, is_image, note_unread
 from starseg.data.palette import paint, voc_palette
 from starseg.errors import UserError
@@ -54,15 +55,18 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 def _files_of(text: str) -> list[Path]:
     path, known = Path(text), ", ".join(SUFFIXES)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
+        files = list_files(path, deep=False)
         if not any(map(is_image, files)):
-            deep = any(p.is_file() and is_image(p) for p in path.rglob("*"))
+            deep = any(map(is_image, list_files(path)))
             hint = f"; folders in it hold some, which the pattern '{path}/**/*' (quoted) reaches" if deep else ""
             raise UserError(f"{path}: no image in this folder (looked for {known}){hint}")
     elif path.exists():
         return [path]
     elif _GLOB & set(text):
-        files = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+        found = sorted(map(Path, glob.glob(text, recursive=True)))
+        files = [path for path in found if path.is_file()]
+        if dangling := [path for path in found if not path.exists()]:
+            note(f"left out, as they are links that lead nowhere: {some(dangling)}")
         if not any(map(is_image, files)):
             raise UserError(f"{text}: no file matches this pattern that is an image ({known})")
     else:

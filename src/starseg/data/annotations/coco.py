@@ -19,7 +19,8 @@ import numpy as np
 from starseg.data.annotations.classlist import ClassList, is_background
 from starseg.data.annotations.photos import Photo, check_unique_stems
 from starseg.data.datasets.base import distinct
-from starseg.data.images import refuse_other_size
+from starseg.data.folders import list_files, note, some
+from starseg.data.images import is_image, refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
 from starseg.utils.files import parse_json
@@ -94,7 +95,10 @@ class Coco:
                 f"{len(files)} images are: --images is the folder that file_name starts from"
             )
         self._check_listed_once(files)
-        check_unique_stems([images / name for name, _ in files], images)
+        listed = [images / name for name, _ in files]
+        check_unique_stems(listed, images)
+        if unlisted := sorted({path for path in list_files(images) if is_image(path)} - set(listed)):
+            note(f"images that {self.path} does not list are not used: {some(unlisted)}")
         return [
             Photo(Path(name).with_suffix("").as_posix(), images / name, self.path, partial(self.draw, row, indices))
             for name, row in files
@@ -201,7 +205,7 @@ def _file_name(row: Row, path: Path) -> str:
 
 def _found(images: Path, missing: str) -> str:
     """Return the end of an error message: where a missing image was found instead."""
-    other = next(images.rglob(Path(missing).name), None)
+    other = next((path for path in list_files(images) if path.name == Path(missing).name), None)
     return f", but {other} is there" if other else ""
 
 

@@ -5,6 +5,7 @@ Masks are PNGs of class indices or colours, or Labelme JSON files, with the same
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from starseg.data.annotations.classlist import ClassList, Colour
 from starseg.data.annotations.labelme import draw_labelme
+from starseg.data.folders import list_files, note, some
 from starseg.data.images import (
     SUFFIXES,
     image_size,
@@ -37,6 +39,7 @@ from starseg.utils.progress import track
 
 # Suffixes of class lists and annotations, which may be stored among the images.
 _BESIDE = (".txt", ".json")
+_MASKS = (".png", ".json")
 _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 
 
@@ -57,12 +60,6 @@ class Photo:
     draw: Callable[[tuple[int, int]], np.ndarray]
 
 
-def _files(folder: Path, outside: Path | None = None) -> list[Path]:
-    """Return the files below a folder, sorted by path, without hidden ones and those below the folder ``outside``."""
-    files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
 def _name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).with_suffix("").as_posix()
 
@@ -76,43 +73,70 @@ def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
     by_name: dict[str, Path] = {}
     for file in images:
         if (twin := by_name.setdefault(_name(file, folder), file)) is not file:
-            raise UserError(f"{file}: {twin.name} has the same stem, so both have one mask; rename one")
+            raise UserError(
+                f"{file}: {twin.name} has the same stem, so both have one mask; rename one, or move "
+                "masks to a folder of their own"
+            )
 
 
 def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
     """Pair the images, sorted by name, with the masks of the same names (PNG, otherwise Labelme JSON).
 
-    Folders inside ``images`` are searched as well; their masks are in folders of the same names.
+    Folders inside ``images`` are searched as well; their masks are in folders of the same names. The folder ``masks``
+    itself may be inside ``images``, or be the same folder; an image or a copy of it is not taken for its own mask.
 
     Raises:
-        UserError: there is no image, two images have the same stem, or an image has no mask (with CVAT's class list,
-            only if no image has one).
+        UserError: there is no image, two images have the same stem, an image has two masks, or it has none (with CVAT's
+            class list, only if no image has one).
     """
     for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such {wanted}")
-    beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
-    given = _files(images, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    given = list_files(images, skip=() if masks.samefile(images) else (masks,))
     files = [path for path in given if is_image(path)]
     note_unread([path for path in given if not is_image(path) and path.suffix.lower() not in _BESIDE])
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
     check_unique_stems(files, images)
-    drawn = _files(masks)
-    found = {_name(p, masks): p for suffix in (".json", ".png") for p in drawn if p.suffix.lower() == suffix}
-    photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
+    found = _mask_files(masks)
+    photos = [_pair(_name(file, images), file, found.pop(_name(file, images), []), classes) for file in files]
     missing = [photo.name for photo in photos if not photo.mask]
+    lone = sorted(path for paths in found.values() for path in paths)
     if missing and not (classes.label_map and len(missing) < len(photos)):
-        lone = next((path for path in found.values() if len(missing) == len(photos) and path.suffix == ".json"), None)
-        hint = f"; if {lone} is a COCO file, give it as --masks" if lone else ""
+        coco = next((path for path in lone if len(missing) == len(photos) and path.suffix == ".json"), None)
+        hint = f"; if {coco} is a COCO file, give it as --masks" if coco else ""
         raise UserError(
             f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(files)} "
             f"images have none: add the masks or take the images out{hint}"
         )
+    _note_links(files)
+    if lone:
+        note(f"masks without an image of the same name are not used: {some(lone)}")
     return photos
 
 
-def _pair(name: str, image: Path, mask: Path | None, classes: ClassList) -> Photo:
+def _note_links(files: Sequence[Path]) -> None:
+    """Note images that are the same file under two names, which may be in training and validation at once."""
+    names: dict[Path, Path] = {}
+    pairs = [f"{path} is {first}" for path in files if (first := names.setdefault(path.resolve(), path)) is not path]
+    if pairs:
+        note(f"links make the same image count twice, perhaps in training and validation: {some(pairs)}")
+
+
+def _mask_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the PNG and JSON files below a folder by name."""
+    found: dict[str, list[Path]] = {}
+    for path in list_files(folder):
+        if path.suffix.lower() in _MASKS:
+            found.setdefault(_name(path, folder), []).append(path)
+    return found
+
+
+def _pair(name: str, image: Path, given: Sequence[Path], classes: ClassList) -> Photo:
+    masks = [path for path in given if path.suffix != image.suffix or not filecmp.cmp(path, image, shallow=False)]
+    if len(masks) > 1:
+        raise UserError(f"{image}: {' and '.join(map(str, masks))} could both be its mask; move all but one away")
+    mask = masks[0] if masks else None
     draw = partial(read_indices, mask, classes=classes) if mask else partial(np.zeros, dtype=np.uint8)
     return Photo(name, image, mask, draw)
 
