@@ -22,7 +22,7 @@ from starseg.finetuning.defaults import replay_share
 from starseg.inference.hub import is_export
 from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
-from starseg.utils.files import write_json
+from starseg.utils.files import write_json, write_lines
 
 _HIGHEST_ID = 254
 
@@ -256,7 +256,7 @@ def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> Clas
 
 
 def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnRequest) -> None:
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in prepared_step.names), encoding="utf-8")
+    write_lines(folder / "classes.txt", prepared_step.names)
     for name, chosen in (("train.txt", ~prepared_step.val), ("val.txt", prepared_step.val)):
         prepared_step.write_list(folder / name, chosen)
     digest = hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,28 @@ def read_text(path: Path, errors: str = "strict") -> str:
     marked = (name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark) and start not in _NO_TEXT)
     encoding = next(marked, "utf-8")
     return path.read_text(encoding=encoding, errors=errors)
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Split a text at \n, \r\n and \r.
+
+    :meth:`str.splitlines` would also split at separators that names may contain, such as U+2028, U+0085 and \f.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file with one entry per line, which reads back as the same entries.
+
+    Raises:
+        UserError: an entry is empty, contains a line break, or begins or ends with white space.
+    """
+    lines = list(lines)
+    if wrong := [line for line in lines if not line or line != line.strip() or len(split_lines(line)) > 1]:
+        raise UserError(
+            f"{path}: cannot write {wrong[0]!r} as a line; rename it without line breaks and outer white space"
+        )
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def parse_json(path: Path) -> Any:

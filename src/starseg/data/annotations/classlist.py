@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starseg.data.datasets.base import distinct, read_lines
+from starseg.data.datasets.base import clean_name, distinct, read_lines
 from starseg.errors import UserError
 
 Colour = tuple[int, int, int]
@@ -71,7 +71,7 @@ def read_classes(given: str) -> ClassList:
             entries.insert(0, ("background", None))
     if len(entries) < 2:
         raise UserError(f"--classes {given}: expected at least one class beside the background")
-    classes, colours = zip(*entries, strict=True)
+    classes, colours = tuple(clean_name(name) for name, _ in entries), tuple(colour for _, colour in entries)
     distinct([name.casefold() for name in classes], path)
     return ClassList(classes, _colour_map(classes, colours, path), given, label_map)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from starseg.data.annotations.classlist import ClassList, is_background
 from starseg.data.annotations.photos import Photo, check_unique_stems
-from starseg.data.datasets.base import distinct
+from starseg.data.datasets.base import clean_name, distinct
 from starseg.data.folders import list_files, note, some
 from starseg.data.images import is_image, refuse_other_size
 from starseg.errors import UserError
@@ -165,14 +165,16 @@ def read_coco(path: Path) -> Coco:
         raise UserError(f"--masks {path}: expected a folder, or a COCO file ({error})") from error
     images = _by_id(tree, "images", {"file_name": str}, path)
     categories = _by_id(tree, "categories", {"name": str}, path)
-    distinct([row["name"].strip().casefold() for row in categories.values()], path)
+    names = {number: clean_name(row["name"]) for number, row in categories.items()}
+    if nameless := [number for number, name in names.items() if not name]:
+        raise UserError(f"{path}: categories: the name of id {nameless[0]} is empty; give every category a name")
+    distinct([name.casefold() for name in names.values()], path)
     annotations: dict[int, list[Row]] = {}
     for row in _rows(tree, "annotations", {"id": int, "image_id": int, "category_id": int}, path):
         for key, known in (("image_id", images), ("category_id", categories)):
             if row[key] not in known:
                 raise UserError(f"{path}: annotation {row['id']}: its {key} {row[key]} is not in the file; take it out")
         annotations.setdefault(row["image_id"], []).append(row)
-    names = {number: row["name"].strip() for number, row in categories.items()}
     return Coco(path, names, list(images.values()), annotations)
 
 

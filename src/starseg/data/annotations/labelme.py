@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from starseg.data.datasets.base import clean_name
 from starseg.data.images import refuse_other_size
 from starseg.errors import UserError
 from starseg.utils.files import parse_json
@@ -38,7 +39,7 @@ def draw_labelme(path: Path, size: tuple[int, int], names: Sequence[str]) -> np.
     ids = {name.casefold(): index for index, name in enumerate(names)}
     mask = Image.new("L", size[::-1], 0)
     for shape in shapes:
-        label = str(shape.get("label", "")).strip()
+        label = clean_name(str(shape.get("label", "")))
         if label.casefold() not in ids:
             raise UserError(
                 f"{path}: label {label!r} is none of the classes {', '.join(names[1:])}; add it to --classes"

@@ -11,7 +11,7 @@ import numpy as np
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
-from starseg.utils.files import read_text
+from starseg.utils.files import read_text, split_lines
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,15 @@ def read_lines(path: Path, layout: str) -> list[str]:
         UserError: the file is unreadable.
     """
     try:
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return [line.strip() for line in split_lines(read_text(path)) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
+
+
+def clean_name(text: str) -> str:
+    """Replace each run of white space and line separators in a class name by a space, as files hold a name per line."""
+    return " ".join(text.split())
 
 
 def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:

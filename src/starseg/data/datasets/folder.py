@@ -14,14 +14,21 @@ from pathlib import Path
 from starseg.data.datasets.base import Dataset, Split, distinct, read_lines
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
 from starseg.errors import UserError
-from starseg.utils.files import read_json
+from starseg.utils.files import read_json, write_lines
 
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
 
 
 def write_list(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Write a list of image and mask paths, one tab-separated pair per line."""
-    path.write_text("".join(f"{image}\t{mask}\n" for image, mask in pairs), encoding="utf-8")
+    """Write a list of image and mask paths, one tab-separated pair per line.
+
+    Raises:
+        UserError: a path contains a tab or a line break.
+    """
+    pairs = list(pairs)
+    if wrong := next((file for pair in pairs for file in pair if "\t" in str(file)), None):
+        raise UserError(f"{str(wrong)!r}: the tab in this name separates paths in {path.name}; rename the file")
+    write_lines(path, (f"{image}\t{mask}" for image, mask in pairs))
 
 
 def _read_split(root: Path, name: str) -> Split:
