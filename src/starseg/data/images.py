@@ -32,6 +32,7 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_EXACT = ("L;R",)
 
 
 def is_image(path: Path) -> bool:
@@ -103,28 +104,72 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _raw_mode(image: Image.Image) -> str:
+    """Return how an opened file stores its pixels, in Pillow's notation: "L;4" is grey of 4 bits.
+
+    Returns:
+        The mode of the image if it is loaded already, or if its format does not tell.
+    """
+    tiles = getattr(image, "tile", [])
+    args = tiles[0][3] if tiles else ()
+    first = args if isinstance(args, str) else next(iter(args), None) if isinstance(args, tuple) else None
+    return first if isinstance(first, str) else image.mode
+
+
+def _bits(image: Image.Image, place: str) -> int:
+    """Return the number of bits of a channel: 12 or 16 where the high 8 are to be taken, else 8.
+
+    Raises:
+        UserError: the pixels have no fixed range that corresponds to black and white.
+    """
+    # Older versions of Pillow give 16-bit PNG files the mode of 32-bit integers.
+    if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = {"F": "floating-point numbers", "I": "signed or 32-bit integers", "LAB": "L*a*b* colours"}[image.mode]
+        raise UserError(
+            f"{place}: its pixels are {kind}, for which starseg knows no values of black and white; convert it to 8 or "
+            "unsigned 16 bits a channel"
+        )
+    raw = _raw_mode(image)
+    return 12 if ";12" in raw else 16 if image.mode.startswith("I") or ";16" in raw else 8
+
+
+def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> bits - 8).clip(0, 255).astype(np.uint8))
     if image.mode.lower().endswith("a") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def image_tensor(image: Image.Image) -> Tensor:
-    """Convert an image of any colour mode to an RGB tensor, [3, H, W] uint8, rotated according to its EXIF data.
+def image_tensor(image: Image.Image, place: str = "image") -> Tensor:
+    """Convert an image to an RGB tensor, [3, H, W] uint8, rotated according to its EXIF data.
 
-    16-bit images are reduced to their high byte; transparent pixels are composited over white.
+    12-bit and 16-bit images are reduced to their high 8 bits; transparent pixels are composited over white.
+
+    Args:
+        image: of any mode with 1 to 16 bits a channel.
+        place: the image, for error messages.
+
+    Raises:
+        UserError: the pixels are floating-point numbers or 32-bit integers, or they are stored in 16 bits but use only
+            the low 8, so that the image would be black.
     """
-    return torch.from_numpy(np.array(_to_rgb(_upright(image)))).permute(2, 0, 1)
+    bits = _bits(image, place)
+    image = _upright(image)
+    rgb = np.array(_to_rgb(image, bits))
+    if bits > 8 and not rgb.any() and image.getextrema() != (0, 0):
+        raise UserError(
+            f"{place}: stored in {bits} bits, but no pixel uses the high 8, so that it would be black; save it in 8 bits"
+        )
+    return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as an RGB tensor, see :func:`image_tensor`.
 
     Raises:
-        UserError: the file is missing, unreadable or truncated.
+        UserError: the file is missing, unreadable or truncated, or its pixels cannot be converted.
     """
     with _opened(path, "image") as image:
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
@@ -132,7 +177,7 @@ def read_image(path: Path) -> Tensor:
             # that this decoder rejects, and all files if torchvision lacks it (deprecated in 0.29).
             with suppress(Exception):
                 return io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
-        return image_tensor(image)
+        return image_tensor(image, str(path))
 
 
 def transparent_pixels(path: Path) -> np.ndarray:
@@ -150,16 +195,18 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
 
     Args:
         path: the file.
-        whole: decode the whole file, at a reduced scale if the format supports it, instead of only its header.
+        whole: decode the whole file instead of only its header, JPEG at a reduced scale.
 
     Raises:
-        UserError: the file is missing, unreadable or, if decoded as a whole, truncated.
+        UserError: the file is missing or unreadable; with ``whole``, also whatever :func:`read_image` raises.
     """
     with _opened(path, "image") as image:
         size = _upright_size(image)
-        if whole:
+        if whole and image.format == "JPEG":
             image.draft(None, (1, 1))
             image.load()
+        elif whole:
+            image_tensor(image, str(path))
     return size
 
 
@@ -171,14 +218,21 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
         otherwise: alternative remedy for a colour mask, appended to the error message.
 
     Raises:
-        UserError: the file is missing, unreadable, or does not have a single 8-bit channel.
+        UserError: the file is missing or unreadable, does not have a single 8-bit channel, stores other values than
+            those read, or holds several images.
     """
     with _opened(path, "mask") as image:
+        raw, frames = _raw_mode(image), getattr(image, "n_frames", 1)
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a mask must be an 8-bit palette or grey image, not {image.mode!r}; save the class ids as one"
                 f"{otherwise}"
             )
+        if image.mode == "L" and raw.startswith("L;") and raw not in _EXACT:
+            kind = "inverted" if raw.endswith("I") else f"of {raw[2:3]} bits, which readers stretch to 0 to 255"
+            raise UserError(f"{path}: grey {kind}, so that its values are ambiguous; save the class ids in 8 bits")
+        if frames > 1:
+            raise UserError(f"{path}: holds {frames} images; a mask must be one, save the right one alone")
         return np.array(_upright(image))
 
 
