@@ -39,10 +39,12 @@ def test_images_are_read_up_to_the_limit_of_pixels(tmp_path: Path, monkeypatch: 
     assert image_size(path, whole=False) == (10_000, 18_000)
     monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "179")
     for read in (read_image, read_mask, image_size, transparent_pixels):
-        with pytest.raises(UserError, match=r"x\.png: 18000x10000 pixels are more than the limit of 179 megapixels; cut"):
+        with pytest.raises(
+            UserError, match=r"x\.png: 18000x10000 pixels are more than the limit of 179 megapixels; cut"
+        ):
             read(path)
     monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "many")
-    with pytest.raises(UserError, match="STARSEG_MAX_MEGAPIXELS: expected a whole number .* got 'many'"):
+    with pytest.raises(UserError, match=r"STARSEG_MAX_MEGAPIXELS: expected a whole number .* got 'many'"):
         read_image(path)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-from rich.console import Console
 from torch import Tensor
 from torchvision import io
 
 from starseg.errors import UserError
+from starseg.utils.terminal import print_note
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_MEGAPIXELS = 1000
@@ -47,8 +47,7 @@ def note_unread(files: Sequence[Path]) -> None:
         return
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
-    text = f"note: {what} starseg reads: {', '.join(names[:_NAMED])}{rest}"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    print_note(f"{what} starseg reads: {', '.join(names[:_NAMED])}{rest}")
 
 
 @contextmanager
@@ -62,6 +61,8 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         reason = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "cannot identify image file"
         raise UserError(
             f"{path}: cannot read this {what} ({reason}); replace the file or take it out of the data set"
         ) from error

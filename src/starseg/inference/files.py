@@ -21,6 +21,7 @@ from starseg.errors import UserError
 from starseg.inference.predictor import Options, Prediction, Predictor
 from starseg.utils.files import write_atomic, write_json
 from starseg.utils.progress import bar
+from starseg.utils.terminal import labelled
 
 _GLOB = set("*?[")
 _MARK = "starseg"
@@ -222,7 +223,7 @@ def predict_files(
         for done in predictor.stream(images, options):
             if done.error:
                 failed.append({"image": str(images[done.index]), "error": str(done.error)})
-                console.print(f"[red]failed:[/] {done.error}", highlight=False, soft_wrap=True)
+                console.print(labelled("failed:", "red", str(done.error)), soft_wrap=True)
             else:
                 entries.append((done.index, _write(done, targets[done.index], names)))
             shown.advance()
