@@ -44,7 +44,7 @@ def test_images_are_read_up_to_the_limit_of_pixels(tmp_path: Path, monkeypatch: 
         ):
             read(path)
     monkeypatch.setenv("STARSEG_MAX_MEGAPIXELS", "many")
-    with pytest.raises(UserError, match="STARSEG_MAX_MEGAPIXELS: expected a whole number .* got 'many'"):
+    with pytest.raises(UserError, match=r"STARSEG_MAX_MEGAPIXELS: expected a whole number .* got 'many'"):
         read_image(path)
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from starseg import __version__
 from starseg.cli.help import complete_methods, examples, show_method, show_methods
 from starseg.errors import UserError
-from starseg.utils.terminal import reporting_errors, resumable
+from starseg.utils.terminal import make_console, reporting_errors, resumable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +20,7 @@ app = typer.Typer(
     help="Teach a segmentation model new classes without the old images (STAR).",
     epilog=examples("starseg"),
 )
-console = Console()
+console = make_console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from starseg.errors import UserError
+from starseg.utils.terminal import print_note
 
 _NAMED = 5
-
-
-def note(text: str) -> None:
-    """Print a note on stderr, literally and in one line."""
-    Console(stderr=True).print(f"note: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def some(names: Sequence[object]) -> str:
@@ -53,9 +47,9 @@ def list_files(folder: Path, deep: bool = True, skip: Collection[Path] = ()) -> 
                 else:
                     pending.append((entry, (*above, real)))
     if dangling:
-        note(f"left out, as they are no files or links that lead nowhere: {some(sorted(dangling))}")
+        print_note(f"left out, as they are no files or links that lead nowhere: {some(sorted(dangling))}")
     if loops:
-        note(f"left out, as they are links to folders that contain them: {some(sorted(loops))}")
+        print_note(f"left out, as they are links to folders that contain them: {some(sorted(loops))}")
     return sorted(files)
 
 

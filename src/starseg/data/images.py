@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision import io
 
-from starseg.data.folders import note, some
+from starseg.data.folders import some
 from starseg.errors import UserError
+from starseg.utils.terminal import print_note
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_MEGAPIXELS = 1000
@@ -44,7 +45,7 @@ def note_unread(files: Sequence[Path]) -> None:
     """Print a note on stderr about files that are not supported images; hidden files are not mentioned."""
     if names := [path.name for path in files if not path.name.startswith(".")]:
         what = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
-        note(f"{what} starseg reads: {some(names)}")
+        print_note(f"{what} starseg reads: {some(names)}")
 
 
 @contextmanager
@@ -58,6 +59,8 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         reason = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "cannot identify image file"
         raise UserError(
             f"{path}: cannot read this {what} ({reason}); replace the file or take it out of the data set"
         ) from error

@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
 from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
+from starseg.utils.terminal import print_note
 
 __getattr__ = old_names(__name__)
 
@@ -54,10 +54,11 @@ def _count(mask: Path, image: Path | None) -> np.ndarray:
 
 
 def _key(root: Path, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode())
+    digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode(errors="surrogateescape"))
     for path in files:
         stat = path.stat()
-        digest.update(f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        line = f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:24]
 
 
@@ -120,5 +121,4 @@ def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
 
 
 def _note_not_cached(reason: str) -> None:
-    text = f"note: the class index is not kept, {reason}; see $STARSEG_CACHE"
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    print_note(f"the class index is not kept, {reason}; see $STARSEG_CACHE")

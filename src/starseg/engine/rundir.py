@@ -153,6 +153,11 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
         UserError: the directory contains a run with another configuration, or files that belong to no run.
     """
     path, ours = run_dir / "config.yaml", dump_config(config)
+    if any("\ud800" <= letter <= "\udfff" for letter in str(run_dir)):
+        raise UserError(
+            f"{run_dir}: the name of this folder, or of one above it, is not valid UTF-8, which TensorBoard needs; "
+            "rename it, or give another directory with --out"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     # Listed before config.yaml is read, as another process may be writing that file.

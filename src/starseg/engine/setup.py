@@ -20,6 +20,7 @@ from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
 from starseg.methods.recipes import find_recipe
 from starseg.tasks import TaskSequence
+from starseg.utils.terminal import labelled
 
 
 @dataclass(frozen=True)
@@ -137,5 +138,5 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None, *, 
     notes = method.notes(find_recipe(resolved, type(method)))
     if training:
         for note in notes:
-            console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+            console.print(labelled("note:", "yellow", note), soft_wrap=True)
     return PreparedRun(resolved, method, data, notes, fabric)

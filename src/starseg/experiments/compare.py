@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from starseg.config import RunConfig, load_config
@@ -24,6 +23,7 @@ from starseg.report.facts import forgetting
 from starseg.report.page import write_page
 from starseg.utils.files import read_json, write_atomic
 from starseg.utils.overrides import override
+from starseg.utils.terminal import labelled
 
 GROUPS = ("old", "new", "all", "harmonic")
 COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", "stored bytes")
@@ -133,9 +133,7 @@ def run_plan(plan: Plan, console: Console) -> list[str]:
             failed.append(config.run_dir.name)
             if len(failed) == len(plan.runs):
                 raise
-            console.print(
-                f"[red]failed:[/] {config.run_dir.name}: {escape(str(error))}", highlight=False, soft_wrap=True
-            )
+            console.print(labelled("failed:", "red", f"{config.run_dir.name}: {error}"), soft_wrap=True)
     return failed
 
 
@@ -254,6 +252,6 @@ def write_comparison(out: Path, console: Console) -> None:
         "curves.csv": comma_separated(curves(out)),
     }
     for name, text in files.items():
-        write_atomic(out / name, text.encode())
+        write_atomic(out / name, text.encode(errors="backslashreplace"))
     console.print(f"tables: {', '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
     write_page([run for runs in finished_runs(out).values() for run in runs], out / "report.html", console, rows)

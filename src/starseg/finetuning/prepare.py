@@ -263,7 +263,7 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
     files = (p.resolve() for photo in prepared_step.photos for p in (photo.image, photo.mask) if p)
     for path in dict.fromkeys(files):
         stat = path.stat()
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     about = {
         "source": str(request.source.resolve()) if request.source else None,
         "step": len(prepared_step.steps) - 1,

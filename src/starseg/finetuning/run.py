@@ -37,6 +37,7 @@ from starseg.models import Architecture, make_network
 from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
 from starseg.utils.files import read_json, write_json
+from starseg.utils.terminal import make_console
 
 FOLDER = "learn"
 _TRIAL = 3
@@ -194,7 +195,7 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
     if source:
         run.mkdir()
         adopt(source.folder, run / f"step_{step - 1}")
-    with Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1)) as runner:
+    with Runner(parse_config(tree, "learn"), make_console(quiet=True), range(step, step + 1)) as runner:
         return runner.seconds_per_iteration(step, _TRIAL)
 
 

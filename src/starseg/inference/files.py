@@ -15,13 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
-from starseg.data.folders import list_files, note, some
+from starseg.data.folders import list_files, some
 from starseg.data.images import SUFFIXES, is_image, note_unread
 from starseg.data.palette import paint, voc_palette
 from starseg.errors import UserError
 from starseg.inference.predictor import Options, Prediction, Predictor
 from starseg.utils.files import write_atomic, write_json
 from starseg.utils.progress import bar
+from starseg.utils.terminal import labelled, print_note
 
 _GLOB = set("*?[")
 _MARK = "starseg"
@@ -66,7 +67,7 @@ def _files_of(text: str) -> list[Path]:
         found = sorted(map(Path, glob.glob(text, recursive=True)))
         files = [path for path in found if path.is_file()]
         if dangling := [path for path in found if not path.exists()]:
-            note(f"left out, as they are links that lead nowhere: {some(dangling)}")
+            print_note(f"left out, as they are links that lead nowhere: {some(dangling)}")
         if not any(map(is_image, files)):
             raise UserError(f"{text}: no file matches this pattern that is an image ({known})")
     else:
@@ -226,7 +227,7 @@ def predict_files(
         for done in predictor.stream(images, options):
             if done.error:
                 failed.append({"image": str(images[done.index]), "error": str(done.error)})
-                console.print(f"[red]failed:[/] {done.error}", highlight=False, soft_wrap=True)
+                console.print(labelled("failed:", "red", str(done.error)), soft_wrap=True)
             else:
                 entries.append((done.index, _write(done, targets[done.index], names)))
             shown.advance()

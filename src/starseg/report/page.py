@@ -132,7 +132,7 @@ def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequ
     """
     html = render_page(runs, summary)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, html.encode())
+    write_atomic(path, html.encode(errors="backslashreplace"))
     console.print(f"report: {path} ({len(html) / 1000:,.0f} KB)", highlight=False, soft_wrap=True)
 
 

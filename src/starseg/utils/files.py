@@ -52,7 +52,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file with one entry per line, which reads back as the same entries.
+    """Write a text file with one entry per line, which reads back as the same entries; bytes of file names are kept.
 
     Raises:
         UserError: an entry is empty, contains a line break, or begins or ends with white space.
@@ -62,7 +62,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         raise UserError(
             f"{path}: cannot write {wrong[0]!r} as a line; rename it without line breaks and outer white space"
         )
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
 
 
 def parse_json(path: Path) -> Any:

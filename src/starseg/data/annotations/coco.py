@@ -19,15 +19,15 @@ import numpy as np
 from starseg.data.annotations.classlist import ClassList, is_background
 from starseg.data.annotations.photos import Photo, check_unique_stems
 from starseg.data.datasets.base import clean_name, distinct
-from starseg.data.folders import list_files, note, some
+from starseg.data.folders import list_files, some
 from starseg.data.images import is_image, refuse_other_size
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
 from starseg.utils.files import parse_json
+from starseg.utils.terminal import print_note
 
 Row = dict[str, Any]
 _SLACK = 1.0
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Coco:
         listed = [images / name for name, _ in files]
         check_unique_stems(listed, images)
         if unlisted := sorted({path for path in list_files(images) if is_image(path)} - set(listed)):
-            note(f"images that {self.path} does not list are not used: {some(unlisted)}")
+            print_note(f"images that {self.path} does not list are not used: {some(unlisted)}")
         return [
             Photo(Path(name).with_suffix("").as_posix(), images / name, self.path, partial(self.draw, row, indices))
             for name, row in files
@@ -108,10 +108,9 @@ class Coco:
         """Refuse files that are listed under several image ids, given all names, sorted, with their entries."""
         listed = [(name, [row["id"] for _, row in rows]) for name, rows in groupby(files, key=lambda pair: pair[0])]
         if twice := [f"{name} (ids {', '.join(map(str, ids))})" for name, ids in listed if len(ids) > 1]:
-            rest = f" and {len(twice) - _NAMED} more" if len(twice) > _NAMED else ""
             raise UserError(
-                f"{self.path}: images listed more than once: {', '.join(twice[:_NAMED])}{rest}; give every file one "
-                "entry, with the annotations of all of them"
+                f"{self.path}: images listed more than once: {some(twice)}; give every file one entry, "
+                " with the annotations of all of them"
             )
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from starseg.data.annotations.classlist import ClassList, Colour
 from starseg.data.annotations.labelme import draw_labelme
-from starseg.data.folders import list_files, note, some
+from starseg.data.folders import list_files, some
 from starseg.data.images import (
     SUFFIXES,
     image_size,
@@ -36,6 +36,7 @@ from starseg.errors import UserError
 from starseg.tasks import IGNORE
 from starseg.utils.machine import cores
 from starseg.utils.progress import track
+from starseg.utils.terminal import print_note
 
 # Suffixes of class lists and annotations, which may be stored among the images.
 _BESIDE = (".txt", ".json")
@@ -111,7 +112,7 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
         )
     _note_links(files)
     if lone:
-        note(f"masks without an image of the same name are not used: {some(lone)}")
+        print_note(f"masks without an image of the same name are not used: {some(lone)}")
     return photos
 
 
@@ -120,7 +121,7 @@ def _note_links(files: Sequence[Path]) -> None:
     names: dict[Path, Path] = {}
     pairs = [f"{path} is {first}" for path in files if (first := names.setdefault(path.resolve(), path)) is not path]
     if pairs:
-        note(f"links make the same image count twice, perhaps in training and validation: {some(pairs)}")
+        print_note(f"links make the same image count twice, perhaps in training and validation: {some(pairs)}")
 
 
 def _mask_files(folder: Path) -> dict[str, list[Path]]:

@@ -84,18 +84,19 @@ class Dataset:
         return folded
 
 
-def read_lines(path: Path, layout: str) -> list[str]:
+def read_lines(path: Path, layout: str, errors: str = "strict") -> list[str]:
     """Read the non-empty lines of a text file, stripped.
 
     Args:
         path: the file.
         layout: the expected layout of `data.root`, appended to the error message.
+        errors: "surrogateescape" for file names of any encoding.
 
     Raises:
         UserError: the file is unreadable.
     """
     try:
-        return [line.strip() for line in split_lines(read_text(path)) if line.strip()]
+        return [line.strip() for line in split_lines(read_text(path, errors)) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
