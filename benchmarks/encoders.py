@@ -17,7 +17,7 @@ from rich.console import Console
 from starseg.config import parse_config
 from starseg.data.shapes import write_shapes
 from starseg.engine.checkpoint import load_model
-from starseg.engine.runner import train
+from starseg.experiments.train import train
 from starseg.utils.files import read_json
 
 RUNS = [
@@ -31,7 +31,7 @@ STEPS = [["disc", "square", "triangle", "hexagon"], ["heart"], ["crescent"], ["p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, help="folder for data and runs; by default a temporary one")
-    parser.add_argument("--epochs", type=int, nargs=2, default=(8, 4), help="of step 0, and of every later one")
+    parser.add_argument("--epochs", type=int, nargs=2, default=(20, 12), help="of step 0, and of every later one")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run_all(given.out or Path(temporary), *given.epochs)

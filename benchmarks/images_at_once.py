@@ -6,7 +6,7 @@ Usage: python benchmarks/images_at_once.py
 import torch
 
 from starseg.bench.run import alternate
-from starseg.models import Segmenter
+from starseg.models import Architecture, Segmenter, make_network
 
 # Network, side of the images in pixels, numbers of images processed at once.
 CASES = (
@@ -19,7 +19,7 @@ CASES = (
 @torch.inference_mode()
 def main() -> None:
     for name, side, sizes in CASES:
-        model = Segmenter(name, [20]).eval()
+        model = make_network(Architecture(name), [20]).eval()
         images = model.normalize(torch.randint(0, 256, (max(sizes), 3, side, side), dtype=torch.uint8))
 
         def run(at_once: int, model: Segmenter = model, images: torch.Tensor = images) -> None:

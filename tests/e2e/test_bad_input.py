@@ -23,7 +23,7 @@ from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.config import parse_config
-from starseg.engine.runner import train
+from starseg.experiments.train import train
 
 Change = Callable[[dict, Path], None]
 LISTS = "ImageSets/Segmentation"
@@ -389,6 +389,18 @@ def test_a_cache_that_cannot_be_written_is_not_needed(
     printed = capsys.readouterr()
     assert stopped.value.code == 0 and "step 2: " in printed.out
     assert "note: " in printed.err and f"{config / 'cache'}" in printed.err and "Not a directory" in printed.err
+
+
+def test_the_index_needs_no_recipe(
+    tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("starseg.methods.star.Star.recipes", {})
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tiny))
+    monkeypatch.setattr(sys, "argv", ["starseg", "data", "index", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0 and "step 2: " in capsys.readouterr().out
 
 
 def test_the_table() -> None:

@@ -45,10 +45,25 @@ def test_the_file_and_its_overrides_are_named(tmp_path: Path) -> None:
         check_method(config.model_copy(update={"seed": 3}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.dataset=cows", "data.dataset: unknown data set 'cows'"),
+        ("data.dataset=folder", "no recipe for method star on data set 'folder'"),
+        ("recipe=cows", "recipe: method star has no recipe for data set 'cows'"),
+    ],
+)
+def test_the_file_is_named_where_the_data_set_or_recipe_is_unknown(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {name: 15-1}\n")
+    with pytest.raises(UserError, match=rf"c\.yaml \(with {change}\):\n{message}"):
+        prepare(load_config(path, [change]), QUIET)
+
+
 def test_a_prepared_run_is_resolved(tiny: dict) -> None:
     run = prepare(parse_config({**tiny, "train": {"batch_size": 4}}), QUIET)
     assert (run.config.train.base.epochs, run.config.train.later.epochs, run.config.memory.size) == (60, 60, 0)
-    assert run.fabric is None and len(run.task) == 3 and run.method.name == "star"
+    assert run.fabric.world_size == 1 and len(run.task) == 3 and run.method.name == "star"
     assert not run.config.run_dir.exists()
 
 
@@ -62,3 +77,17 @@ def test_constructing_a_runner_does_no_work_and_leaving_it_releases_the_lock(tin
                 pass
         with pytest.raises(UserError, match="/nowhere"), wrong:
             pass
+
+
+def test_the_lock_is_released_where_entering_fails(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, although a notebook, say, keeps the exception and with it the file."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starseg.engine.rundir.write_atomic", full)
+        with pytest.raises(UserError, match="the disk is full") as kept:
+            Runner(parse_config(tiny), QUIET).__enter__()
+    with Runner(parse_config(tiny), QUIET):
+        assert kept.value

@@ -14,6 +14,7 @@ from starseg.cli.main import main
 from starseg.config import dump_config
 from starseg.errors import UserError
 from starseg.experiments import compare
+from starseg.methods import METHODS, recipes
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ def test_methods_share_a_base_step_with_the_same_settings(config: Path, tmp_path
         assert awkward.runs[1].start_from == tmp_path / name / "star_seed0" / "step_0"
     with pytest.raises(UserError, match="--methods: unknown nobody"):
         compare.make_plan(config, ["nobody"], [0], out, [])
+
+
+def test_a_method_trains_its_own_base_step_where_the_lender_has_no_recipe(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = METHODS["plop"].recipes["voc"]
+    for name in ("plop", "lwf"):
+        monkeypatch.setattr(METHODS[name], "recipes", {})
+    monkeypatch.setattr(recipes, "_REGISTERED", {("plop", "voc"): recipe})
+    plan = compare.make_plan(config, ["plop"], [0], tmp_path / "out", [])
+    assert [(run.run_dir.name, run.start_from) for run in plan.runs] == [("plop_seed0", None)]
+    with pytest.raises(UserError, match="no recipe for method lwf"):
+        compare.make_plan(config, ["lwf"], [0], tmp_path / "out", [])
 
 
 def test_a_footnote_is_printed_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.cli.main import main
+from starseg.config import Strict
 from starseg.data.annotations.classlist import read_classes
 from starseg.data.annotations.photos import read_indices, split_images
 from starseg.data.datasets.folder import open_folder
@@ -26,8 +27,9 @@ from starseg.engine.checkpoint import load_bank, load_info
 from starseg.engine.fit import StepTraining
 from starseg.errors import UserError
 from starseg.finetuning.defaults import FIRST, LATER, batch_size
-from starseg.finetuning.prepare import prepare_step
+from starseg.finetuning.prepare import open_source_step, prepare_step
 from starseg.finetuning.run import LearnRequest, learn
+from starseg.methods import METHODS
 from starseg.utils.files import read_json
 
 DRAWN = ["background", "disc", "square", "triangle", "hexagon", "heart"]
@@ -201,6 +203,17 @@ def test_known_classes_keep_their_ids(folder: Folder, tmp_path: Path, step_dir: 
     rows = [line.split() for line in console.export_text().splitlines()]
     assert any(row[1:6:2] == ["heart", "13", "new"] for row in rows)
     assert any(row[1:6:2] == ["dog", "12", "known"] for row in rows)
+
+
+def test_a_method_whose_options_learn_cannot_give(step_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Required(Strict):
+        teacher: str
+
+    monkeypatch.setattr(METHODS["plop"], "Options", Required)
+    with pytest.raises(UserError, match=r"--method plop: has options without a default(.|\n)*plop\.teacher"):
+        open_source_step(step_dir, "plop")
+    with pytest.raises(UserError, match=r"lwf cannot continue from it.* or give --method finetune"):
+        open_source_step(step_dir, "lwf")
 
 
 def test_prepared_data(folder: Folder, tmp_path: Path) -> None:

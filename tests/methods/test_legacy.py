@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import starseg
 from starseg.config import PUBLISHED, SOUND
 from starseg.contract import MethodHarness
 from starseg.contract.checks import the_loss_falls
+from starseg.data.samples import Batch
 from starseg.methods import METHODS, Method, SigmoidMethod, SoftmaxMethod, register_method
 from starseg.methods.legacy import Schedule
 from starseg.methods.recipes import StepSchedule
@@ -66,6 +68,21 @@ def test_old_hooks_are_adapted() -> None:
     assert (recipe.base.epochs, recipe.later.epochs, recipe.warmup, recipe.options) == (100, 7, 0.25, {"pos_weight": 9})
     method = METHODS["old"](METHODS["old"].Options())
     assert method.rule(PUBLISHED)(Tensor())[1] is True and method.rule(SOUND)(Tensor())[1] is False
+
+
+def test_the_old_saliency_maps_come_with_the_batches(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"overrides saliency\(\); override extra_maps"):
+
+        @register_method("old")
+        class Old(SigmoidMethod):
+            def saliency(self, dataset: str) -> Path | None:
+                return tmp_path
+
+    assert METHODS["old"](METHODS["old"].Options()).extra_maps() == {"saliency": tmp_path}
+    some = torch.zeros(1)
+    with pytest.warns(DeprecationWarning, match=r"Batch\.(saliency|exemplar) is now Batch\.extras"):
+        batch = Batch(some, some, some, {"saliency": some})
+        assert batch.saliency is some and batch.exemplar is None
 
 
 @pytest.mark.parametrize("module", sorted(MOVED))

@@ -1,15 +1,15 @@
 """A recipe belongs to a method and a data set; without one, the configuration must give every value."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from starseg.config import dump_config, parse_config
+from starseg.config import Strict, dump_config, parse_config
 from starseg.engine.rundir import claim, resolve
 from starseg.errors import UserError
-from starseg.methods import METHODS, Recipe, StepSchedule, recipes, register_recipe
+from starseg.methods import METHODS, Recipe, SigmoidMethod, StepSchedule, recipes, register_method, register_recipe
 
 FOLDER = {"data": {"dataset": "folder"}, "task": {"name": "own", "steps": [["a"], ["b"]]}}
 SCHEDULE = {"base": {"epochs": 3, "lr": 0.1}, "later": {"epochs": 2, "lr": 0.01}, "warmup": 0.0}
@@ -46,6 +46,24 @@ def test_an_error_names_exactly_the_keys_to_give(method: str, given: dict, missi
         resolve(_config(method, **given))
     start = f"no recipe for method {method} on data set 'folder': give "
     assert str(caught.value) == f"{start}{missing}, or take another data set's with recipe=voc or recipe=ade"
+
+
+def test_a_method_with_an_option_that_must_be_given() -> None:
+    class PupilOptions(Strict):
+        teacher: str
+
+    @register_method("pupil")
+    class Pupil(SigmoidMethod):
+        Options = PupilOptions
+        recipes: ClassVar = {}
+
+    try:
+        with pytest.raises(
+            UserError, match=r"no recipe for method pupil on data set 'folder': give train\.base\.epochs"
+        ):
+            resolve(_config("pupil", pupil={"teacher": "star"}))
+    finally:
+        del METHODS["pupil"]
 
 
 def test_a_configuration_may_give_every_value_itself() -> None:
@@ -111,6 +129,23 @@ def test_a_run_of_the_version_before_goes_on(method: str, tiny: dict, tmp_path: 
         key = {"plop": "pod", "dkd": "later_pos_weight"}[method]
         with pytest.raises(UserError, match=rf"another configuration:\n  {method}.{key}: "):
             claim(run, resolve(parse_config({**tiny, "method": method, "out": str(run), method: {key: 0.5}})))
+
+
+@pytest.mark.parametrize("method", ["plop", "dkd", "star"])
+def test_a_run_of_the_version_before_on_a_folder_goes_on_with_the_recipe_of_voc(method: str, tmp_path: Path) -> None:
+    """Version 0.1.0 took VOC's values for a folder, too, and did not save all of them."""
+    config = _config(method, recipe="voc", out=str(tmp_path / "run"))
+    tree = yaml.safe_load(dump_config(resolve(config)))
+    del tree["recipe"], tree["model"]["decoder"]
+    later = {"plop": {"pod": None, "pod_logits": None}}.get(method, {})
+    tree[method] = {key: value for key, value in tree[method].items() if key != "later_pos_weight"} | later
+    run = config.run_dir
+    (run / "step_0").mkdir(parents=True)
+    (run / "step_0" / "metrics.json").write_text("{}")
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    claim(run, resolve(config)).close()
+    with pytest.raises(UserError, match=r"another configuration:"):
+        claim(run, resolve(_config(method, recipe="ade", out=str(run))))
 
 
 def test_every_method_has_a_recipe_for_the_published_data_sets() -> None:

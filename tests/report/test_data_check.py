@@ -85,7 +85,7 @@ def test_every_broken_file_is_listed(
     }
     code, found = _check(copy, tmp_path, monkeypatch)
     text = capsys.readouterr().out
-    assert code == 1 and not found["usable"] and "9 broken files: mend them before training" in text
+    assert code == 1 and not found["usable"] and "9 broken files: fix them before training" in text
     training = {Path(b["file"]): b["reason"] for b in found["broken"] if b["split"] == "training"}
     assert set(training) == set(wanted)
     for path, reason in wanted.items():

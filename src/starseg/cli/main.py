@@ -335,9 +335,11 @@ app.add_typer(data_app, name="data")
 def index(config: ConfigFile, overrides: Overrides = None) -> None:
     """Scan the class index (or take it from the cache) and list the images of each step."""
     from starseg.config import load_config
-    from starseg.engine.setup import prepare
+    from starseg.engine.run_data import open_data
+    from starseg.engine.setup import make_method
 
-    data = prepare(load_config(config, overrides or []), console).data
+    settings = load_config(config, overrides or [])
+    data = open_data(settings, make_method(settings), console)
     for step in range(len(data.task)):
         names = data.task.list_names(data.task.new(step))
         counts = len(data.positions(step, "train")), len(data.positions(step, "test"))

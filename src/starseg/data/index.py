@@ -91,7 +91,7 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
     if (wrong := np.flatnonzero(unknown.any(1))).size:
         raise UserError(
             f"{split.masks[wrong[0]]}: ids {np.flatnonzero(unknown[wrong[0]]).tolist()} are no classes of this data "
-            f"set ({dataset.labels}); {wrong.size} of {len(split)} masks hold such ids: mend them, or name the "
+            f"set ({dataset.labels}); {wrong.size} of {len(split)} masks hold such ids: fix them, or name the "
             "classes; `starseg data check` lists them"
         )
     return dataset.labels.class_pixels(pixels)

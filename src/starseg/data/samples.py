@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from starseg.data.datasets.base import Split
 from starseg.data.images import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import eval_transform, train_transform
 
-Kind = Literal["train", "val", "test"]
 Epoch = int | str
 
 
 EXEMPLAR = "exemplar"
 """Key in a batch's extras: [N] bool, whether an image is from the exemplar memory; only in a step with exemplars."""
+SALIENCY = "saliency"
+"""Key of saliency maps in a batch's extras."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory, which allows non-blocking copies to a GPU; called by the loader."""
         return self.map(lambda values: values.pin_memory())
+
+    @property
+    def saliency(self) -> Tensor | None:
+        """Deprecated: the saliency maps in :attr:`extras`; None if there are none."""
+        return self._extra(SALIENCY)
+
+    @property
+    def exemplar(self) -> Tensor | None:
+        """Deprecated: the exemplar flags in :attr:`extras`; None in a step without exemplars."""
+        return self._extra(EXEMPLAR)
+
+    def _extra(self, name: str) -> Tensor | None:
+        warnings.warn(f"Batch.{name} is now Batch.extras[{name!r}]", DeprecationWarning, stacklevel=3)
+        return self.extras.get(name)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor of the batch."""

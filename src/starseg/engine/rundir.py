@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 from weakref import WeakSet
@@ -17,7 +18,7 @@ from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
-from starseg.methods.recipes import apply_recipe
+from starseg.methods.recipes import apply_recipe, recipes_of
 from starseg.utils.files import read_text, write_atomic
 
 # Keys that may differ when a run is resumed, because they affect the location of files and the speed, not the result.
@@ -70,7 +71,11 @@ def resolve(config: RunConfig) -> RunConfig:
 def _resolved_tree(tree: Any) -> Any:
     """Complete a saved configuration of an earlier version, which may lack recipe values; unchanged if that fails."""
     try:
-        return yaml.safe_load(dump_config(resolve(parse_config(tree))))
+        config = parse_config(tree)
+        if "recipe" not in tree and config.data.dataset not in recipes_of(METHODS[config.method]):
+            # Version 0.1.0 took VOC's values for every data set that it had no others for.
+            config = config.model_copy(update={"recipe": "voc"})
+        return yaml.safe_load(dump_config(resolve(config)))
     except (UserError, KeyError, TypeError, AttributeError):
         return tree
 
@@ -139,10 +144,12 @@ def claim(run_dir: Path, config: RunConfig, free: Keys = frozenset(), held: IO[s
         UserError: the directory belongs to a run with another configuration, or cannot be locked.
     """
     refuse_another_run(run_dir, config, free)
-    held = held or lock(run_dir)
-    # Checked again, as another run may have started and finished in between.
-    refuse_another_run(run_dir, config, free)
-    write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    with ExitStack() as on_error:
+        held = held or on_error.enter_context(lock(run_dir))
+        # Checked again, as another run may have started and finished in between.
+        refuse_another_run(run_dir, config, free)
+        write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+        on_error.pop_all()
     return held
 
 

@@ -70,8 +70,7 @@ class Runner:
                 run.
         """
         with ExitStack() as resources:
-            self.prepared = prepare(self.config, self.console, self.steps, training=True)
-            assert self.prepared.fabric, "prepared for training"
+            self.prepared = prepare(self.config, self.console, self.steps)
             self.fabric = self.prepared.fabric
             resources.callback(self.prepared.data.loading.close)
             self.loss_scale = self.fabric.strategy.precision.state_dict()

@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from starseg.config import RunConfig
+from starseg.data.datasets import find_dataset
 from starseg.engine.launch import check_world_size, make_fabric, refuse_without_compiler
 from starseg.engine.run_data import RunData, open_data
 from starseg.engine.rundir import resolve
@@ -32,14 +33,14 @@ class PreparedRun:
         method: the method with its options.
         data: the opened and indexed data; loader workers are started on first use.
         notes: deviations of this run from the published method.
-        fabric: devices and processes, not launched yet; None if the run is not prepared for training.
+        fabric: devices and processes, not launched yet.
     """
 
     config: RunConfig
     method: Method
     data: RunData
     notes: list[str]
-    fabric: Fabric | None
+    fabric: Fabric
 
     @property
     def task(self) -> TaskSequence:
@@ -55,13 +56,18 @@ def check_method(config: RunConfig) -> None:
     """Check the parts of a configuration that depend on the registered methods.
 
     Raises:
-        UserError: the method or a section is unknown, an option is invalid, or the method does not support a setting.
+        UserError: the method, the data set or a section is unknown, an option is invalid, or the method does not
+            support a setting.
     """
     if config.method not in METHODS:
         raise UserError(
             f"{config.source}:\nmethod: unknown method {config.method!r}; known: {', '.join(sorted(METHODS))}; "
             "one of your own is named by STARSEG_METHODS=its_file.py, or by its package (docs/new-method.md)"
         )
+    try:
+        find_dataset(config.data.dataset)
+    except UserError as error:
+        raise UserError(f"{config.source}:\n{error}") from error
     _check_sections(config)
     method = METHODS[config.method]
     if config.memory.size and method.memory is None:
@@ -111,32 +117,31 @@ def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
         UserError: :func:`check_method` rejects the configuration, or a value is neither given nor in a recipe.
     """
     check_method(config)
-    resolved = resolve(config)
+    try:
+        resolved = resolve(config)
+    except UserError as error:
+        raise UserError(f"{config.source}:\n{error}") from error
     return resolved, make_method(resolved)
 
 
-def prepare(config: RunConfig, console: Console, steps: range | None = None, *, training: bool = False) -> PreparedRun:
+def prepare(config: RunConfig, console: Console, steps: range | None = None) -> PreparedRun:
     """Check a configuration, its devices and its data, without writing, launching or training anything.
 
     Args:
         config: configuration as returned by :func:`starseg.config.load_config`.
         console: where the number of images, the method's notes and progress are printed.
         steps: the steps to run; all by default.
-        training: whether to set up devices and loader workers for training as well.
 
     Raises:
         UserError: the configuration, devices or data must be corrected first.
     """
     resolved, method = resolve_config(config)
-    fabric = None
-    if training:
-        check_world_size(resolved.train)
-        fabric = make_fabric(resolved.train)
-        if resolved.train.compile:
-            refuse_without_compiler(fabric.device)
+    check_world_size(resolved.train)
+    fabric = make_fabric(resolved.train)
+    if resolved.train.compile:
+        refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
     notes = method.notes(find_recipe(resolved, type(method)))
-    if training:
-        for note in notes:
-            console.print(labelled("note:", "yellow", note), soft_wrap=True)
+    for note in notes:
+        console.print(labelled("note:", "yellow", note), soft_wrap=True)
     return PreparedRun(resolved, method, data, notes, fabric)

@@ -73,8 +73,8 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
         # Owners first, so that their step 0 is there when the others want it.
         for method in sorted(dict.fromkeys(methods), key=lambda m: METHODS[m].base_step != m):
             owner, own = METHODS[method].base_step, configured(method, seed)
-            lender = owners.get(owner) or configured(owner, seed)
-            if owner == method or _first_step(own) != _first_step(lender):
+            first, lender = _first_step(own), owners.get(owner) or configured(owner, seed)
+            if owner == method or not _lends(lender, first):
                 owners.setdefault(method, own)
                 plan.runs.append(own)
                 continue
@@ -106,6 +106,14 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
                 + "\n"
                 "Give another folder with --out"
             )
+
+
+def _lends(lender: RunConfig, first: tuple[Any, ...]) -> bool:
+    """Return whether a run trains step 0 with these settings; not if its method has no recipe for the data set."""
+    try:
+        return _first_step(lender) == first
+    except UserError:
+        return False
 
 
 def _first_step(config: RunConfig) -> tuple[Any, ...]:

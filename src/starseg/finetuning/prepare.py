@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig, load_config
+from starseg.config import RunConfig, explain, load_config
 from starseg.data.annotations.classlist import ClassList, read_classes
 from starseg.data.annotations.coco import Coco, read_coco
 from starseg.data.annotations.photos import Photo, convert_masks, pair_files, split_images
@@ -145,7 +146,7 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
     config = load_config(path) if path.is_file() else None
     learner, state = default_method(method), checkpoint.load_bank(folder)
     if (reason := learner.can_continue(info, state)) is not None:
-        others = [name for name in sorted(METHODS) if default_method(name).can_continue(info, state) is None]
+        others = [name for name in sorted(METHODS) if _can_continue(name, info, state)]
         raise UserError(
             f"{folder}: {method} cannot continue from it: {reason}"
             + (f"; or give --method {' or '.join(others)}" if others else "")
@@ -155,8 +156,26 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
 
 
 def default_method(name: str) -> Method:
-    """A method with its default options."""
-    return METHODS[name](METHODS[name].Options())
+    """Return a method with its default options.
+
+    Raises:
+        UserError: the method has an option without a default.
+    """
+    method = METHODS[name]
+    try:
+        return method(method.Options())
+    except ValidationError as error:
+        raise UserError(
+            f"--method {name}: has options without a default, which learn cannot give; take another method, or "
+            f"`starseg train`:\n{explain(error, method.Options, f'{method.section}.')}"
+        ) from error
+
+
+def _can_continue(name: str, info: checkpoint.StepInfo, state: dict[str, Tensor]) -> bool:
+    try:
+        return default_method(name).can_continue(info, state) is None
+    except UserError:
+        return False
 
 
 def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:

@@ -65,7 +65,7 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
     if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
         if share < 1:
-            say(f"old classes count {100 * share:.2g} % of what is stored, so that they do not drown the new images")
+            say(f"replays {100 * share:.2g} % of the stored counts, so that old classes do not outweigh new images")
 
 
 def before_after_table(figures: Mapping[str, Any]) -> Group:

@@ -290,7 +290,7 @@ def _print_estimate(seconds: float, config: RunConfig, prepared_step: PreparedSt
     total = seconds * iterations * ((phase.epochs or 0) + 1)
     console.print(
         f"time: about {max(1, round(total))} s ({seconds:.2f} s an iteration on this machine); nothing was written, "
-        f"without --dry-run it goes to {config.run_dir}",
+        f"without --dry-run, the result is written to {config.run_dir}",
         highlight=False,
         soft_wrap=True,
     )

@@ -6,11 +6,13 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from starseg.config import PUBLISHED, Choices
+from starseg.data.samples import SALIENCY
 from starseg.methods.protocol import ADAPTERS, Method
 from starseg.methods.recipes import Recipe, StepSchedule, recipe_options
 from starseg.methods.sigmoid import SigmoidMethod
@@ -54,6 +56,9 @@ def adapt(cls: T) -> T:
     if "published" in inspect.signature(cls.rule).parameters:
         _warn(cls, "has a prediction rule that takes `published`; take `choices`")
         body["rule"] = _old_rule(cls.rule)
+    if hasattr(cls, "saliency"):
+        _warn(cls, "overrides saliency(); override extra_maps()")
+        body["extra_maps"] = _old_maps
     if len(bases) == 1 and not body:
         return cls
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -73,6 +78,12 @@ def _old_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
         return rule(self, choices == PUBLISHED)
 
     return adapted
+
+
+def _old_maps(self: Any) -> dict[str, Path]:
+    """Return the folder of the former ``saliency(dataset)``, which got "ade" on ADE20K; it always gets "voc" here."""
+    folder = self.saliency("voc")
+    return {SALIENCY: folder} if folder else {}
 
 
 def _recipes(cls: Any) -> dict[str, Recipe]:

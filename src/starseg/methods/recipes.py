@@ -149,7 +149,7 @@ def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]
     """Yield the keys without a value that a recipe would set."""
     train = config.train
     for name, phase in (("base", train.base), ("later", train.later)):
-        if name == "base" or _has_later_steps(config, method):
+        if name == "base" or _has_later_steps(config, method, options):
             yield from (f"train.{name}.{key}" for key in ("epochs", "lr") if getattr(phase, key) is None)
     if train.warmup is None:
         yield "train.warmup"
@@ -180,7 +180,7 @@ def _check_options(config: RunConfig, method: type[Method], recipe: Recipe, opti
         raise UserError(f"{title} has no {', '.join(missing)}: add it to the recipe's options, or give {keys}")
 
 
-def _has_later_steps(config: RunConfig, method: type[Method]) -> bool:
+def _has_later_steps(config: RunConfig, method: type[Method], options: Mapping[str, Any]) -> bool:
     """Return whether the method learns the task in more than one step.
 
     A task that is given only by its name counts as several steps, unless it is ``joint``.
@@ -189,7 +189,7 @@ def _has_later_steps(config: RunConfig, method: type[Method]) -> bool:
         return False
     steps = tuple((i,) for i in range(1, 1 + len(config.task.steps or (1, 2))))
     task = TaskSequence("", steps, tuple(f"class{i}" for i in range(1 + len(steps))))
-    return len(method(method.Options()).sequence(task)) > 1
+    return len(method(method.Options.model_validate(options)).sequence(task)) > 1
 
 
 def _no_recipe(config: RunConfig, method: type[Method], missing: list[str]) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from starseg.config import Choices, Strict
-from starseg.data.samples import EXEMPLAR, Batch
+from starseg.data.samples import EXEMPLAR, SALIENCY, Batch
 from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
 from starseg.losses.star import bce_per_class, upsample
@@ -26,8 +26,6 @@ from starseg.tasks import BACKGROUND, IGNORE
 
 # Channel 0 is the unknown class, channel 1 the background, channel c + 1 class c.
 _UNKNOWN, _BACKGROUND = 0, 1
-SALIENCY = "saliency"
-"""Name of the saliency maps in a batch's extras."""
 
 
 class SsulOptions(Strict):

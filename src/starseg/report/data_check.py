@@ -205,7 +205,7 @@ def print_report(report: Report, console: Console) -> None:
     for b in report.broken:
         say(f"{b.file}: {b.reason} [{b.split}]")
     if report.broken:
-        say(f"{len({b.file for b in report.broken})} broken files: mend them before training")
+        say(f"{len({b.file for b in report.broken})} broken files: fix them before training")
     if report.task_problem:
         say(f"the task cannot be trained on these files: {report.task_problem}")
     elif not report.broken:

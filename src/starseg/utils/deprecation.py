@@ -20,6 +20,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "app": ("inference.app",),
     "bce": ("ops.upsampled_bce",),
     "bench_data": ("bench.data",),
+    "bench_dense": ("bench.reference",),
     "bench_eval": ("bench.evaluation",),
     "bench_step": ("bench.step",),
     "bilinear": ("ops.bilinear",),
@@ -61,7 +62,13 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Modules that no longer exist, and the modules that now contain their names; all relative to ``starseg``."""
 
 RENAMED: dict[str, dict[str, str]] = {
+    "bench": {
+        "bench": "bench.suite:bench",
+        **{name: f"bench.run:{name}" for name in ("LossPath", "alternate", "loss_cases", "measure_loss", "peak_bytes")},
+    },
+    "bench_dense": {"literal": "bench.reference:unfused"},
     "bilinear": {
+        "split_classes": "ops.bilinear:channel_chunks",
         "thin": "ops.bilinear:subsample_to_support",
         "resize_thin": "ops.bilinear:resize_at_support",
         "lines_looked_at": "ops.bilinear:support_indices",
@@ -75,6 +82,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "data.transforms": {"test_transform": "data.transforms:eval_transform"},
     "engine.checkpoint": {name: f"utils.files:{name}" for name in ("read_json", "write_atomic", "write_json")},
     "engine.data": {"Data": "engine.run_data:RunData"},
+    "engine.resume": {"every_process": "engine.state:process_states"},
     "engine.launch": {
         "adder": "engine.launch:make_all_reduce_sum",
         "refuse_other_number": "engine.launch:check_world_size",

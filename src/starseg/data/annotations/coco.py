@@ -110,7 +110,7 @@ class Coco:
         if twice := [f"{name} (ids {', '.join(map(str, ids))})" for name, ids in listed if len(ids) > 1]:
             raise UserError(
                 f"{self.path}: images listed more than once: {some(twice)}; give every file one entry, "
-                " with the annotations of all of them"
+                "with the annotations of all of them"
             )
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
