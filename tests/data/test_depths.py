@@ -48,7 +48,7 @@ def _png(path: Path, values: np.ndarray, bits: int, colour: int) -> Path:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_palette_masks_of_any_depth_hold_their_indices(tmp_path: Path, bits: int) -> None:
-    ids = np.arange(21, dtype=np.uint8).reshape(3, 7) % 2**bits
+    ids = (np.arange(21).reshape(3, 7) % 2**bits).astype(np.uint8)
     np.testing.assert_array_equal(read_mask(_png(tmp_path / "m.png", ids, bits, PALETTE)), ids)
 
 
@@ -130,7 +130,7 @@ def test_every_reader_takes_or_refuses_a_pair_alike(
     """`learn` (image_size), `data check` (_inspect) and `train` (_count, read_image) agree."""
     folder, exif = tmp_path_factory.mktemp("pair"), Image.Exif()
     exif[0x0112] = turn
-    image_file, mask_file = folder / f"x.{'tif' if photo == 'float' else suffix}", folder / "m.tif"
+    image_file, mask_file = folder / f"x.{'tif' if photo in ('float', 'int32') else suffix}", folder / "m.tif"
     Image.fromarray(PIXELS[photo]).save(image_file, exif=exif)
     ids = Image.fromarray(RAMP if mask == "P" else PIXELS[mask])
     (ids.convert("P") if mask == "P" else ids).save(mask_file, exif=exif)

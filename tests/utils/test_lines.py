@@ -51,9 +51,14 @@ def test_entries_that_would_not_read_back_are_refused(tmp_path: Path, line: str)
     assert not (tmp_path / "classes.txt").exists()
 
 
-def test_a_tab_in_a_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\\tb\.jpg': the tab in this name separates paths in train\.txt"):
-        write_list(tmp_path / "train.txt", [(Path("a\tb.jpg"), Path("c.png"))])
+@pytest.mark.parametrize("separator", ["\t", "\n", "\r"])
+def test_a_tab_or_line_break_in_a_path_is_refused(tmp_path: Path, separator: str) -> None:
+    for pair in ((Path(f"a{separator}b.jpg"), Path("c.png")), (Path("a.jpg"), Path(f"{separator}/c.png"))):
+        with pytest.raises(
+            UserError, match=r"^'.*\\[tnr].*': a tab or line break in the name .* cannot be listed; rename"
+        ):
+            write_list(tmp_path / "train.txt", [(Path("x.jpg"), Path("x.png")), pair])
+    assert not (tmp_path / "train.txt").exists()
 
 
 @pytest.mark.parametrize("separator", [*SEPARATORS, "\n", "\r\n", "\t", "\u00a0", "  "])

@@ -163,7 +163,7 @@ def image_tensor(image: Image.Image, place: str = "image") -> Tensor:
     rgb = np.array(_to_rgb(image, bits))
     if bits > 8 and not rgb.any() and image.getextrema() != (0, 0):
         raise UserError(
-            f"{place}: stored in {bits} bits, but no pixel uses the high 8, so that it would be black; save it in 8 bits"
+            f"{place}: stored in {bits} bits, but no pixel uses the high 8, so it would be black; save it in 8 bits"
         )
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
