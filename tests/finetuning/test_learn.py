@@ -266,7 +266,7 @@ def test_labelme(tmp_path: Path) -> None:
     ids = read_indices(tmp_path / "a.json", (8, 10), read_classes("cat"))
     assert ids.shape == (8, 10) and ids.sum() == 16 and ids[0, 0] == 1
     (tmp_path / "b.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"b\.json: label 'dog' is none of the classes cat"):
+    with pytest.raises(UserError, match=r"b\.json: shape 2: label 'dog' is none of the classes cat"):
         read_indices(tmp_path / "b.json", (8, 10), read_classes("cat"))
     with pytest.raises(UserError, match="this mask is 10x8"):
         read_indices(tmp_path / "b.json", (8, 11), read_classes("cat"))

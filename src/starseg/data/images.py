@@ -21,6 +21,8 @@ from starseg.utils.terminal import print_note
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_MEGAPIXELS = 1000
 """Default of $STARSEG_MAX_MEGAPIXELS, the size of the largest image that is read, in millions of pixels."""
+PREDICTED = "starseg"
+"""Mark in the files that `starseg predict` writes: PNG text "Software", JPEG comment."""
 # The limit of Pillow is below the size of photos of telephones, so that :func:`_refuse_too_large` replaces it.
 Image.MAX_IMAGE_PIXELS = None
 _TRANSPOSITIONS = {
@@ -34,11 +36,21 @@ _TRANSPOSITIONS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _EXACT = ("L;R",)
+_LOSSY = ("JPEG", "MPO")
 
 
 def is_image(path: Path) -> bool:
     """Whether a file has the suffix of a supported image format and is not hidden, as macOS's ``._x.jpg`` are."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def is_predicted(path: Path) -> bool:
+    """Whether a mask (PNG) or overlay (JPEG) was written by `starseg predict`."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == PREDICTED or image.info.get("comment") == PREDICTED.encode()
+    except Exception:  # Pillow raises nearly anything on damaged bytes
+        return False
 
 
 def note_unread(files: Sequence[Path]) -> None:
@@ -214,7 +226,7 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
 
 
 def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
-    """Read the ids of a mask (palette or grey PNG), [H, W] uint8, rotated according to its EXIF data.
+    """Read the ids of a mask (palette or grey, usually PNG), [H, W] uint8, rotated according to its EXIF data.
 
     Args:
         path: the file.
@@ -222,7 +234,7 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
 
     Raises:
         UserError: the file is missing or unreadable, does not have a single 8-bit channel, stores other values than
-            those read, or holds several images.
+            those read, holds several images, or is a JPEG file whose compression has changed the ids.
     """
     with _opened(path, "mask") as image:
         raw, frames = _raw_mode(image), getattr(image, "n_frames", 1)
@@ -236,7 +248,26 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
             raise UserError(f"{path}: grey {kind}, so that its values are ambiguous; save the class ids in 8 bits")
         if frames > 1:
             raise UserError(f"{path}: holds {frames} images; a mask must be one, save the right one alone")
-        return np.array(_upright(image))
+        ids = np.array(_upright(image))
+        if image.format in _LOSSY and _changed_by_compression(ids, image):
+            raise UserError(
+                f"{path}: JPEG compression has changed the class ids in this mask; save it as PNG from its source"
+            )
+        return ids
+
+
+def _changed_by_compression(ids: np.ndarray, image: Image.Image) -> bool:
+    """Whether ids [H, W] of a JPEG file may differ from those saved.
+
+    Only a file of the highest quality can hold ids, which may differ by 1. Where even that has changed some, there are
+    pixels along the outlines that differ from all their neighbours.
+    """
+    if max(max(table) for table in image.quantization.values()) > 1:  # type: ignore[attr-defined]
+        return True
+    padded = np.pad(ids.astype(np.int16), 1, constant_values=-1)
+    height, width = ids.shape
+    shifts = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
+    return not np.any([padded[y : y + height, x : x + width] == ids for y, x in shifts], axis=0).all()
 
 
 def refuse_other_size(image: Sequence[int], mask: Sequence[int], path: Path | str) -> None:

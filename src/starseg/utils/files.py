@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from typing import Any
 
 from starseg.errors import UserError
 
+LONGEST_NAME = 255
+"""Most bytes of a file name, on nearly all file systems."""
 # The mark of UTF-16 in little-endian order is the beginning of that of UTF-32.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -85,6 +88,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         UserError: the disk is full, or the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.tmp")
+    if len(os.fsencode(partial.name)) > LONGEST_NAME:
+        partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.tmp")
     try:
         with partial.open("wb") as file:
             file.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +104,12 @@ def read_lines(path: Path, layout: str, errors: str = "strict") -> list[str]:
 
 
 def clean_name(text: str) -> str:
-    """Replace each run of white space and line separators in a class name by a space, as files hold a name per line."""
-    return " ".join(text.split())
+    """Return a class name in the form in which names are compared and listed.
+
+    Each run of white space and line separators becomes a space, as files hold a name per line; letters with accents are
+    composed (NFC), as some systems store them in two characters.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -135,5 +140,6 @@ def refuse_missing(dataset: Dataset) -> None:
             if missing := [path for path in files if not path.is_file()]:
                 raise UserError(
                     f"{len(missing)} of {len(files)} {name} {kind} are missing, the first is {missing[0]}; "
-                    "`starseg data check` lists them, docs/datasets.md says where to get them"
+                    f"`starseg data check` lists them. If they were moved, correct their paths in the lists of "
+                    f"{dataset.root}; docs/datasets.md says where to get published data sets"
                 )
