@@ -121,6 +121,29 @@ def test_a_black_16_bit_photo_and_one_of_12_bits(tmp_path: Path) -> None:
     assert read_image(tmp_path / "x.tif")[0].tolist() == [[0x12, 0xFE]]
 
 
+def _circles(step: int) -> np.ndarray:
+    y, x = np.mgrid[:96, :96]
+    return (np.hypot(y - 40, x - 40) < 30).astype(np.uint8) * step + (np.hypot(y - 70, x - 70) < 15) * np.uint8(step)
+
+
+@pytest.mark.parametrize("step", [1, 2, 50, 127])
+@pytest.mark.parametrize("quality", [75, 90, 95, 100])
+def test_jpeg_masks_with_changed_ids_are_refused(tmp_path: Path, quality: int, step: int) -> None:
+    ids = _circles(step)
+    Image.fromarray(ids).save(tmp_path / "m.jpg", quality=quality)
+    with Image.open(tmp_path / "m.jpg") as image:
+        assert (np.asarray(image) != ids).any(), "the test is about masks that compression has changed"
+    with pytest.raises(UserError, match=r"m\.jpg: JPEG compression has changed the class ids .* save it as PNG"):
+        read_mask(tmp_path / "m.jpg")
+
+
+def test_jpeg_masks_with_the_ids_as_saved_are_read(tmp_path: Path) -> None:
+    ids = np.zeros((64, 64), np.uint8)
+    ids[4:16, 5:40], ids[22:34, 5:40] = 1, 2
+    Image.fromarray(ids).save(tmp_path / "m.jpg", quality=100)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg"), ids)
+
+
 @given(
     st.sampled_from(list(PIXELS)), st.sampled_from(["png", "tif"]), st.integers(1, 8), st.sampled_from([*PIXELS, "P"])
 )

@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from starseg.data.annotations.classlist import ClassList, read_classes
-from starseg.data.annotations.photos import Photo, pair_files
+from starseg.data.annotations.photos import Photo, convert_masks, pair_files, read_indices
+from starseg.data.images import read_mask
 from starseg.errors import UserError
+from starseg.inference.files import mask_png
 
 SIZE = (20, 30)
 
@@ -129,3 +133,102 @@ def test_images_that_a_coco_file_does_not_list_are_named(tmp_path: Path, capsys:
     coco = read_coco(file)
     assert [photo.name for photo in coco.photos(tmp_path / "photos", coco.classes)] == ["a"]
     assert f"coco.json does not list are not used: {tmp_path}/photos/b.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("image_form", "mask_form"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_stored_in_one_character_or_two(
+    tmp_path: Path, classes: ClassList, image_form: str, mask_form: str
+) -> None:
+    """macOS unpacks archives with two."""
+    name = "S\u00e3o/caf\u00e9"
+    image = _photo(tmp_path / "photos" / unicodedata.normalize(image_form, f"{name}.jpg"))
+    _mask(tmp_path / "masks" / unicodedata.normalize(mask_form, f"{name}.png"))
+    (photo,) = pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+    assert photo.image == image and photo.name == name and _pixels([photo]) == [7]
+    _photo(tmp_path / "photos" / unicodedata.normalize(mask_form, f"{name}.jpg"))
+    with pytest.raises(UserError, match="has the same stem, so both have one mask"):
+        pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+
+
+def test_accents_in_class_names_and_labels(tmp_path: Path) -> None:
+    shape = {"label": unicodedata.normalize("NFD", "caf\u00e9"), "points": [[1, 1], [4, 1], [4, 3], [1, 3]]}
+    (tmp_path / "a.json").write_text(json.dumps({"imageHeight": 8, "imageWidth": 8, "shapes": [shape]}))
+    classes = read_classes("caf\u00e9,dog")
+    assert (read_indices(tmp_path / "a.json", (8, 8), classes) == 1).sum() == 12
+    assert read_classes(unicodedata.normalize("NFD", "caf\u00e9,dog")).names == classes.names
+
+
+@pytest.mark.parametrize("stem", ["-x", "--out", "x" * 251, "\u00e9" * 125, "con", "a:b*?", "[1]", " a", "a.b"])
+def test_awkward_names_are_paired(tmp_path: Path, classes: ClassList, stem: str) -> None:
+    image = _photo(tmp_path / "photos" / f"{stem}.jpg")
+    _mask(tmp_path / "masks" / f"{stem}.png")
+    (photo,) = pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+    assert photo.image == image and photo.name == stem and _pixels([photo]) == [7]
+    convert_masks([photo], np.arange(256, dtype=np.uint8), tmp_path / "run", Console(quiet=True))
+    assert (read_mask(tmp_path / "run" / f"{stem}.png") == 1).sum() == 7
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "jpg"])
+def test_masks_in_other_formats(tmp_path: Path, classes: ClassList, suffix: str) -> None:
+    for stem in "ab":
+        _photo(tmp_path / "photos" / f"{stem}.jpg")
+    ids = np.zeros(SIZE, np.uint8)
+    ids[8:16, 8:24] = 1
+    options = {"quality": 100} if suffix == "jpg" else {}
+    Image.fromarray(ids).save(tmp_path / f"a.{suffix}", **options)
+    for stem in "ab":
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / f"a.{suffix}", tmp_path / "masks" / f"{stem}.{suffix}")
+    photos = pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+    assert _pixels(photos) == [128, 128]
+    _mask(tmp_path / "masks" / "b.png")
+    photos = pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+    assert _pixels(photos) == [128, 7], "a PNG is the mask, a preview beside it is not"
+
+
+def test_runs_and_predictions_among_the_photos_are_no_photos(
+    tmp_path: Path, classes: ClassList, capsys: pytest.CaptureFixture
+) -> None:
+    _photo(tmp_path / "a.jpg")
+    _mask(tmp_path / "masks" / "a.png")
+    made = {
+        "run": ["config.yaml", ".lock", "learn/masks/a.png"],
+        "begun": ["learn/learn.json", "learn/masks/a.png"],
+        "prepared": ["learn.json", "classes.txt", "train.txt", "masks/a.png"],
+        "report": ["report.html", "iou.png"],
+        "old run": ["config.yaml", "step_0/x.png"],
+    }
+    for folder, files in made.items():
+        for file in files:
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_bytes((tmp_path / "masks" / "a.png").read_bytes())
+    (tmp_path / "found" / "overlays").mkdir(parents=True)
+    (tmp_path / "found" / "a.png").write_bytes(mask_png(np.zeros(SIZE, np.uint8)))
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.save(tmp_path / "found" / "overlays" / "a.jpg", comment="starseg")
+    photos = pair_files(tmp_path, tmp_path / "masks", classes)
+    assert [photo.name for photo in photos] == ["a"] and _pixels(photos) == [7]
+    err = capsys.readouterr().err
+    assert "left out, as starseg made them: " + ", ".join(str(tmp_path / name) for name in sorted(made)) in err
+    assert f"`starseg predict` wrote them: {tmp_path}/found/a.png, {tmp_path}/found/overlays/a.jpg" in err
+    _photo(tmp_path / "found" / "own.jpg")
+    with pytest.raises(UserError, match=r"found/own: no mask .*own\.png .*1 of 2 images have none"):
+        pair_files(tmp_path, tmp_path / "masks", classes)
+
+
+def test_all_masks_that_cannot_be_used_are_named_at_once(tmp_path: Path, classes: ClassList) -> None:
+    for stem in "abcd":
+        _photo(tmp_path / "photos" / f"{stem}.jpg")
+        _mask(tmp_path / "masks" / f"{stem}.png")
+    Image.new("L", (9, 9)).save(tmp_path / "masks" / "a.png")
+    (tmp_path / "photos" / "b.jpg").write_bytes(b"x")
+    Image.new("L", SIZE[::-1], 5).save(tmp_path / "masks" / "d.png")
+    photos = pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+    with pytest.raises(UserError) as caught:
+        convert_masks(photos, np.arange(256, dtype=np.uint8), tmp_path / "out", Console(quiet=True))
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "3 photos cannot be used:" and len(lines) == 3
+    for line, text in zip(
+        lines, ["masks/a.png: this mask is 9x9", "masks/d.png: indices [5]", "photos/b.jpg: cannot"], strict=True
+    ):
+        assert line.startswith(f"{tmp_path}/{text}")
