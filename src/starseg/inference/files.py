@@ -69,7 +69,7 @@ def _without_results(images: Sequence[Path], out: Path) -> list[Path]:
 
 def _files_of(text: str) -> list[Path]:
     path, known = Path(text), ", ".join(SUFFIXES)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = list_files(path, deep=False)
         if not any(map(is_image, files)):
             deep = any(map(is_image, list_files(path)))
@@ -228,7 +228,7 @@ def predict_files(
     """
     images = _without_results(find_images(inputs), out)
     targets = plan_targets(images, out, overlays)
-    if out.resolve() in {Path(text).resolve() for text in inputs if Path(text).is_dir()}:
+    if out.resolve() in {Path(text).resolve() for text in inputs if os.path.isdir(text)}:
         raise UserError(f"--out: {out} is a folder of images; masks in it would pass for images, give another folder")
     if json_file and json_file.resolve() in {image.resolve() for image in images}:
         raise UserError(f"--json: {json_file} is one of the images and would be overwritten; give another file")
