@@ -2,17 +2,24 @@
 
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
+from rich.console import Console
 
+from starseg.data.annotations.classlist import ClassList
+from starseg.data.annotations.photos import Photo, convert_masks, read_indices
+from starseg.data.datasets.base import Split
 from starseg.data.images import image_size, image_tensor, read_image, read_mask
 from starseg.data.index import _count
 from starseg.data.labels import LabelMap
+from starseg.data.samples import StepDataset
 from starseg.errors import UserError
 from starseg.report.data_check import _inspect
 
@@ -144,31 +151,78 @@ def test_jpeg_masks_with_the_ids_as_saved_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg"), ids)
 
 
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "16 bits", "16 bits, low", "int32", "float")
+FORMATS = ("jpg", "png", "webp", "bmp", "tif")
+
+
+def _save(path: Path, mode: str, turn: int) -> None:
+    """Save a picture in a mode, upright or turned, if the format has that mode."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    image = Image.fromarray(PIXELS[mode]) if mode in PIXELS else Image.fromarray(RAMP).convert("RGB").convert(mode)
+    try:
+        image.save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    except (OSError, KeyError):
+        assume(False)
+
+
+def _outcome(read: Callable[..., object], *args: object) -> object:
+    """What a reader returns; None if it refuses."""
+    try:
+        return read(*args)
+    except UserError:
+        return None
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(list(PIXELS)), st.sampled_from(["png", "tif"]), st.integers(1, 8), st.sampled_from([*PIXELS, "P"])
+    st.sampled_from(FORMATS),
+    st.sampled_from(MODES),
+    st.integers(1, 8),
+    st.sampled_from(FORMATS),
+    st.sampled_from((*MODES, *4 * ("L", "P"))),
+    st.integers(1, 8),
+    st.sampled_from([None, None, None, "photo", "mask"]),
 )
 def test_every_reader_takes_or_refuses_a_pair_alike(
-    tmp_path_factory: pytest.TempPathFactory, photo: str, suffix: str, turn: int, mask: str
+    tmp_path_factory: pytest.TempPathFactory,
+    suffix: str,
+    mode: str,
+    turn: int,
+    mask_suffix: str,
+    mask_mode: str,
+    mask_turn: int,
+    cut: str | None,
 ) -> None:
-    """`learn` (image_size), `data check` (_inspect) and `train` (_count, read_image) agree."""
-    folder, exif = tmp_path_factory.mktemp("pair"), Image.Exif()
-    exif[0x0112] = turn
-    image_file, mask_file = folder / f"x.{'tif' if photo in ('float', 'int32') else suffix}", folder / "m.tif"
-    Image.fromarray(PIXELS[photo]).save(image_file, exif=exif)
-    ids = Image.fromarray(RAMP if mask == "P" else PIXELS[mask])
-    (ids.convert("P") if mask == "P" else ids).save(mask_file, exif=exif)
-
-    def refused(read: object, *args: object) -> bool:
-        try:
-            read(*args)  # type: ignore[operator]
-        except UserError:
-            return True
-        return False
-
-    bad = {file for read, file in ((read_image, image_file), (read_mask, mask_file)) if refused(read, file)}
-    _, problems = _inspect(image_file, mask_file, LabelMap.make(256))
+    """`learn` (convert_masks), `data check` (_inspect) and `train` (_count, StepDataset) agree on sizes and ids."""
+    folder = tmp_path_factory.mktemp("pair")
+    image, mask = folder / f"photos/x.{suffix}", folder / f"masks/x.{mask_suffix}"
+    for path, how in ((image, (mode, turn)), (mask, (mask_mode, mask_turn))):
+        path.parent.mkdir()
+        assume(not (path.suffix == ".png" and how[0] == "int32"))  # Pillow would write 16 bits, and warn
+        _save(path, *how)
+    if cut:
+        path = image if cut == "photo" else mask
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    pixels, ids = _outcome(read_image, image), _outcome(read_mask, mask)
+    bad = {path for path, read in ((image, pixels), (mask, ids)) if read is None}
+    if not bad and pixels.shape[1:] != ids.shape:
+        bad = {mask}
+    labels, identity = LabelMap.make(255), np.arange(256, dtype=np.uint8)
+    counts, problems = _inspect(image, mask, labels)
     assert {path for path, _ in problems} == bad
-    assert refused(_count, mask_file, image_file) == bool(bad)
-    assert refused(image_size, image_file) == (image_file in bad)
-    if image_file not in bad:
-        assert image_size(image_file) == tuple(read_image(image_file).shape[1:])
+    counted = _outcome(_count, mask, image)
+    classes = ClassList(tuple(map(str, range(255))), None, "a list")
+    photo = Photo("x", image, mask, partial(read_indices, mask, classes=classes))
+    learnt = _outcome(convert_masks, [photo], identity, folder / "run", Console(quiet=True))
+    if bad:
+        assert counted is None and learnt is None
+        return
+    np.testing.assert_array_equal(counted, counts)
+    np.testing.assert_array_equal(learnt, [counts])
+    np.testing.assert_array_equal(read_mask(folder / "run" / "x.png"), ids)
+    assert image_size(image) == image_size(image, whole=False) == ids.shape
+    batch = StepDataset(Split((image,), (mask,), ("x",)), np.array([0]), identity, 16, None)[0, 0]
+    height, width = ids.shape
+    assert batch.images.shape == (3, 16, 16) and batch.labels.shape == (16, 16)
+    assert set(np.unique(batch.labels)) <= {*np.unique(ids), 255} and (height, width) in ((4, 6), (6, 4))
