@@ -73,8 +73,8 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
         console.print(_replay_table(source, share, iterations))
         if lost := _never_stored(source):
             say(
-                f"note: no stored cell shows {', '.join(lost)}, so that nothing of it is replayed; its objects may be too "
-                "small for the crop and the output stride"
+                f"note: no stored cell shows {', '.join(lost)}, so that nothing of it is replayed; its objects may be "
+                "too small for the crop and the output stride"
             )
         if share < 1:
             say(f"replays {100 * share:.2g} % of the stored counts, so that old classes do not outweigh new images")

@@ -216,6 +216,13 @@ def test_runs_and_predictions_among_the_photos_are_no_photos(
         pair_files(tmp_path, tmp_path / "masks", classes)
 
 
+def test_masks_of_other_names_are_named(tmp_path: Path, classes: ClassList) -> None:
+    _photo(tmp_path / "photos" / "a.jpg")
+    mask = _mask(tmp_path / "masks" / "a_mask.png")
+    with pytest.raises(UserError, match=f"1 of 1 images have none: .*; these have names of no image: {mask}$"):
+        pair_files(tmp_path / "photos", tmp_path / "masks", classes)
+
+
 def test_all_masks_that_cannot_be_used_are_named_at_once(tmp_path: Path, classes: ClassList) -> None:
     for stem in "abcd":
         _photo(tmp_path / "photos" / f"{stem}.jpg")

@@ -118,16 +118,17 @@ def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
     if made := [photo.image for photo in paired if photo not in photos]:
         print_note(f"left out, as `starseg predict` wrote them: {some(made)}")
     missing = [photo.name for photo in photos if not photo.mask]
-    lone = sorted(path for paths in found.values() for path in paths)
+    lone = sorted(path for paths in found.values() for path in paths if path.suffix.lower() in _MASKS)
     if missing and not (classes.label_map and len(missing) < len(photos)):
         coco = next((path for path in lone if len(missing) == len(photos) and path.suffix == ".json"), None)
-        hint = f"; if {coco} is a COCO file, give it as --masks" if coco else ""
+        names = f"; these have names of no image: {some(lone)}" if lone else ""
+        hint = f"; if {coco} is a COCO file, give it as --masks" if coco else names
         raise UserError(
             f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(photos)} "
             f"images have none: add the masks or take the images out{hint}"
         )
     _note_links(files)
-    if lone := [path for path in lone if path.suffix.lower() in _MASKS]:
+    if lone:
         print_note(f"masks without an image of the same name are not used: {some(lone)}")
     return photos
 
