@@ -36,7 +36,7 @@ _TRANSPOSITIONS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _EXACT = ("L;R",)
-_LOSSY = ("JPEG", "MPO")
+_JPEG = ("JPEG", "MPO")
 
 
 def is_image(path: Path) -> bool:
@@ -205,6 +205,16 @@ def transparent_pixels(path: Path) -> np.ndarray:
         return np.asarray(_upright(image).convert("RGBA"))[..., 3] < 255
 
 
+def is_jpeg(path: Path) -> bool:
+    """Whether a file is stored in the JPEG format, whatever its suffix.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    with _opened(path, "image") as image:
+        return image.format in _JPEG
+
+
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     """Return height and width of an image in upright orientation.
 
@@ -249,7 +259,7 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
         if frames > 1:
             raise UserError(f"{path}: holds {frames} images; a mask must be one, save the right one alone")
         ids = np.array(_upright(image))
-        if image.format in _LOSSY and _changed_by_compression(ids, image):
+        if image.format in _JPEG and _changed_by_compression(ids, image):
             raise UserError(
                 f"{path}: JPEG compression has changed the class ids in this mask; save it as PNG from its source"
             )

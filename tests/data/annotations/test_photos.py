@@ -186,6 +186,21 @@ def test_masks_in_other_formats(tmp_path: Path, classes: ClassList, suffix: str)
     assert _pixels(photos) == [128, 7], "a PNG is the mask, a preview beside it is not"
 
 
+def test_jpeg_masks_by_colour(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8, 8:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    assert (read_indices(tmp_path / "a.jpg", (16, 16), read_classes("background #000000,cat #ffffff")) == 1).sum() == 64
+    y, x = np.mgrid[:96, :96]
+    near = (np.hypot(y - 40, x - 40) < 30).astype(np.uint8)
+    Image.fromarray(np.stack([near] * 3, -1)).save(tmp_path / "b.jpg", quality=75)
+    with Image.open(tmp_path / "b.jpg") as image:
+        changed = np.asarray(image)[..., 0]
+    assert set(np.unique(changed)) == {0, 1, 2} and (changed != near).any(), "known colours, but elsewhere"
+    with pytest.raises(UserError, match=r"b\.jpg: JPEG compression may turn one colour of .* two are only 1 apart"):
+        read_indices(tmp_path / "b.jpg", (96, 96), read_classes("background 0 0 0,cat 1 1 1,dog 2 2 2"))
+
+
 def test_runs_and_predictions_among_the_photos_are_no_photos(
     tmp_path: Path, classes: ClassList, capsys: pytest.CaptureFixture
 ) -> None:

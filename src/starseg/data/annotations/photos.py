@@ -24,6 +24,7 @@ from starseg.data.images import (
     SUFFIXES,
     image_size,
     is_image,
+    is_jpeg,
     is_predicted,
     note_unread,
     read_image,
@@ -44,6 +45,8 @@ from starseg.utils.terminal import print_note
 _BESIDE = (".txt", ".json")
 # Masks in other image formats are taken only where there is none in these.
 _MASKS = (".png", ".json")
+# Colours this far apart are not confused: compression that changes a pixel so much leaves others with unknown colours.
+_JPEG_ERROR = 32
 _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 
 
@@ -195,9 +198,21 @@ def _packed(colours: np.ndarray) -> np.ndarray:
     return red << 16 | green << 8 | blue
 
 
+def _nearest(colours: Sequence[Colour]) -> int:
+    """Return the smallest distance of two colours, in the channel in which they differ most."""
+    values = np.array(colours, int)
+    distances = np.abs(values[:, None] - values).max(-1)
+    return int(distances[~np.eye(len(values), dtype=bool)].min())
+
+
 def _from_colours(mask: Path, colours: Sequence[Colour], source: str) -> np.ndarray:
     ids = {colour: index for index, colour in reversed(list(enumerate(colours)))}
     ids.setdefault(IGNORE_COLOUR, IGNORE)
+    if is_jpeg(mask) and (near := _nearest(list(ids))) < _JPEG_ERROR:
+        raise UserError(
+            f"{mask}: JPEG compression may turn one colour of {source} into another, as two are only {near} apart; "
+            "save the mask as PNG from its source"
+        )
     keys = _packed(np.array(list(ids), np.uint8).T)
     order = np.argsort(keys)
     pixels = _packed(read_image(mask).numpy())
