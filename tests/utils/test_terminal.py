@@ -94,9 +94,3 @@ def test_lists_hold_names_of_any_bytes(tmp_path: Path) -> None:
     assert dataset.train.images == (image, tmp_path / "kůň.jpg")
     assert dataset.train.masks == (tmp_path / mask, tmp_path / "masks" / "kůň.png")
     assert dataset.train == dataset.test
-
-
-@pytest.mark.parametrize("separator", ["\t", "\n", "\r"])
-def test_names_with_separators_are_named(tmp_path: Path, separator: str) -> None:
-    with pytest.raises(UserError, match=r"a\\[tnr]b\.jpg': a tab or line break .* rename it"):
-        write_list(tmp_path / "train.txt", [(tmp_path / f"a{separator}b.jpg", Path("masks/b.png"))])
