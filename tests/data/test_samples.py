@@ -177,6 +177,17 @@ def test_without_a_home_directory_the_index_is_not_kept(
     assert note in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_in_an_unwritable_cache_the_index_is_not_kept(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    dataset = open_voc(shapes)
+    expected = class_index(dataset, dataset.test)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STARSEG_CACHE", str(tmp_path / "file"))
+    assert np.array_equal(class_index(dataset, dataset.test), expected)
+    assert "note: the class index is not kept" in capsys.readouterr().err
+
+
 def test_published_identifiers_are_the_lines_of_the_lists(shapes: Path) -> None:
     dataset = open_voc(shapes)
     assert dataset.train.ids[0] == "/JPEGImages/train_00000.jpg /SegmentationClassAug/train_00000.png"
