@@ -50,6 +50,9 @@ class DataConfig(Strict):
     lists: Path | None = None
     """Folder of published image lists, `<dataset>/<setting>_<task>_<split>_<step>.npy` (docs/published.md); a list that
     exists replaces the selection of images by their masks."""
+    validation: float | None = Field(None, gt=0, lt=1)
+    """Share of the training images that is held out for validation: the run trains on the rest, and is evaluated on
+    these images instead of the test images (docs/compare.md)."""
     workers: int | Literal["auto"] = Field("auto")
     """Loader workers. `auto`: with a GPU up to 8 per process, limited by the number of cores and the size of
     `/dev/shm`; 0 on a CPU. The number never changes a result."""

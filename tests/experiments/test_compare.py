@@ -73,7 +73,21 @@ def test_a_footnote_is_printed_once(tmp_path: Path) -> None:
         run.mkdir()
         content = {"run": {"method": "ssul", "steps": 1, "notes": ["without saliency maps"]}, "steps": [{}]}
         (run / "results.json").write_text(json.dumps(content))
-    assert compare.footnotes(tmp_path) == ["without saliency maps"]
+    assert compare.footnotes(compare.finished_runs([tmp_path / "ssul_seed0", tmp_path / "ssul_seed1"])) == [
+        "without saliency maps"
+    ]
+
+
+def test_results_of_earlier_versions_lack_the_size_of_the_network(tmp_path: Path) -> None:
+    step = {"step": 0, "miou": dict.fromkeys(compare.GROUPS, 10.0), "iou": {"background": 10.0}, "seconds": 1.0}
+    for seed, known in ((0, {}), (1, {"network_bytes": 70, "exemplar_bytes": 6})):
+        run = tmp_path / f"star_seed{seed}"
+        run.mkdir()
+        content = {"run": {"method": "star", "steps": 1}, "steps": [step | {"bank_bytes": 8} | known]}
+        (run / "results.json").write_text(json.dumps(content))
+    old, both = (compare.finished_runs(tmp_path.glob(name)) for name in ("*_seed0", "*_seed?"))
+    assert [compare.summary(old)[0][column] for column in compare.STORED] == ["-", "8", "0"]
+    assert [compare.summary(both)[0][column] for column in compare.STORED] == ["70", "8", "3"]
 
 
 def test_compare_end_to_end(
@@ -98,7 +112,9 @@ def test_compare_end_to_end(
     assert list(rows) and rows["star"]["seeds"] == "1" and rows["joint"]["forgetting"] == "-"
     results = json.loads((out / "star_seed0" / "results.json").read_text())["steps"]
     assert float(rows["star"]["all"]) == pytest.approx(results[-1]["miou"]["all"], abs=0.05)
-    assert int(rows["star"]["stored bytes"]) == results[-1]["bank_bytes"] > int(rows["finetune"]["stored bytes"]) == 0
+    assert int(rows["star"]["bank bytes"]) == results[-1]["bank_bytes"] > int(rows["finetune"]["bank bytes"]) == 0
+    weights = (out / "star_seed0" / "step_2" / "model.safetensors").stat().st_size
+    assert int(rows["star"]["network bytes"]) == weights and rows["star"]["image bytes"] == "0"
     learnt = [results[1]["iou"]["hexagon"], results[2]["iou"]["heart"]]
     assert float(rows["star"]["plasticity"]) == pytest.approx(sum(learnt) / 2, abs=0.05)
     assert (out / "compare.tex").read_text().count(r"\\") == 4

@@ -19,11 +19,12 @@ from rich.console import Console
 from starseg.cli.main import main
 from starseg.config import Strict
 from starseg.data.annotations.classlist import read_classes
-from starseg.data.annotations.photos import read_indices, split_images
+from starseg.data.annotations.photos import read_indices
 from starseg.data.datasets.folder import open_folder
 from starseg.data.images import read_mask
 from starseg.data.palette import IGNORE_COLOUR, paint
 from starseg.data.samples import Batch
+from starseg.data.validation import split_images
 from starseg.engine.checkpoint import load_bank, load_info
 from starseg.engine.fit import StepTraining
 from starseg.errors import UserError

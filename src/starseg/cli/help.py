@@ -58,6 +58,8 @@ EXAMPLES = {
         "starseg compare configs/voc/15-5.yaml --methods star,mib,plop",
         "starseg compare runs/demo/star/config.yaml --methods star,lwf \\",
         "    --seeds 0,1,2 --out runs/compare train.later.epochs=4",
+        "starseg compare configs/voc/15-5.yaml --methods star,mib \\",
+        "    --out runs/best --sweep train.base.lr=0.002,0.01 --sweep star.ocfm=1,5",
     ),
     "demo": ("starseg demo", "starseg demo --out /tmp/demo"),
     "bench": ("starseg bench --json bench.json", "starseg bench --quick"),

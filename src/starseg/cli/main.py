@@ -272,19 +272,33 @@ def compare(
     ] = "star,finetune,joint",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs and tables.")] = Path("runs/compare"),
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...",
+            help="Tune each method over these values on held-out training images first; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
     from starseg.experiments.compare import make_plan, run_plan, write_comparison
+    from starseg.experiments.sweep import make_sweep, run_sweep
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise UserError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}")
     names, numbers = [m.strip() for m in methods.split(",")], [int(s) for s in seeds.split(",")]
-    plan = make_plan(config, names, numbers, out, overrides or [])
-    with resumable():
-        failed = run_plan(plan, console)
-    if is_leader():
-        write_comparison(out, console)
+    if sweep:
+        tuning = make_sweep(config, names, numbers, out, overrides or [], sweep)
+        with resumable():
+            failed = run_sweep(tuning, console)
+    else:
+        plan = make_plan(config, names, numbers, out, overrides or [])
+        with resumable():
+            failed = run_plan(plan, console)
+        if is_leader():
+            write_comparison(out, console)
     if failed:
         raise typer.Exit(1)
 

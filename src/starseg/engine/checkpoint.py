@@ -100,7 +100,10 @@ class StepInfo:
 
 
 def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:
-    """Write the files of a finished step; ``metrics.json`` is written last and marks the step as finished."""
+    """Write the files of a finished step; ``metrics.json`` is written last and marks the step as finished.
+
+    The size of the weights file is added to the metrics as ``network_bytes``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     files = {"model.safetensors": save(weights)}
@@ -113,7 +116,8 @@ def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Te
         write_atomic(folder / name, data)
     write_json(folder / "model.json", {"format": FORMAT, **asdict(info)})
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    write_json(folder / "metrics.json", {**metrics, "files": digests})
+    sizes = {"network_bytes": len(files["model.safetensors"])}
+    write_json(folder / "metrics.json", {**metrics, **sizes, "files": digests})
 
 
 def save_imported(

@@ -14,10 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig, choices_for
-from starseg.data.datasets import open_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch
+from starseg.data.validation import open_splits
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.formats import open_run
 from starseg.engine.launch import make_fabric, single_process
@@ -91,7 +91,7 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     """
     config = config.model_copy(update={"train": single_process(config.train)})
     fabric = make_fabric(config.train)
-    dataset = replace(open_dataset(config.data), test_fill=info.test_fill)
+    dataset = replace(open_splits(config.data), test_fill=info.test_fill)
     ids = iter(info.dataset_ids[1:])
     steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)
     task = TaskSequence(info.task, steps, dataset.names, info.setting, base=info.base)  # type: ignore[arg-type]

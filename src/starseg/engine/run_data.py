@@ -15,11 +15,12 @@ from rich.console import Console
 
 from starseg.config import RunConfig
 from starseg.data.cache import make_cache
-from starseg.data.datasets import NO_FILES, Dataset, Split, find_dataset, open_dataset
+from starseg.data.datasets import NO_FILES, Dataset, Split, find_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PREFETCH, LoaderEpoch, PersistentLoader
 from starseg.data.samples import EpochSampler, StepDataset, extra_map
 from starseg.data.selection import Kind, select_images
+from starseg.data.validation import open_splits
 from starseg.errors import UserError
 from starseg.methods import Method
 from starseg.replay.memory import MemoryRule
@@ -83,15 +84,18 @@ class RunData:
 
     def _listed(self, step: int, kind: Kind) -> np.ndarray | None:
         folder, task = self.config.data.lists, self.task
-        if folder is None:
+        held_out = self.config.data.validation is not None
+        if folder is None or (held_out and kind == "test"):
             return None
         path = folder / self.dataset.key / f"{task.setting}_{task.name}_{kind}_{step:02d}.npy"
         if not path.is_file():
             return None
         ids = (self.dataset.train if kind == "train" else self.dataset.test).ids
         places = {name: place for place, name in enumerate(ids)}
+        left_out = set(self.dataset.test.ids) if held_out else set()
         try:
-            listed = [places[name] for name in np.load(path, allow_pickle=False).tolist()]
+            names = np.load(path, allow_pickle=False).tolist()
+            listed = [places[name] for name in names if name not in left_out]
             return np.sort(np.array(listed, dtype=np.int64))
         except KeyError as error:
             raise UserError(f"{path}: lists {error}, which is not in {self.dataset.root}") from error
@@ -181,7 +185,7 @@ class RunData:
 
 def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSequence]:
     """Open the configured data set and return it with the steps in which ``method`` learns the configured task."""
-    dataset = open_dataset(config.data)
+    dataset = open_splits(config.data)
     return dataset, task_on(dataset, config, method)
 
 
@@ -209,8 +213,9 @@ def open_data(
     dataset, sequence = dataset_and_task(config, method)
     start = time.monotonic()
     train, test = (class_index(dataset, split) for split in (dataset.train, dataset.test))
+    evaluated = "test" if config.data.validation is None else "validation"
     console.print(
-        f"{dataset.root}: {len(train)} training and {len(test)} test images, "
+        f"{dataset.root}: {len(train)} training and {len(test)} {evaluated} images, "
         f"classes indexed in {time.monotonic() - start:.1f} s",
         highlight=False,
         soft_wrap=True,

@@ -142,6 +142,8 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None) -> 
         refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
     notes = method.notes(find_recipe(resolved, type(method)))
+    if (share := resolved.data.validation) is not None:
+        notes = [*notes, f"evaluated on held-out training images (data.validation {share:g}), not on the test images"]
     for note in notes:
         console.print(labelled("note:", "yellow", note), soft_wrap=True)
     return PreparedRun(resolved, method, data, notes, fabric)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,25 @@ from rich.console import Console
 from rich.table import Table
 
 from starseg.config import RunConfig, load_config
+from starseg.engine.checkpoint import is_finished
 from starseg.engine.rundir import FREE_KEYS, differences
 from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
 from starseg.experiments.train import train
 from starseg.methods import METHODS
 from starseg.report.facts import forgetting
-from starseg.report.page import write_page
+from starseg.report.page import SweepTable, write_page
 from starseg.utils.files import read_json, write_atomic
 from starseg.utils.overrides import override
 from starseg.utils.terminal import labelled
 
 GROUPS = ("old", "new", "all", "harmonic")
-COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", "stored bytes")
+STORED = ("network bytes", "bank bytes", "image bytes")
+COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", *STORED)
+SWEEP = "sweep"
+"""Name of the folder of tuning runs in a comparison with a sweep (:mod:`starseg.experiments.sweep`)."""
+Runs = Mapping[str, Sequence[Path]]
+"""Finished runs by method."""
 _DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", "seconds a step"), 1)
 
 
@@ -37,10 +43,16 @@ class Plan:
     Attributes:
         runs: one configuration per method and seed, those that train a shared base step first.
         only_base: directories of runs of which step 0 is all that is needed.
+        folder: the folder of the comparison; messages name a run by its path within it.
     """
 
     runs: list[RunConfig]
     only_base: set[Path]
+    folder: Path
+
+    def name(self, run: RunConfig) -> str:
+        """Return the name of a run in messages."""
+        return run.run_dir.relative_to(self.folder).as_posix()
 
 
 def run_name(method: str, seed: int) -> str:
@@ -56,9 +68,10 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
     Raises:
         UserError: a method that does not exist, or a configuration that is refused.
     """
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise UserError(f"--methods: unknown {', '.join(unknown)}; known: {', '.join(sorted(METHODS))}")
-    plan = Plan([], set())
+    check_method_names(methods)
+    if (out / SWEEP).exists():
+        raise UserError(f"{out} holds a comparison with --sweep; give another folder with --out")
+    plan = Plan([], set(), out)
 
     def configured(method: str, seed: int, *more: str) -> RunConfig:
         place = out / run_name(method, seed)
@@ -73,8 +86,8 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
         # Owners first, so that their step 0 is there when the others want it.
         for method in sorted(dict.fromkeys(methods), key=lambda m: METHODS[m].base_step != m):
             owner, own = METHODS[method].base_step, configured(method, seed)
-            first, lender = _first_step(own), owners.get(owner) or configured(owner, seed)
-            if owner == method or not _lends(lender, first):
+            lender = owners.get(owner) or configured(owner, seed)
+            if not lends(lender, own) or owner == method:
                 owners.setdefault(method, own)
                 plan.runs.append(own)
                 continue
@@ -83,8 +96,18 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
                 plan.runs.append(lender)
                 plan.only_base.add(lender.run_dir)
             plan.runs.append(configured(method, seed, override("start_from", str(lender.run_dir / "step_0"))))
-    _refuse_other_conditions(out, plan.runs[0])
+    refuse_other_conditions(sorted(out.glob("*_seed*/config.yaml")), plan.runs[0], out)
     return plan
+
+
+def check_method_names(methods: Sequence[str]) -> None:
+    """Check that the methods to compare are registered.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise UserError(f"--methods: unknown {', '.join(unknown)}; known: {', '.join(sorted(METHODS))}")
 
 
 def _conditions(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +118,19 @@ def _conditions(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
+def refuse_other_conditions(earlier: Iterable[Path], config: RunConfig, out: Path) -> None:
+    """Check that a run has the settings that all runs of a comparison must share.
+
+    Args:
+        earlier: config.yaml of the runs that the comparison holds already.
+        config: configuration of the run.
+        out: the folder of the comparison.
+
+    Raises:
+        UserError: an earlier run has other settings.
+    """
     ours = _conditions(config.model_dump(mode="json", by_alias=True))
-    for path in sorted(out.glob("*_seed*/config.yaml")):
+    for path in earlier:
         theirs = _conditions(load_config(path).model_dump(mode="json", by_alias=True))
         if changed := differences(theirs, ours, FREE_KEYS):
             raise UserError(
@@ -108,8 +141,9 @@ def _refuse_other_conditions(out: Path, config: RunConfig) -> None:
             )
 
 
-def _lends(lender: RunConfig, first: tuple[Any, ...]) -> bool:
-    """Return whether a run trains step 0 with these settings; not if its method has no recipe for the data set."""
+def lends(lender: RunConfig, borrower: RunConfig) -> bool:
+    """Return whether two runs train step 0 with the same settings; not if the lender has no recipe for the data set."""
+    first = _first_step(borrower)
     try:
         return _first_step(lender) == first
     except UserError:
@@ -120,7 +154,8 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
     """Return the settings besides the method that determine the training of step 0."""
     resolved, method = resolve_config(config)
     options = resolved.method_section(method.section)
-    return resolved.train.base, resolved.train.warmup, options.get("pos_weight"), options.get("mbce", 1.0)
+    train = resolved.train
+    return train.base, train.warmup, train.weight_decay, options.get("pos_weight"), options.get("mbce", 1.0)
 
 
 def run_plan(plan: Plan, console: Console) -> list[str]:
@@ -132,16 +167,32 @@ def run_plan(plan: Plan, console: Console) -> list[str]:
     Raises:
         UserError: all of them did.
     """
-    failed: list[str] = []
+    failed = train_runs(plan, console)
+    if failed and len(failed) == len(plan.runs):
+        raise next(iter(failed.values()))
+    return list(failed)
+
+
+def train_runs(plan: Plan, console: Console) -> dict[str, UserError]:
+    """Train the unfinished runs, resuming interrupted ones, and report those that fail.
+
+    Returns:
+        The errors of the runs that failed, by the run's name.
+    """
+    failed: dict[str, UserError] = {}
+    lost: set[Path] = set()
     for config in plan.runs:
-        console.rule(config.run_dir.name)
+        name = plan.name(config)
+        console.rule(name)
         try:
+            if config.start_from and config.start_from.parent in lost:
+                raise UserError(f"step 0 is missing, as the run that trains it failed: {config.start_from.parent}")
             train(config, range(1) if config.run_dir in plan.only_base else None, console)
         except UserError as error:
-            failed.append(config.run_dir.name)
-            if len(failed) == len(plan.runs):
-                raise
-            console.print(labelled("failed:", "red", f"{config.run_dir.name}: {error}"), soft_wrap=True)
+            failed[name] = error
+            if not is_finished(config.run_dir / "step_0"):
+                lost.add(config.run_dir)
+            console.print(labelled("failed:", "red", f"{name}: {error}"), soft_wrap=True)
     return failed
 
 
@@ -157,25 +208,26 @@ def figures(run: Path) -> dict[str, Any]:
         "plasticity": statistics.mean(learnt) if learnt else None,
         "parameters": last.get("trainable_parameters"),
         "seconds a step": statistics.mean(s["seconds"] for s in later or steps),
-        "stored bytes": last["bank_bytes"] + last.get("exemplar_bytes", 0),
+        "network bytes": last.get("network_bytes"),
+        "bank bytes": last["bank_bytes"],
+        "image bytes": last.get("exemplar_bytes", 0),
     }
 
 
-def finished_runs(out: Path) -> dict[str, list[Path]]:
-    """Return the finished runs below ``out`` by method, in the order of seeds, without those needed only for step 0."""
+def finished_runs(runs: Iterable[Path]) -> Runs:
+    """Return those of the given runs by method of which all steps are finished."""
     found: dict[str, list[Path]] = {}
-    for results in sorted(out.glob("*_seed*/results.json")):
-        content = read_json(results)
-        run, steps = content["run"], content["steps"]
-        if steps and len(steps) == run["steps"]:
-            found.setdefault(run["method"], []).append(results.parent)
+    for folder in runs:
+        content = read_json(folder / "results.json") if (folder / "results.json").is_file() else {"steps": []}
+        if (steps := content["steps"]) and len(steps) == content["run"]["steps"]:
+            found.setdefault(content["run"]["method"], []).append(folder)
     return found
 
 
-def summary(out: Path) -> list[dict[str, str]]:
+def summary(finished: Runs) -> list[dict[str, str]]:
     """Return one row per method: the mean over seeds, with the standard deviation if there are several."""
     rows = []
-    for method, runs in finished_runs(out).items():
+    for method, runs in finished.items():
         row = {"method": method, "seeds": str(len(runs))}
         each = [figures(run) for run in runs]
         notes = any(read_json(run / "results.json")["run"].get("notes") for run in runs)
@@ -192,19 +244,19 @@ def _mean(values: Sequence[float], decimals: int) -> str:
     return f"{statistics.mean(values):.{decimals}f}{spread}"
 
 
-def curves(out: Path) -> list[dict[str, Any]]:
+def curves(finished: Runs) -> list[dict[str, Any]]:
     """Return the mIoU after every step of every run."""
     return [
         {"method": method, "run": run.name, "step": step["step"], **step["miou"]}
-        for method, runs in finished_runs(out).items()
+        for method, runs in finished.items()
         for run in runs
         for step in read_json(run / "results.json")["steps"]
     ]
 
 
-def footnotes(out: Path) -> list[str]:
+def footnotes(finished: Runs) -> list[str]:
     """Return the footnotes that a star next to a method's name refers to."""
-    runs = (run for each in finished_runs(out).values() for run in each)
+    runs = (run for each in finished.values() for run in each)
     return list(dict.fromkeys(note for run in runs for note in read_json(run / "results.json")["run"].get("notes", [])))
 
 
@@ -234,32 +286,52 @@ def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_comparison(out: Path, console: Console) -> None:
-    """Print the table of all finished runs below ``out``; write compare.{md,tex,csv}, curves.csv and report.html.
+def write_comparison(
+    out: Path, console: Console, runs: Iterable[Path] | None = None, sweep: SweepTable | None = None
+) -> None:
+    """Print the table of all finished runs; write compare.{md,tex,csv}, curves.csv and report.html.
+
+    Args:
+        out: the folder of the comparison.
+        console: where the table is printed.
+        runs: the runs to compare, finished or not; by default all in ``out``.
+        sweep: the sweep by which the settings of the runs were chosen.
 
     Raises:
         UserError: there is no finished run.
     """
-    rows = summary(out)
+    finished = finished_runs(sorted(out.glob("*_seed*")) if runs is None else runs)
+    rows = summary(finished)
     if not rows:
         raise UserError(f"{out}: holds no finished run of a comparison")
-    for columns in (("seeds", *GROUPS), COLUMNS[len(GROUPS) :]):  # all at once are too wide for a terminal
-        table = Table(title="after the last step, mIoU in percent, mean over seeds")
-        for column in ("method", *columns):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for row in rows:
-            table.add_row(row["method"], *(row[column] for column in columns))
-        console.print(table)
-    notes = footnotes(out)
+    for columns in (
+        ("seeds", *GROUPS),
+        COLUMNS[len(GROUPS) : -len(STORED)],
+        STORED,
+    ):  # all at once are too wide for a terminal
+        table_rows = [{"method": row["method"]} | {column: row[column] for column in columns} for row in rows]
+        print_rows(table_rows, "after the last step: mean over seeds, mIoU in percent", console)
+    notes = footnotes(finished)
     for note in notes:
         console.print(f"* {note}", highlight=False)
+    text = markdown(rows) + "".join(f"\n\\* {note}\n" for note in notes)
     files = {
-        "compare.md": markdown(rows) + "".join(f"\n\\* {note}\n" for note in notes),
+        "compare.md": text + (f"\n{sweep.caption}\n\n{markdown(sweep.rows)}" if sweep else ""),
         "compare.tex": latex(rows),
         "compare.csv": comma_separated(rows),
-        "curves.csv": comma_separated(curves(out)),
+        "curves.csv": comma_separated(curves(finished)),
     }
-    for name, text in files.items():
-        write_atomic(out / name, text.encode(errors="backslashreplace"))
+    for name, content in files.items():
+        write_atomic(out / name, content.encode(errors="backslashreplace"))
     console.print(f"tables: {', '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
-    write_page([run for runs in finished_runs(out).values() for run in runs], out / "report.html", console, rows)
+    write_page([run for each in finished.values() for run in each], out / "report.html", console, rows, sweep)
+
+
+def print_rows(rows: Sequence[dict[str, str]], title: str, console: Console) -> None:
+    """Print a table whose first column is text."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)

@@ -15,9 +15,10 @@ from torch import Tensor
 from starseg.config import RunConfig, explain, load_config
 from starseg.data.annotations.classlist import ClassList, read_classes
 from starseg.data.annotations.coco import Coco, read_coco
-from starseg.data.annotations.photos import Photo, convert_masks, pair_files, split_images
+from starseg.data.annotations.photos import Photo, convert_masks, pair_files
 from starseg.data.datasets.folder import write_list
 from starseg.data.samples import sample_seed
+from starseg.data.validation import split_images
 from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.finetuning.defaults import replay_share

@@ -31,6 +31,7 @@ class Adapter(Star):
 
     summary = "STAR with an uncertainty constraint and prototypes that follow the drift of the features"
     source = "Zhu et al., AAAI 2025"
+    later_options = Star.later_options | {"adc"}
     ocfm_epsilon = 1e-4
     Options = AdapterOptions
     options: AdapterOptions

@@ -46,6 +46,7 @@ class Dkd(SigmoidMethod):
     summary = "distillation of logits and of their positive and negative parts; new heads start as an auxiliary one"
     source = "Baek et al., NeurIPS 2022"
     layout = HeadLayout((AUXILIARY,))
+    later_options = frozenset({"later_pos_weight", "kd", "dkd"})
     Options = DkdOptions
     options: DkdOptions
 

@@ -170,6 +170,8 @@ class Method(ABC):
     """What the method stores from one step to the next."""
     base_step: ClassVar[str]
     """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
+    later_options: ClassVar[frozenset[str]] = frozenset()
+    """Options without effect on step 0, so that a sweep over them trains step 0 only once."""
     layout: ClassVar[HeadLayout] = SIGMOID
     """Kind of the classifier heads."""
     memory: ClassVar[MemoryRule | None] = None

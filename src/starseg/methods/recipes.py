@@ -149,7 +149,7 @@ def _missing(config: RunConfig, method: type[Method], options: Mapping[str, Any]
     """Yield the keys without a value that a recipe would set."""
     train = config.train
     for name, phase in (("base", train.base), ("later", train.later)):
-        if name == "base" or _has_later_steps(config, method, options):
+        if name == "base" or has_later_steps(config, method, options):
             yield from (f"train.{name}.{key}" for key in ("epochs", "lr") if getattr(phase, key) is None)
     if train.warmup is None:
         yield "train.warmup"
@@ -180,10 +180,15 @@ def _check_options(config: RunConfig, method: type[Method], recipe: Recipe, opti
         raise UserError(f"{title} has no {', '.join(missing)}: add it to the recipe's options, or give {keys}")
 
 
-def _has_later_steps(config: RunConfig, method: type[Method], options: Mapping[str, Any]) -> bool:
+def has_later_steps(config: RunConfig, method: type[Method], options: Mapping[str, Any]) -> bool:
     """Return whether the method learns the task in more than one step.
 
     A task that is given only by its name counts as several steps, unless it is ``joint``.
+
+    Args:
+        config: a configuration of the method.
+        method: the configured method.
+        options: the method's options, completed from the recipe.
     """
     if config.task.name == "joint":
         return False

@@ -53,6 +53,7 @@ class Star(SigmoidMethod):
     source = "Chen et al., NeurIPS 2023"
     stores = "the previous model, (2 D + 3) floats per class: counts, prototype, noise, norms"
     memory: ClassVar[MemoryRule] = MemoryRule(score=0.9)
+    later_options: ClassVar[frozenset[str]] = frozenset({"ocfm", "sad", "old_threshold", "norm_noise", "replay"})
     ocfm_epsilon: ClassVar[float] = 0.0
     Options = StarOptions
     options: StarOptions

@@ -48,6 +48,19 @@ class RunPage:
     missing: str
 
 
+@dataclass(frozen=True)
+class SweepTable:
+    """Grid points of a hyper-parameter sweep.
+
+    Attributes:
+        caption: how they were evaluated, and the time that the sweep took.
+        rows: one row per grid point, column by column.
+    """
+
+    caption: str
+    rows: Sequence[dict[str, str]]
+
+
 def _points(facts: Facts, group: str) -> list[tuple[float, float]]:
     return [(s["step"], s["miou"][group]) for s in facts.steps if s["miou"][group] is not None]
 
@@ -95,12 +108,15 @@ def _run_page(run: Path, name: str) -> RunPage:
     return RunPage(facts, _class_curves(facts), _loss_charts(facts), drawn, missing)
 
 
-def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ()) -> str:
+def render_page(
+    runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = (), sweep: SweepTable | None = None
+) -> str:
     """Render the page of one or several run directories.
 
     Args:
         runs: directories.
         summary: rows of a table over them all, column by column (:func:`starseg.experiments.compare.summary`).
+        sweep: the sweep by which the settings of the runs were chosen.
 
     Raises:
         UserError: a folder that is no run. A data set that is gone only leaves the pictures out.
@@ -119,18 +135,25 @@ def render_page(runs: Sequence[Path], summary: Sequence[Mapping[str, str]] = ())
         pages=pages,
         comparison=comparison,
         summary=summary,
+        sweep=sweep,
         environment=environment,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     )
 
 
-def write_page(runs: Sequence[Path], path: Path, console: Console, summary: Sequence[Mapping[str, str]] = ()) -> None:
+def write_page(
+    runs: Sequence[Path],
+    path: Path,
+    console: Console,
+    summary: Sequence[Mapping[str, str]] = (),
+    sweep: SweepTable | None = None,
+) -> None:
     """Write the result of :func:`render_page` to ``path`` and print the path.
 
     Raises:
         UserError: a folder that is no run.
     """
-    html = render_page(runs, summary)
+    html = render_page(runs, summary, sweep)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html.encode(errors="backslashreplace"))
     console.print(f"report: {path} ({len(html) / 1000:,.0f} KB)", highlight=False, soft_wrap=True)

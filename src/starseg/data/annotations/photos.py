@@ -266,29 +266,3 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
         counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos), "masks"))
     raise_together(sorted(errors, key=str), "photos cannot be used")
     return np.stack(counts).astype(np.int64)
-
-
-def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose validation images, a fraction of those of each class, leaving every class an image to train on.
-
-    Args:
-        shown: [N, C] bool, whether an image shows a class.
-        share: fraction of the images to choose.
-        rng: random generator.
-
-    Returns:
-        [N] bool, whether an image is chosen; a class shown by two or more images is in both parts wherever possible.
-    """
-    chosen = np.zeros(len(shown), bool)
-    left = shown.sum(0)
-    for column in np.argsort(left, kind="stable"):
-        images = rng.permutation(np.flatnonzero(shown[:, column]))
-        wanted = min(max(1, round(share * len(images))), len(images) - 1)
-        for image in images:
-            spared = (left[shown[image]] > 1).all()
-            if not chosen[image] and spared and chosen[images].sum() < wanted:
-                chosen[image] = True
-                left = left - shown[image]
-    without = rng.permutation(np.flatnonzero(~shown.any(1)))
-    chosen[without[: round(share * len(without))]] = True
-    return chosen
