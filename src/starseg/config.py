@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from starseg.errors import UserError
 from starseg.utils.files import read_text
+from starseg.utils.overrides import override as override
 from starseg.utils.overrides import set_override
 
 
