@@ -11,6 +11,7 @@ from starseg.engine.rundir import resolve
 from starseg.engine.setup import check_method
 from starseg.errors import UserError
 from starseg.methods import method_options
+from starseg.utils.overrides import override
 
 TASK = {"task": {"name": "15-1"}}
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,48 @@ def test_overrides(tmp_path: Path) -> None:
     for bad in ("epochs", "=3", "task.name.x=1", "seed=[1"):
         with pytest.raises(UserError, match="override"):
             load_config(path, [bad])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/d/VOC #2",
+        "/d/a: b",
+        "&a b",
+        "*a",
+        "!a b",
+        "[a] b",
+        "{a}",
+        "~",
+        "~/a",
+        "2024",
+        "12:30",
+        "2024-01-01",
+        "yes",
+        "/d/a ",
+    ],
+)
+def test_paths_in_overrides_are_literal(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {name: 15-1}\ndata: {root: /elsewhere}\n")
+    assert str(load_config(path, [f"data.root={text}"]).data.root) == text
+    assert str(load_config(path, [f"model.pretrained=/w{text}.pth"]).model.pretrained) == f"/w{text}.pth"
+
+
+def test_other_text_in_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {name: 15-1}\ndata: {root: /elsewhere, workers: 1}\n")
+    text = ["data.cache=off", "train.precision=32", "task.name=15", "data.workers=auto", "ssul.saliency_dir=/a #2"]
+    config = load_config(path, [*text, "data.root='/q #1'", "model.pretrained=false", "train.base={epochs: 3}"])
+    assert (config.data.cache, config.train.precision, config.task.name) == ("off", "32", "15")
+    assert (config.data.workers, config.model.pretrained, config.train.base.epochs) == ("auto", False, 3)
+    assert config.data.root == Path("/q #1") and config.method_section("ssul") == {"saliency_dir": "/a #2"}
+    config = load_config(path, ["data.root=null", "data.workers=3", "task.steps=[[cat], [dog]]"])
+    assert (config.data.root, config.data.workers, config.task.steps) == (None, 3, [["cat"], ["dog"]])
+    for unusual in ("a #2", "a\u2028b", "a\x85b", "a\nb", "caf\udce9", "2024", "null"):
+        assert str(load_config(path, [override("out", unusual)]).out) == unusual
+    with pytest.raises(UserError, match=r"override 'data\.root=': the value is empty; give one, or data\.root=null"):
+        load_config(path, ["data.root="])
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "- 1\n", b"\xff\xfe"])

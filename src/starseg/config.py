@@ -7,7 +7,6 @@ Only the schema is checked here. Whatever depends on the registered methods or o
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from starseg.errors import UserError
+from starseg.utils.files import read_text
+from starseg.utils.overrides import override as override
+from starseg.utils.overrides import set_override
 
 
 class Strict(BaseModel):
@@ -280,21 +282,6 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     return "\n".join(dict.fromkeys(lines))
 
 
-def _set_dotted(tree: dict[str, Any], assignment: str) -> None:
-    key, sep, value = assignment.partition("=")
-    if not sep or not key:
-        raise UserError(f"override {assignment!r}: expected key=value, e.g. train.base.epochs=5")
-    *parents, leaf = key.split(".")
-    for part in parents:
-        if not isinstance(tree.setdefault(part, {}), dict):
-            raise UserError(f"override {assignment!r}: {part!r} is a value, not a section")
-        tree = tree[part]
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {assignment!r}: {value!r} is not valid YAML") from error
-
-
 def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     """Validate a configuration given as nested dictionaries.
 
@@ -329,11 +316,6 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     return config
 
 
-def override(key: str, value: Any) -> str:
-    """Format ``key=value`` as an override for :func:`load_config`, quoting text that YAML would read differently."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML configuration and apply ``a.b=value`` overrides.
 
@@ -342,7 +324,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(read_text(path)) or {}
     except OSError as error:
         place = "" if path.is_absolute() else f"; looked from {Path.cwd()}"
         raise UserError(f"{path}: cannot read the configuration ({error.strerror}){place}") from error
@@ -352,7 +334,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"{path}: expected sections (key: value), got {type(tree).__name__}")
     assignments = list(overrides)
     for assignment in assignments:
-        _set_dotted(tree, assignment)
+        set_override(tree, assignment, RunConfig)
     return parse_config(tree, f"{path} (with {', '.join(assignments)})" if assignments else str(path))
 
 
@@ -364,7 +346,7 @@ def change_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """
     tree = config.model_dump(mode="json", by_alias=True)
     for assignment in overrides:
-        _set_dotted(tree, assignment)
+        set_override(tree, assignment, RunConfig)
     return parse_config(tree, "overrides")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Sequence
 
 # torch says it in a type of its own on GPUs, and in a RuntimeError on CPUs.
 _NO_MEMORY = re.compile("^OutOfMemoryError|DefaultCPUAllocator: (can't|not enough)")
@@ -9,6 +10,26 @@ _NO_MEMORY = re.compile("^OutOfMemoryError|DefaultCPUAllocator: (can't|not enoug
 
 class UserError(ValueError):
     """Bad input. The message says what was received, what was expected and what to do."""
+
+
+_MOST_NAMED = 10
+
+
+def raise_together(errors: Sequence[UserError], problems: str) -> None:
+    """Raise several errors as one with a line for each, so that they can be corrected at once; none if there are none.
+
+    Args:
+        errors: the errors; the first 10 are quoted.
+        problems: what they are, in the plural.
+
+    Raises:
+        UserError: there is an error; a single one is raised as it is.
+    """
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        rest = [f"and {len(errors) - _MOST_NAMED} more"] if len(errors) > _MOST_NAMED else []
+        raise UserError("\n  ".join([f"{len(errors)} {problems}:", *map(str, errors[:_MOST_NAMED]), *rest]))
 
 
 class Stopped(SystemExit):

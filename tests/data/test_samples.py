@@ -164,6 +164,30 @@ def test_the_index_is_scanned_once_and_follows_the_files(shapes: Path, monkeypat
     assert np.array_equal(class_index(dataset, dataset.test), first)
 
 
+def test_without_a_home_directory_the_index_is_not_kept(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    dataset = open_voc(shapes)
+    expected = class_index(dataset, dataset.test)
+    monkeypatch.delenv("STARSEG_CACHE")
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home directory"))))
+    assert cache_dir() is None
+    assert np.array_equal(class_index(dataset, dataset.test), expected)
+    note = "note: the class index is not kept, this user has no home directory; see $STARSEG_CACHE"
+    assert note in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_in_an_unwritable_cache_the_index_is_not_kept(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    dataset = open_voc(shapes)
+    expected = class_index(dataset, dataset.test)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STARSEG_CACHE", str(tmp_path / "file"))
+    assert np.array_equal(class_index(dataset, dataset.test), expected)
+    assert "note: the class index is not kept" in capsys.readouterr().err
+
+
 def test_published_identifiers_are_the_lines_of_the_lists(shapes: Path) -> None:
     dataset = open_voc(shapes)
     assert dataset.train.ids[0] == "/JPEGImages/train_00000.jpg /SegmentationClassAug/train_00000.png"

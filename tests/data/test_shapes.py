@@ -19,7 +19,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def times(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def test_a_file_is_read_by_the_loader_of_its_suffix(monkeypatch: pytest.MonkeyPa
     path.touch()
     assert find_loader(".pth") is ours.load() and find_loader(".pt") is None
     for read in (open_network, lambda p: open_run(p, [])):
-        with pytest.raises(UserError, match="a configuration must lie beside the checkpoint"):
+        with pytest.raises(UserError, match=r"put the config\.json of the download beside the checkpoint"):
             read(path)
     with pytest.raises(UserError, match="there is no checkpoint"):
         open_network(tmp_path / "missing.pth")

@@ -1,5 +1,6 @@
 """`starseg learn` turns a folder of images and masks into a step."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -118,6 +119,20 @@ def test_a_dry_run_writes_nothing(folder: Folder, tmp_path: Path) -> None:
     text = console.export_text()
     assert "time: about" in text and "replayed per iteration" in text and "heart" in text
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_class_without_a_stored_cell_is_named(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _first(folder, tmp_path, "disc", "square")
+    source = open_source_step(first, "star")
+    assert source.stored is not None
+    console = Console(record=True, width=160)
+    request = LearnRequest(first, *folder("heart"), "heart", tmp_path / "run")
+    without = dataclasses.replace(source, stored=source.stored * torch.tensor([0, 1, 0]))
+    monkeypatch.setattr("starseg.finetuning.run.open_source_step", lambda folder, method: without)
+    learn(request, console, dry_run=True)
+    assert "note: no stored cell shows square, so that nothing of it is replayed" in console.export_text()
 
 
 def test_the_same_request_resumes_and_another_is_refused(folder: Folder, tmp_path: Path) -> None:
@@ -267,7 +282,7 @@ def test_labelme(tmp_path: Path) -> None:
     ids = read_indices(tmp_path / "a.json", (8, 10), read_classes("cat"))
     assert ids.shape == (8, 10) and ids.sum() == 16 and ids[0, 0] == 1
     (tmp_path / "b.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"b\.json: label 'dog' is none of the classes cat"):
+    with pytest.raises(UserError, match=r"b\.json: shape 2: label 'dog' is none of the classes cat"):
         read_indices(tmp_path / "b.json", (8, 10), read_classes("cat"))
     with pytest.raises(UserError, match="this mask is 10x8"):
         read_indices(tmp_path / "b.json", (8, 11), read_classes("cat"))

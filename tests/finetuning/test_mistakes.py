@@ -1,6 +1,7 @@
 """`starseg learn` explains common mistakes in masks, class lists and paths."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from starseg.data.annotations.classlist import read_classes
 from starseg.data.annotations.photos import pair_files, read_indices
+from starseg.engine.evaluate import evaluate_model, open_weights
+from starseg.engine.rundir import load_run_config
 from starseg.errors import UserError
 from starseg.finetuning.prepare import LearnRequest, prepare_step
 from starseg.finetuning.run import learn
@@ -109,3 +112,95 @@ def test_a_dry_run_refuses_what_the_run_refuses(request_for: LearnRequest, tmp_p
         for dry_run in (True, False):
             with pytest.raises(UserError, match=message):
                 learn(_with(request, **other), QUIET, dry_run)
+
+
+def _values(request: LearnRequest, *values: int) -> None:
+    """Paint masks in horizontal stripes of these values."""
+    stripes = np.repeat(np.array(values, np.uint8), 48 // len(values))[:, None].repeat(48, 1)
+    for path in request.masks.iterdir():
+        Image.fromarray(np.pad(stripes, ((0, 48 - len(stripes)), (0, 0)), mode="edge")).save(path)
+
+
+def test_masks_without_a_background_get_advice(request_for: LearnRequest, tmp_path: Path) -> None:
+    """To shorten the list, as another message says, would give every class the pixels of the next."""
+    _values(request_for, 0, 1, 2)
+    with pytest.raises(UserError) as caught:
+        prepare_step(_with(request_for, classes="wall,floor,ceiling"), None, tmp_path / "prepared", QUIET)
+    message = str(caught.value)
+    assert (
+        "no mask shows ceiling; the masks hold the values 0, 1, 2, where 0 is the background and 1 is wall" in message
+    )
+    assert "do not shorten the list, but add 1 to their values (255 stays as it is)" in message
+    _values(request_for, 1, 2, 3)
+    prepared = prepare_step(_with(request_for, classes="wall,floor,ceiling"), None, tmp_path / "prepared", QUIET)
+    assert prepared.pixels[:, :4].tolist() == [[0, 768, 768, 768]] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "message"),
+    [
+        ((0, 2), "cat,dog", "no mask shows cat; the masks hold the values 0, 2, where .* 1 is cat; add images of it"),
+        ((0, 3), "cat,dog,cow", "no mask shows cat, dog; the masks hold the values 0, 3, .*; add images of them"),
+        ((1, 2), "cat,dog,cow", "no mask shows cow; the masks hold the values 1, 2, .*whose order is the order of the"),
+    ],
+)
+def test_values_are_named_where_a_class_is_absent(
+    request_for: LearnRequest, tmp_path: Path, values: tuple[int, ...], classes: str, message: str
+) -> None:
+    _values(request_for, *values)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_step(_with(request_for, classes=classes), None, tmp_path / "prepared", QUIET)
+    assert "shorten" not in str(caught.value)
+
+
+def test_a_list_of_names_may_be_longer_than_a_file_name() -> None:
+    names = [f"class {number}" for number in range(100)]
+    assert read_classes(",".join(names)).names == ("background", *names)
+    with pytest.raises(UserError, match="no such file"):
+        read_classes("x" * 300 + ".txt")
+
+
+def test_a_finished_run_inside_the_folder_of_images_goes_on(request_for: LearnRequest, tmp_path: Path) -> None:
+    """`--images . --masks masks --out run`, repeated: the run's own masks are no images."""
+    request = _with(request_for, images=tmp_path, backbone="test_resnet", pretrained=False, crop=32, epochs=1)
+    request = _with(request, classes=_list(tmp_path, "background\ncat #ffffff\n"), out=tmp_path / "run")
+    for path in (tmp_path / "photos").iterdir():
+        path.rename(tmp_path / path.name)
+    step = learn(request, QUIET)
+    assert step is not None
+    weights = (step / "model.safetensors").stat().st_mtime_ns
+    for dry_run in (True, False):
+        learn(request, QUIET, dry_run)
+    assert (step / "model.safetensors").stat().st_mtime_ns == weights, "nothing was trained again"
+    other = learn(_with(request, out=tmp_path / "other"), QUIET)
+    assert other is not None
+    lists = [(run / "learn" / "train.txt").read_text() for run in (tmp_path / "run", tmp_path / "other")]
+    assert lists[0] == lists[1] and lists[0].count(str(tmp_path)) == len(lists[0].splitlines())
+
+
+def test_a_run_may_be_renamed_moved_or_copied(request_for: LearnRequest, tmp_path: Path) -> None:
+    request = _with(request_for, backbone="test_resnet", pretrained=False, crop=32, epochs=1)
+    request = _with(request, classes=_list(tmp_path, "background\ncat #ffffff\n"))
+    learn(request, QUIET)
+    figures = [_evaluated(tmp_path / "run")]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "run" / "learn" / "val.txt").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "copy").rename(tmp_path / "elsewhere" / "renamed")
+    renamed = tmp_path / "elsewhere" / "renamed"
+    assert load_run_config(renamed).data.root == renamed / "learn", "its own data, although the old ones are there"
+    figures.append(_evaluated(renamed))
+    shutil.rmtree(tmp_path / "run")
+    figures.append(_evaluated(renamed))
+    assert figures[0] == figures[1] == figures[2]
+    given = load_run_config(renamed, [f"data.root={tmp_path}/learn"])
+    assert given.data.root == tmp_path / "learn"
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=rf"If they were moved, correct their paths in the lists of {renamed}/learn; docs"
+    ):
+        _evaluated(renamed)
+
+
+def _evaluated(run: Path) -> list[list[int]]:
+    return evaluate_model(*open_weights(run / "step_0", []), QUIET)["confusion"]

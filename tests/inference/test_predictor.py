@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,43 @@ def test_files_pil_images_and_arrays_agree(predictor: Predictor, photos: Path) -
         np.testing.assert_array_equal(mask, expected)
 
 
+class _ArrayLike:
+    """An array of another library: it has dimensions, iterates over its rows, and converts to NumPy."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array, self.ndim = array, array.ndim
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self._array)
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self._array
+
+
+class _PathLike:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_tensors_and_other_single_images_give_one_mask(predictor: Predictor, photos: Path) -> None:
+    array = np.array(Image.open(photos / "a.png"))
+    expected = predictor.predict(array)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for image in (tensor, _ArrayLike(array), _PathLike(photos / "a.png")):
+        mask = predictor.predict(image)  # type: ignore[call-overload]
+        assert isinstance(mask, np.ndarray)
+        np.testing.assert_array_equal(mask, expected)
+        (done,) = predictor.stream(image)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(done.mask, expected)
+    assert [mask.tolist() for mask in predictor.predict([tensor, done.image])] == [expected.tolist()] * 2
+    grey = predictor.predict(array[..., 0])
+    np.testing.assert_array_equal(predictor.predict(tensor[:1]), grey)
+    np.testing.assert_array_equal(predictor.predict(str(photos / "a.png")), expected)
+
+
 def test_a_batch_of_mixed_sizes_changes_nothing_and_keeps_the_order(predictor: Predictor) -> None:
     images = [_array(*size, seed=i) for i, size in enumerate([(64, 64), (50, 80), (64, 64), (80, 50), (130, 130)])]
     together = predictor.predict(images, batch_size=3)
@@ -121,6 +159,15 @@ def test_fitted_sizes() -> None:
         (np.zeros((2, 4, 4, 3), np.uint8), {}, r"got uint8 \[2, 4, 4, 3\]"),
         (np.zeros((0, 4), np.uint8), {}, r"got uint8 \[0, 4\]"),
         ("nowhere.jpg", {}, "nowhere.jpg: cannot read this image"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}, r"uint8 \[3, H, W\] .*got .* \[2, 3, 4, 4\]; give"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), {}, r"an image tensor must be uint8 \[3, H, W\].*got .* \[4, 4, 3\]"),
+        (torch.zeros(3, 4, 4), {}, r"an image tensor must be uint8 .*got torch.float32 \[3, 4, 4\]"),
+        ([torch.zeros(3, 4, 3)], {}, "an image tensor must be uint8"),
+        (b"a.png", {}, "images: expected a path, a PIL image, an array, a tensor, or a list of these, got bytes"),
+        ({"a.png": 1}, {}, "images: expected .* got dict"),
+        ({"a.png", "b.png"}, {}, "images: expected .* got set"),
+        (None, {}, "images: expected .* got NoneType"),
+        ([[[1, 2], [3]]], {}, r"images: list is no image .*an image array must be uint8"),
         (np.zeros((4, 4, 3), np.uint8), {"scales": ()}, "scales: expected numbers"),
         (np.zeros((4, 4, 3), np.uint8), {"batch_size": 0}, "batch_size: expected 1 or more"),
     ],
@@ -166,6 +213,19 @@ def test_files_that_are_not_read_are_named(photos: Path, capsys: pytest.CaptureF
     assert find_images(list(map(str, named))) == named, "a file that is named itself is tried"
     with pytest.raises(UserError, match="no file matches this pattern that is an image"):
         find_images([f"{photos}/*.txt"])
+
+
+def test_hidden_files_are_no_images_unless_named(photos: Path, capsys: pytest.CaptureFixture) -> None:
+    expected = find_images([f"{photos}/**/*"])
+    capsys.readouterr()
+    for path in expected:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    assert find_images([f"{photos}/**/*"]) == expected
+    assert find_images([str(photos)]) == [path for path in expected if path.parent == photos]
+    with pytest.raises(UserError, match="no file matches this pattern that is an image"):
+        find_images([f"{photos}/.*"])
+    assert "._" not in capsys.readouterr().err
+    assert find_images([str(photos / "._a.png")]) == [photos / "._a.png"]
 
 
 def test_a_folder_of_folders_gets_advice_on_the_pattern(photos: Path) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from starseg.config import parse_config
+from starseg.data.datasets import Split
+from starseg.engine.exemplars import Memory, locate
 from starseg.engine.setup import check_method
 from starseg.errors import UserError
 from starseg.experiments.train import train
@@ -83,3 +85,26 @@ def test_a_method_without_a_memory_refuses_one(tiny: dict) -> None:
     with pytest.raises(UserError, match=r"memory\.size: method finetune keeps no images"):
         check_method(parse_config({**tiny, "method": "finetune", "memory": {"size": 5}}))
     assert np.isclose(parse_config({**tiny, "memory": {"size": 5}}).memory.size, 5)
+
+
+def test_copies_of_images_with_the_same_stem_are_apart(tmp_path: Path) -> None:
+    names = [
+        "masks/a/1",
+        "masks/b/1",
+        "my photo 1",
+        "my photo 2",
+        "x.1",
+        "x.2",
+        "2007_000033",
+        "/JPEGImages/q.jpg /M/q.png",
+    ]
+    images, masks = ([tmp_path / f"{i}.{kind}" for i in range(len(names))] for kind in ("jpg", "png"))
+    for file in (*images, *masks):
+        file.write_text(file.name)
+    files = Split(tuple(images), tuple(masks), tuple(names))
+    Memory(tuple(Exemplar(name, (1,)) for name in names), files).save(
+        tmp_path / "step_1", tmp_path / "step_0", 1, copy=True
+    )
+    found = locate(names, Split((), (), ()), tmp_path / "step_1")
+    assert [path.read_text() for path in (*found.images, *found.masks)] == [file.name for file in (*images, *masks)]
+    assert [path.name for path in found.images[-2:]] == ["2007_000033.jpg", "q.jpg"]

@@ -41,7 +41,7 @@ def test_a_sound_data_set(
     code, found = _check(tiny, tmp_path, monkeypatch)
     text = capsys.readouterr().out
     assert code == 0 and found["usable"] and not found["broken"] and "usable: no file is broken" in text
-    assert found["splits"]["training"] == {"images": 48, "published": None, "missing": 0}
+    assert found["splits"]["training"] == {"images": 48, "published": None, "missing": 0} and not found["repeated"]
     assert [step["step"] for step in found["steps"]] == [0, 1, 2]
     for split, files in open_voc(Path(tiny["data"]["root"])).splits.items():
         masks = np.stack([np.asarray(Image.open(p)) for p in files.masks])
@@ -92,6 +92,27 @@ def test_every_broken_file_is_listed(
         assert training[path].startswith(reason) and f"{path}: {reason}" in text
     test = [b["reason"] for b in found["broken"] if b["split"] == "test"]
     assert ["ids [17]" in test[0], "64x32, its image 64x64" in test[1], len(test)] == [True, True, 2]
+
+
+def test_images_that_are_listed_twice_or_in_both_splits_are_named(
+    copy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root = Path(copy["data"]["root"])
+    train, val = root / "ImageSets/Segmentation/train_aug.txt", root / "ImageSets/Segmentation/val.txt"
+    lines = train.read_text().splitlines()
+    shutil.copy(root / "SegmentationClassAug" / "train_00003.png", root / "SegmentationClass")
+    (root / "JPEGImages" / "link.jpg").symlink_to(root / "JPEGImages" / "train_00001.jpg")
+    lines += [lines[0], "/JPEGImages/link.jpg /SegmentationClassAug/train_00001.png"]
+    train.write_text("\n".join(lines))
+    val.write_text(val.read_text() + "train_00003\n")
+    code, found = _check(copy, tmp_path, monkeypatch)
+    names = [root.resolve() / "JPEGImages" / f"train_{number:05d}.jpg" for number in (0, 1, 3)]
+    assert found["repeated"] == [
+        f"training: 2 images are listed more than once and count as often: {names[0]}, {names[1]}",
+        f"1 test images are training images, so that results are too high: {names[2]}",
+    ]
+    out = capsys.readouterr().out
+    assert code == 0 and all(line in out for line in found["repeated"])
 
 
 def test_an_exif_rotated_image_matches_its_upright_mask(copy: dict) -> None:

@@ -94,7 +94,7 @@ def show_methods(console: Console) -> None:
 
     table = Table("method", "what it does", box=None, pad_edge=False)
     for name, method in sorted(METHODS.items()):
-        table.add_row(f"[bold]{name}[/]", method.summary)
+        table.add_row(Text(name, "bold"), method.summary)
     console.print(table)
     console.print("\nstarseg methods NAME: its source, what it keeps and its options", highlight=False)
 

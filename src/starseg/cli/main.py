@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from starseg import __version__
 from starseg.cli.help import complete_methods, examples, show_method, show_methods
 from starseg.errors import UserError
-from starseg.utils.terminal import reporting_errors, resumable
+from starseg.utils.terminal import make_console, reporting_errors, resumable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +20,7 @@ app = typer.Typer(
     help="Teach a segmentation model new classes without the old images (STAR).",
     epilog=examples("starseg"),
 )
-console = Console()
+console = make_console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]
@@ -83,10 +82,11 @@ def train(
     out: Out = None,
 ) -> None:
     """Run a task sequence: train, evaluate and publish each step; finished steps are skipped."""
-    from starseg.config import load_config, override
+    from starseg.config import load_config
     from starseg.engine.launch import is_leader
     from starseg.experiments.train import train as run
     from starseg.report.page import write_report
+    from starseg.utils.overrides import override
 
     options = {"out": out and str(out), "train.devices": devices, "train.num_nodes": num_nodes}
     options["train.deterministic"] = deterministic or None

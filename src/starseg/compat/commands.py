@@ -17,7 +17,7 @@ from rich.console import Console
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
 from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
-from starseg.utils.terminal import reporting_errors, resumable
+from starseg.utils.terminal import make_console, reporting_errors, resumable
 
 # Flags of training that set a key of the configuration.
 _KEYS: dict[tuple[str, ...], tuple[str, type]] = {
@@ -204,4 +204,4 @@ def _main(
     args = _parser(dataset, training).parse_args(argv)
     with reporting_errors(args.debug), resumable(), _advising():
         quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-        run(args, Console(quiet=quiet))
+        run(args, make_console(quiet=quiet))

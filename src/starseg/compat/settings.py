@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starseg.config import Label, RunConfig, explain, parse_config
 from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
+from starseg.utils.files import parse_json
 
 _DATASETS = {"VOCIncrementalDataLoader": "voc", "ADEIncrementalDataLoader": "ade"}
 """Our data set of each published loader."""
@@ -303,7 +303,7 @@ def read_published(path: Path) -> dict[str, Any]:
         UserError: missing, or not a JSON object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except ValueError as error:
@@ -331,9 +331,31 @@ def published_tree(config: Path | None, resume: Path | None) -> tuple[dict[str, 
     tree = read_published(beside) if beside and beside.is_file() else {}
     if config is not None:
         tree.update(read_published(config))
-    for unread in ("kd", "ac"):
-        tree.get("hyperparameter", {}).pop(unread, None)
-    return tree, config or beside or Path()
+    return _without_unread(tree), config or beside or Path()
+
+
+def tree_beside(checkpoint: Path) -> tuple[dict[str, Any], Path]:
+    """Return the configuration next to a checkpoint, as nested dictionaries, and its file.
+
+    Raises:
+        UserError: no such checkpoint, or no configuration next to it.
+    """
+    config = checkpoint.parent / "config.json"
+    if not checkpoint.is_file():
+        raise UserError(f"there is no checkpoint {checkpoint}; give a file that exists")
+    if not config.is_file():
+        raise UserError(
+            f"{checkpoint}: its configuration {config} is missing; put the config.json of the download beside the "
+            "checkpoint, or that of its training run"
+        )
+    return _without_unread(read_published(config)), config
+
+
+def _without_unread(tree: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(section := tree.get("hyperparameter"), dict):
+        for unread in ("kd", "ac"):
+            section.pop(unread, None)
+    return tree
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:

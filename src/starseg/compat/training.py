@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key
+from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key, tree_beside
 from starseg.compat.weights import checkpoint_name, load_checkpoint, load_prototypes, prototypes_name, save_published
 from starseg.config import RunConfig
 from starseg.engine import checkpoint
@@ -51,7 +51,7 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
     weights = folder / checkpoint_name(epoch)
     own = config
     if (folder / "config.json").is_file():
-        tree, source = published_tree(None, weights)
+        tree, source = tree_beside(weights)
         own = parse_published(tree, str(source))
     model, info = load_checkpoint(weights, own)
     bank = load_prototypes(folder / prototypes_name(epoch))

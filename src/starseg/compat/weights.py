@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starseg.compat.settings import PublishedConfig, parse_published, published_tree
+from starseg.compat.settings import PublishedConfig, parse_published, tree_beside
 from starseg.config import RunConfig
 from starseg.data.datasets import DATASETS, list_dataset
 from starseg.engine.checkpoint import StepInfo
@@ -61,7 +61,7 @@ def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, RunConfig]:
     Raises:
         UserError: one of the two is missing or wrong.
     """
-    tree, source = published_tree(None, path)
+    tree, source = tree_beside(path)
     config = parse_published(tree, str(source))
     return *load_checkpoint(path, config), config.to_run(gpu=torch.cuda.is_available())
 

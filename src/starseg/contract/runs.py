@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from rich.console import Console
 from torch import Tensor
 
 from starseg.config import RunConfig, parse_config
@@ -22,8 +21,9 @@ from starseg.engine.runner import Runner
 from starseg.engine.state import begun
 from starseg.errors import Stopped
 from starseg.utils.files import read_json
+from starseg.utils.terminal import make_console
 
-_QUIET = Console(quiet=True)
+_QUIET = make_console(quiet=True)
 
 
 def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:

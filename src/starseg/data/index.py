@@ -14,22 +14,31 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
 from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
+from starseg.utils.terminal import print_note
 
 __getattr__ = old_names(__name__)
 
 _VERSION = 2
 
 
-def cache_dir() -> Path:
-    """Return the directory of cached class indices: $STARSEG_CACHE, or ~/.cache/starseg by default."""
-    return Path(os.environ.get("STARSEG_CACHE") or Path.home() / ".cache" / "starseg")
+def cache_dir() -> Path | None:
+    """Return the directory of cached class indices: $STARSEG_CACHE, or ~/.cache/starseg by default.
+
+    Returns:
+        None if neither the variable nor a home directory is known, as for a user id without an account.
+    """
+    if given := os.environ.get("STARSEG_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "starseg"
+    except RuntimeError:
+        return None
 
 
 def pixels_per_id(mask: np.ndarray) -> np.ndarray:
@@ -45,10 +54,11 @@ def _count(mask: Path, image: Path | None) -> np.ndarray:
 
 
 def _key(root: Path, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode())
+    digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode(errors="surrogateescape"))
     for path in files:
         stat = path.stat()
-        digest.update(f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        line = f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:24]
 
 
@@ -89,7 +99,11 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
     """Return pixel counts by id on disk, cached under a key of the files' names, sizes and modification times."""
-    path = cache_dir() / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
+    cache = cache_dir()
+    if cache is None:
+        _note_not_cached("this user has no home directory")
+        return scan_masks(split.masks, split.images)
+    path = cache / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing or damaged
         return file["pixels"]
     pixels = scan_masks(split.masks, split.images)
@@ -102,6 +116,9 @@ def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        text = f"note: the class index is not kept, {path} cannot be written ({error.strerror}); see $STARSEG_CACHE"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+        _note_not_cached(f"{path} cannot be written ({error.strerror})")
     return pixels
+
+
+def _note_not_cached(reason: str) -> None:
+    print_note(f"the class index is not kept, {reason}; see $STARSEG_CACHE")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -84,7 +86,15 @@ def kept(folder: Path, step: int) -> list[Exemplar]:
 
 
 def _copies(folder: Path, name: str) -> tuple[Path, Path]:
-    stem = Path((name.split() or [""])[0]).stem
+    """Return where the copies of an image and its mask are, by the name of the image.
+
+    A name in the published lists and a plain word give its stem; others, of which several can have the same stem, get a
+    digest.
+    """
+    if name.startswith("/JPEGImages/") or re.fullmatch(r"[\w-]+", name):
+        stem = Path(name.split()[0]).stem
+    else:
+        stem = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
     return folder / "memory" / "images" / f"{stem}.jpg", folder / "memory" / "masks" / f"{stem}.png"
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from starseg.config import RunConfig, change_config, load_config
+from starseg.config import RunConfig, change_config
 from starseg.engine.checkpoint import StepInfo, load_model
+from starseg.engine.rundir import load_run_config
 from starseg.errors import UserError
 from starseg.models import Segmenter
 
@@ -73,7 +74,7 @@ def open_run(path: Path, overrides: Sequence[str]) -> tuple[Segmenter, StepInfo,
             f"{path}: cannot be evaluated, {config_path} is missing, which names the data set; give the step directory "
             "in its run"
         )
-    return model, info, load_config(config_path, overrides)
+    return model, info, load_run_config(config_path.parent, overrides)
 
 
 def _loader_of(path: Path) -> Loader | None:

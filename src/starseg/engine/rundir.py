@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -12,14 +13,14 @@ from weakref import WeakSet
 
 import yaml
 
-from starseg.config import RunConfig, dump_config, parse_config
+from starseg.config import RunConfig, dump_config, load_config, parse_config
 from starseg.data.datasets import data_root
 from starseg.engine import checkpoint
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import apply_recipe, recipes_of
-from starseg.utils.files import write_atomic
+from starseg.utils.files import read_text, write_atomic
 
 # Keys that may differ when a run is resumed, because they affect the location of files and the speed, not the result.
 Keys = frozenset[tuple[str, ...]]
@@ -39,9 +40,11 @@ FREE_KEYS: Keys = frozenset(
     }
 )
 LOCK = ".lock"
+PREPARED = "learn"
+"""Name of the folder in a run directory into which `starseg learn` writes the prepared data."""
 # Name prefixes of what a run directory may contain before its config.yaml is written, and patterns of what identifies a
 # config.yaml as that of a run.
-_OURS = (LOCK, ".config.yaml.tmp", "step_", "learn")
+_OURS = (LOCK, ".config.yaml.tmp", "step_", PREPARED)
 _OF_A_RUN = (LOCK, "step_*", "results.json")
 _held: WeakSet[IO[str]] = WeakSet()
 
@@ -66,6 +69,25 @@ def resolve(config: RunConfig) -> RunConfig:
     method = METHODS[config.method]
     resolved = apply_recipe(config, method, method_options(config.method, config))
     return resolved.model_copy(update={"data": data})
+
+
+def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load the saved configuration of a run directory, which may have been renamed, moved or copied.
+
+    If `starseg learn` has prepared its data inside the run directory, they are used from where they are now.
+
+    Args:
+        run: the run directory.
+        overrides: changes of the configuration, "key=value".
+
+    Raises:
+        UserError: there is no valid configuration, or an override is invalid.
+    """
+    config, own = load_config(run / "config.yaml", overrides), run.absolute() / PREPARED
+    given = any(text.startswith("data.root=") for text in overrides)
+    if given or not config.data.root or config.data.root.name != PREPARED or not (own / "learn.json").is_file():
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"root": own})})
 
 
 def _resolved_tree(tree: Any) -> Any:
@@ -160,13 +182,18 @@ def refuse_another_run(run_dir: Path, config: RunConfig, free: Keys = frozenset(
         UserError: the directory contains a run with another configuration, or files that belong to no run.
     """
     path, ours = run_dir / "config.yaml", dump_config(config)
+    if any("\ud800" <= letter <= "\udfff" for letter in str(run_dir)):
+        raise UserError(
+            f"{run_dir}: the name of this folder, or of one above it, is not valid UTF-8, which TensorBoard needs; "
+            "rename it, or give another directory with --out"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a folder or a free place; give another one with --out")
     # Listed before config.yaml is read, as another process may be writing that file.
     strange = run_dir.is_dir() and any(not entry.name.startswith(_OURS) for entry in run_dir.iterdir())
     if path.is_file():
         try:
-            text = path.read_text()
+            text = read_text(path)
             theirs = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged, not valid YAML; restore it, or give another one with --out") from error

@@ -25,6 +25,7 @@ from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.models import Architecture, make_network
 from starseg.models.builders import check_crop
+from starseg.utils.terminal import make_console
 
 
 class Runner:
@@ -59,7 +60,7 @@ class Runner:
     ) -> None:
         self.config, self.steps, self.listeners, self.free, self.lock = config, steps, listeners, free, lock
         self.leader = is_leader()
-        self.console = console if self.leader else Console(quiet=True)
+        self.console = console if self.leader else make_console(quiet=True)
 
     def __enter__(self) -> Runner:
         """Prepare the run, lock its directory and launch its processes.

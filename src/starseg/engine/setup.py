@@ -21,6 +21,7 @@ from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
 from starseg.methods.recipes import find_recipe
 from starseg.tasks import TaskSequence
+from starseg.utils.terminal import labelled
 
 
 @dataclass(frozen=True)
@@ -144,5 +145,5 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None) -> 
     if (share := resolved.data.validation) is not None:
         notes = [*notes, f"evaluated on held-out training images (data.validation {share:g}), not on the test images"]
     for note in notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+        console.print(labelled("note:", "yellow", note), soft_wrap=True)
     return PreparedRun(resolved, method, data, notes, fabric)

@@ -35,6 +35,7 @@ from starseg.methods import Stage, StepContext
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
+from starseg.utils.terminal import labelled
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ class Step:
             reset = training.restore(state)
             self._say(f"resuming at iteration {training.iteration} of {training.total}")
             if reset:
-                self.console.print(f"[yellow]note:[/] saved on another device; reset: {', '.join(reset)}")
+                self.console.print(labelled("note:", "yellow", f"saved on another device; reset: {', '.join(reset)}"))
         purge = training.before + training.iteration if state else None
         logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="", purge_step=purge)
         loader = self._loader(training, memory)

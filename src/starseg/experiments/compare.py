@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from starseg.config import RunConfig, load_config, override
+from starseg.config import RunConfig, load_config
 from starseg.engine.checkpoint import is_finished
 from starseg.engine.rundir import FREE_KEYS, differences
 from starseg.engine.setup import check_method, resolve_config
@@ -24,6 +23,8 @@ from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import SweepTable, write_page
 from starseg.utils.files import read_json, write_atomic
+from starseg.utils.overrides import override
+from starseg.utils.terminal import labelled
 
 GROUPS = ("old", "new", "all", "harmonic")
 STORED = ("network bytes", "bank bytes", "image bytes")
@@ -191,7 +192,7 @@ def train_runs(plan: Plan, console: Console) -> dict[str, UserError]:
             failed[name] = error
             if not is_finished(config.run_dir / "step_0"):
                 lost.add(config.run_dir)
-            console.print(f"[red]failed:[/] {name}: {escape(str(error))}", highlight=False, soft_wrap=True)
+            console.print(labelled("failed:", "red", f"{name}: {error}"), soft_wrap=True)
     return failed
 
 
@@ -321,7 +322,7 @@ def write_comparison(
         "curves.csv": comma_separated(curves(finished)),
     }
     for name, content in files.items():
-        write_atomic(out / name, content.encode())
+        write_atomic(out / name, content.encode(errors="backslashreplace"))
     console.print(f"tables: {', '.join(str(out / name) for name in files)}", highlight=False, soft_wrap=True)
     write_page([run for each in finished.values() for run in each], out / "report.html", console, rows, sweep)
 

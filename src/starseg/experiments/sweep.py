@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from starseg.config import RunConfig, load_config, override
+from starseg.config import RunConfig, load_config
 from starseg.engine.launch import is_leader
 from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
@@ -43,6 +43,8 @@ from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import has_later_steps
 from starseg.report.page import SweepTable
 from starseg.utils.files import read_json, write_atomic
+from starseg.utils.overrides import override
+from starseg.utils.terminal import labelled
 
 VALIDATION = 0.2
 """Share of the training images that is held out unless `data.validation` is given."""
@@ -296,7 +298,7 @@ def tune(sweep: Sweep, console: Console) -> Tuned:
             best[method] = points[scores.index(max(known)) if known else 0]
         else:
             lost.append(method)
-            console.print(f"[red]failed:[/] {method}: no grid point finished", highlight=False)
+            console.print(labelled("failed:", "red", f"{method}: no grid point finished"))
         for point, place, score in zip(points, places, scores, strict=True):
             seconds = _seconds([run for run in plan.runs if run.run_dir == place])
             rows.append(

@@ -9,6 +9,7 @@ from rich.console import Console
 from starseg.config import RunConfig
 from starseg.engine.runner import Runner
 from starseg.report.tables import print_results
+from starseg.utils.terminal import make_console
 
 
 def train(config: RunConfig, steps: range | None = None, console: Console | None = None) -> Path:
@@ -25,6 +26,6 @@ def train(config: RunConfig, steps: range | None = None, console: Console | None
     Raises:
         UserError: anything in the input that must be corrected first.
     """
-    console = console or Console()
+    console = console or make_console()
     with Runner(config, console, steps, listeners=[print_results(console)]) as runner:
         return runner.run()

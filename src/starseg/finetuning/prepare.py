@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from starseg.finetuning.defaults import replay_share
 from starseg.inference.hub import is_export
 from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
-from starseg.utils.files import write_json
+from starseg.utils.files import write_json, write_lines
 
 _HIGHEST_ID = 254
 
@@ -230,7 +231,7 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
     shown = pixels[:, new] > 0
     if absent := [names[c] for c in new if not pixels[:, c].any()]:
         raise UserError(
-            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, absent[0])}"
+            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, table, absent)}"
         )
     val = split_images(shown, request.val_share, np.random.default_rng(sample_seed(request.seed, "validation")))
     prepared_step = PreparedStep(
@@ -250,14 +251,34 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
     return prepared_step
 
 
-def _remedy(pixels: np.ndarray, classes: ClassList, absent: str) -> str:
-    """Suggest what to do about a class that no mask shows, given the pixels [N, 256] of every dataset id."""
-    if classes.colours is None and np.flatnonzero(pixels.any(0)).tolist() == [BACKGROUND, IGNORE]:
+def _remedy(pixels: np.ndarray, classes: ClassList, table: np.ndarray, absent: Sequence[str]) -> str:
+    """Suggest what to do about classes that no mask shows.
+
+    Args:
+        pixels: [N, 256] of every dataset id in every mask.
+        classes: the class list.
+        table: [256] uint8, dataset ids by class index.
+        absent: names of the classes.
+    """
+    them = "it" if len(absent) == 1 else "them"
+    remedy = f"add images of {them}, or take {them} out of --classes"
+    if classes.colours is not None:
+        return remedy
+    occurs = pixels.sum(0) > 0
+    values = np.flatnonzero(occurs[table[: len(classes.names)]]).tolist()
+    if values == [BACKGROUND] and occurs[IGNORE]:
         return (
             "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
-            f"with the lines 'background #000000' and '{absent} #ffffff'"
+            f"with the lines 'background #000000' and '{absent[0]} #ffffff'"
         )
-    return "add images of it, or take it out of --classes"
+    first, last = classes.names[1], len(classes.names) - 1
+    held = f"the masks hold the values {', '.join(map(str, values))}, where 0 is the background and 1 is {first}"
+    if values == list(range(last)):
+        return (
+            f"{held}. If 0 is {first} because the masks have no background, do not shorten the list, but add 1 to "
+            f"their values (255 stays as it is); otherwise {remedy}"
+        )
+    return f"{held}; {remedy}, whose order is the order of the values"
 
 
 def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> ClassList:
@@ -276,14 +297,14 @@ def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> Clas
 
 
 def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnRequest) -> None:
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in prepared_step.names), encoding="utf-8")
+    write_lines(folder / "classes.txt", prepared_step.names)
     for name, chosen in (("train.txt", ~prepared_step.val), ("val.txt", prepared_step.val)):
         prepared_step.write_list(folder / name, chosen)
     digest = hashlib.sha256()
     files = (p.resolve() for photo in prepared_step.photos for p in (photo.image, photo.mask) if p)
     for path in dict.fromkeys(files):
         stat = path.stat()
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     about = {
         "source": str(request.source.resolve()) if request.source else None,
         "step": len(prepared_step.steps) - 1,

@@ -41,6 +41,13 @@ def _replay_table(source: SourceStep, share: float, iterations: int) -> Table:
     return table
 
 
+def _never_stored(source: SourceStep) -> list[str]:
+    """Return the names of old classes of which nothing can be replayed."""
+    assert source.stored is not None, "asked only where something is replayed"
+    stored = zip(source.info.names[1:], source.stored[1:].tolist(), strict=True)
+    return [name for name, cells in stored if not cells]
+
+
 def print_preview(prepared_step: PreparedStep, config: RunConfig, source: SourceStep | None, console: Console) -> None:
     """Print the images and pixels of each class, the schedule, and the replay of old classes."""
 
@@ -64,6 +71,11 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
     )
     if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
+        if lost := _never_stored(source):
+            say(
+                f"note: no stored cell shows {', '.join(lost)}, so that nothing of it is replayed; its objects may be "
+                "too small for the crop and the output stride"
+            )
         if share < 1:
             say(f"replays {100 * share:.2g} % of the stored counts, so that old classes do not outweigh new images")
 

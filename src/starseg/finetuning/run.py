@@ -17,7 +17,7 @@ from starseg.data.images import image_size
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
 from starseg.engine.metrics import summarize
-from starseg.engine.rundir import LOCK, adopt, lock, refuse_another_run
+from starseg.engine.rundir import LOCK, PREPARED, adopt, lock, refuse_another_run
 from starseg.engine.runner import Runner
 from starseg.engine.setup import make_method, resolve_config
 from starseg.engine.state import begun
@@ -37,8 +37,8 @@ from starseg.models import Architecture, make_network
 from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
 from starseg.utils.files import read_json, write_json
+from starseg.utils.terminal import make_console
 
-FOLDER = "learn"
 _TRIAL = 3
 
 
@@ -104,7 +104,7 @@ def _refuse_out(request: LearnRequest) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a free place")
     there = {entry.name for entry in out.iterdir()} - {LOCK} if out.is_dir() else set()
-    if there and not (out / FOLDER / "learn.json").is_file():
+    if there and not (out / PREPARED / "learn.json").is_file():
         raise UserError(f"--out {out}: holds something that `starseg learn` did not make; give a free place")
     place = next(folder for folder in out.resolve().parents if folder.exists())
     try:
@@ -135,7 +135,7 @@ def _holds_prepared(run: Path, prepared: Path) -> bool:
     Raises:
         UserError: others are, and a step on them was started.
     """
-    target = run / FOLDER
+    target = run / PREPARED
     if not target.is_dir():
         return False
     there = read_json(target / "learn.json")
@@ -157,7 +157,7 @@ def _install(prepared: Path, run: Path) -> None:
     """Move the prepared data into the locked run directory, unless they are there already."""
     if _holds_prepared(run, prepared):
         return
-    target = run / FOLDER
+    target = run / PREPARED
     if target.is_dir():
         for old in (target, *run.glob("step_*")):
             shutil.rmtree(old)
@@ -194,7 +194,7 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
     if source:
         run.mkdir()
         adopt(source.folder, run / f"step_{step - 1}")
-    with Runner(parse_config(tree, "learn"), Console(quiet=True), range(step, step + 1)) as runner:
+    with Runner(parse_config(tree, "learn"), make_console(quiet=True), range(step, step + 1)) as runner:
         return runner.seconds_per_iteration(step, _TRIAL)
 
 
@@ -257,9 +257,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as until_trained:
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
-            prepared = Path(temporary) / FOLDER
+            prepared = Path(temporary) / PREPARED
             prepared_step = prepare_step(request, source, prepared, console)
-            config = make_config(request, source, prepared_step, prepared if dry_run else out / FOLDER, multiple)
+            config = make_config(request, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
             _check_same_data(config, prepared)
             print_preview(prepared_step, config, source, console)
             if dry_run:
@@ -275,7 +275,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         with Runner(config, console, range(step, step + 1), listeners=listeners, lock=held) as runner:
             run = runner.run()
     figures = before_after(run)
-    write_json(run / FOLDER / "before_after.json", figures)
+    write_json(run / PREPARED / "before_after.json", figures)
     console.print(before_after_table(figures))
     folder = request.out / f"step_{step}"
     console.print(f"learnt: {folder}; try `starseg predict {folder} PHOTOS --out found --overlays`", soft_wrap=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,16 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
-from starseg.data.images import SUFFIXES, is_image, note_unread
+from starseg.data.folders import list_files, some
+from starseg.data.images import PREDICTED, SUFFIXES, is_image, is_predicted, note_unread
 from starseg.data.palette import paint, voc_palette
 from starseg.errors import UserError
 from starseg.inference.predictor import Options, Prediction, Predictor
-from starseg.utils.files import write_atomic, write_json
+from starseg.utils.files import LONGEST_NAME, write_atomic, write_json
 from starseg.utils.progress import bar
+from starseg.utils.terminal import labelled, print_note
 
 _GLOB = set("*?[")
-_MARK = "starseg"
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,63 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     """Return the image files named by paths, folders and glob patterns, each once, in the given order.
 
     A folder stands for the images directly inside it; ``photos/**/*.jpg`` (quoted) reaches deeper. Other files that a
-    folder or pattern holds are named on stderr; a file named itself is tried, whatever its name.
+    folder or pattern holds are named on stderr; a file named itself is returned whatever its name, even if it does not
+    exist, unless none of the images does.
 
     Raises:
-        UserError: nothing is there, or a folder or pattern without an image.
+        UserError: there is no image at all, or none in a folder or for a pattern.
     """
     found: dict[Path, Path] = {}
     for text in inputs:
         for path in _files_of(text):
             found.setdefault(path.resolve(), path)
+    if found and not any(map(os.path.exists, found)):
+        raise UserError(f"{next(iter(found.values()))}: no such file or folder")
     return list(found.values())
+
+
+def _without_results(images: Sequence[Path], out: Path) -> list[Path]:
+    """Leave out what an earlier call has written to ``out``, which may be inside a folder of images."""
+    folder = out.resolve()
+    results = {path for path in images if path.resolve().is_relative_to(folder) and is_predicted(path)}
+    if results:
+        print_note(f"left out, as `starseg predict` wrote them: {some(sorted(results))}")
+    return [path for path in images if path not in results]
 
 
 def _files_of(text: str) -> list[Path]:
     path, known = Path(text), ", ".join(SUFFIXES)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
+    if os.path.isdir(path):
+        files = list_files(path, deep=False)
         if not any(map(is_image, files)):
-            deep = any(p.is_file() and is_image(p) for p in path.rglob("*"))
+            deep = any(map(is_image, list_files(path)))
             hint = f"; folders in it hold some, which the pattern '{path}/**/*' (quoted) reaches" if deep else ""
             raise UserError(f"{path}: no image in this folder (looked for {known}){hint}")
-    elif path.exists():
+    elif os.path.exists(path) or not _GLOB & set(text):
         return [path]
-    elif _GLOB & set(text):
-        files = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+    else:
+        found = sorted(map(Path, glob.glob(_escape_folder(text), recursive=True)))
+        files = [path for path in found if path.is_file()]
+        if dangling := [path for path in found if not path.exists()]:
+            print_note(f"left out, as they are links that lead nowhere: {some(dangling)}")
         if not any(map(is_image, files)):
             raise UserError(f"{text}: no file matches this pattern that is an image ({known})")
-    else:
-        raise UserError(f"{path}: no such file or folder")
     note_unread([path for path in files if not is_image(path)])
     return [path for path in files if is_image(path)]
+
+
+def _escape_folder(pattern: str) -> str:
+    """Escape the part of a pattern that names an existing folder, which may contain brackets."""
+    folder = next(str(parent) for parent in Path(pattern).parents if os.path.isdir(parent))
+    return glob.escape(folder) + pattern[len(folder) :] if pattern.startswith(folder) else pattern
+
+
+def _numbered(stem: str, number: int) -> str:
+    """Return a stem with "-<number>", from 2 on, shortened so that a file name with a suffix of 4 bytes can be made."""
+    end = f"-{number}" if number > 1 else ""
+    while len(os.fsencode(stem + end)) > LONGEST_NAME - len(".png"):
+        stem = stem[:-1]
+    return stem + end
 
 
 def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Target]:
@@ -80,29 +111,19 @@ def plan_targets(images: Sequence[Path], out: Path, overlays: bool) -> list[Targ
     taken: set[str] = set()
     targets = []
     for image in images:
-        name, number = image.stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{image.stem}-{number}"
-        taken.add(name.lower())
+        names = (_numbered(image.stem, number) for number in count(1))
+        # Names that differ only in case, or in how accents are stored, are the same on some systems.
+        name = next(name for name in names if unicodedata.normalize("NFC", name).lower() not in taken)
+        taken.add(unicodedata.normalize("NFC", name).lower())
         overlay = out / "overlays" / f"{name}.jpg" if overlays else None
         targets.append(Target(image, out / f"{name}.png", overlay))
     inputs = {image.resolve() for image in images}
     written = [path for t in targets for path in (t.mask, t.overlay) if path]
     if lost := [path for path in written if path.resolve() in inputs]:
         raise UserError(f"--out: {lost[0]} is one of the images and would be overwritten; give another folder")
-    if alien := next((path for path in written if path.exists() and not _is_predicted(path)), None):
+    if alien := next((path for path in written if path.exists() and not is_predicted(path)), None):
         raise UserError(f"--out: {alien} is there and was not made by `starseg predict`; give another folder")
     return targets
-
-
-def _is_predicted(path: Path) -> bool:
-    """Whether a mask (PNG) or overlay (JPEG) was written by starseg."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == _MARK or image.info.get("comment") == _MARK.encode()
-    except OSError:
-        return False
 
 
 def _encoded(image: Image.Image, **options: Any) -> bytes:
@@ -115,7 +136,7 @@ def mask_png(mask: np.ndarray) -> bytes:
     """Encode ids [H, W] uint8 as a palette PNG in VOC's colours, marked as written by starseg."""
     image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(voc_palette().tobytes())
-    about.add_text("Software", _MARK)
+    about.add_text("Software", PREDICTED)
     return _encoded(image, format="PNG", optimize=True, pnginfo=about)
 
 
@@ -168,7 +189,7 @@ def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str,
     write_atomic(target.mask, mask_png(done.mask))
     if target.overlay:
         drawn = draw_overlay(done.image.permute(1, 2, 0).numpy(), done.mask, names)
-        write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90, comment=_MARK))
+        write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90, comment=PREDICTED))
     height, width = done.mask.shape
     return {
         "image": str(target.image),
@@ -205,9 +226,9 @@ def predict_files(
     Raises:
         UserError: no image, or a result that would overwrite one.
     """
-    images = find_images(inputs)
+    images = _without_results(find_images(inputs), out)
     targets = plan_targets(images, out, overlays)
-    if out.resolve() in {Path(text).resolve() for text in inputs if Path(text).is_dir()}:
+    if out.resolve() in {Path(text).resolve() for text in inputs if os.path.isdir(text)}:
         raise UserError(f"--out: {out} is a folder of images; masks in it would pass for images, give another folder")
     if json_file and json_file.resolve() in {image.resolve() for image in images}:
         raise UserError(f"--json: {json_file} is one of the images and would be overwritten; give another file")
@@ -222,7 +243,7 @@ def predict_files(
         for done in predictor.stream(images, options):
             if done.error:
                 failed.append({"image": str(images[done.index]), "error": str(done.error)})
-                console.print(f"[red]failed:[/] {done.error}", highlight=False, soft_wrap=True)
+                console.print(labelled("failed:", "red", str(done.error)), soft_wrap=True)
             else:
                 entries.append((done.index, _write(done, targets[done.index], names)))
             shown.advance()

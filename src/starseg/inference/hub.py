@@ -65,7 +65,7 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
     )
     folder.mkdir(parents=True, exist_ok=True)
     # The card first: a folder that has one may be written again after a break.
-    write_atomic(folder / _CARD, card.encode())
+    write_atomic(folder / _CARD, card.encode(errors="backslashreplace"))
     for name in _FILES:
         write_atomic(folder / name, (step_dir / name).read_bytes())
     return folder / _CARD

@@ -5,7 +5,8 @@ Shape letters: N images, C classes without background, H W pixels, h w feature c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
@@ -28,7 +29,8 @@ from starseg.methods import METHODS
 from starseg.models import Segmenter
 from starseg.ops.bilinear import resize
 
-ImageSource = str | Path | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+_ARRAYS = "an image array must be uint8 [H, W, 3] or [H, W]"
 _LONGEST_SHAPE = 50
 # Logits are upsampled to so many values at a time (256 MB of float32).
 _MOST_LOGITS = 2**26
@@ -78,23 +80,54 @@ class Prediction:
     error: UserError | None = None
 
 
+def is_single(images: Any) -> bool:
+    """Return whether the argument of a prediction is one image rather than several.
+
+    Raises:
+        UserError: neither, such as bytes, a dictionary, or a set, which has no order.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor) or getattr(images, "ndim", 0) > 1:
+        return True
+    if isinstance(images, bytes | bytearray | Mapping | Set) or not isinstance(images, Iterable):
+        raise UserError(
+            f"images: expected a path, a PIL image, an array, a tensor, or a list of these, got {type(images).__name__}"
+        )
+    return False
+
+
 def to_tensor(source: ImageSource) -> Tensor:
     """Convert an image to [3, H, W] uint8.
 
     Args:
-        source: a path, a PIL image or a uint8 array [H, W, 3] (RGB) or [H, W] (grey).
+        source: a path, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey), or a uint8 tensor [3, H, W] or
+            [1, H, W], as torchvision reads it.
 
     Raises:
-        UserError: an unreadable file, or an array of another type or shape.
+        UserError: an unreadable file, or an array or tensor of another type or shape.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         return read_image(Path(source))
     if isinstance(source, Image.Image):
         return image_tensor(source)
-    array = np.asarray(source)
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    try:
+        array = np.asarray(source)
+    except ValueError as error:  # a list of rows of different lengths
+        raise UserError(f"images: {type(source).__name__} is no image ({error}); {_ARRAYS}") from error
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
-        raise UserError(f"an image array must be uint8 [H, W, 3] or [H, W], got {array.dtype} {list(array.shape)}")
+        raise UserError(f"{_ARRAYS}, got {array.dtype} {list(array.shape)}")
     return image_tensor(Image.fromarray(array))
+
+
+def _from_tensor(source: Tensor) -> Tensor:
+    shape = list(source.shape)
+    if source.dtype != torch.uint8 or len(shape) != 3 or shape[0] not in (1, 3) or not source.numel():
+        raise UserError(
+            f"an image tensor must be uint8 [3, H, W] (RGB) or [1, H, W] (grey), got {source.dtype} {shape}; give "
+            "several images as a list of tensors"
+        )
+    return source.detach().cpu().expand(3, -1, -1)
 
 
 def fitted_size(height: int, width: int, short: float, stride: int) -> tuple[int, int]:
@@ -158,16 +191,16 @@ class Predictor:
         """Segment one image or several.
 
         Args:
-            images: a path, a PIL image, a uint8 array [H, W, 3] or [H, W], or a list of these, of any sizes.
+            images: an image, see :func:`to_tensor`, or a list of images of any sizes.
             options: see :class:`Options`.
 
         Returns:
             The mask, [H, W] uint8 dataset ids, at the image's own size; a list of masks for a list.
 
         Raises:
-            UserError: an image that cannot be read, or a bad option.
+            UserError: an image that cannot be read, something that is no image, or a bad option.
         """
-        single = isinstance(images, str | Path | Image.Image | np.ndarray)
+        single = is_single(images)
         sources: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
         masks: list[Any] = [None] * len(sources)
         for done in self.stream(sources, Options(**options)):
@@ -176,19 +209,22 @@ class Predictor:
             masks[done.index] = done.mask
         return masks[0] if single else masks
 
-    def stream(self, sources: Iterable[ImageSource], options: Options | None = None) -> Iterator[Prediction]:
+    def stream(
+        self, sources: ImageSource | Iterable[ImageSource], options: Options | None = None
+    ) -> Iterator[Prediction]:
         """Segment images batch by batch; images with the same network input size share a batch.
 
         Args:
-            sources: images, read as they are needed.
+            sources: images, read as they are needed; or a single image.
             options: how.
 
         Yields:
             A prediction for every image, as batches fill up and so not always in order.
         """
         options = options or Options()
+        several: Iterable[Any] = [sources] if is_single(sources) else sources  # type: ignore[assignment]
         waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-        for index, source in enumerate(sources):
+        for index, source in enumerate(several):
             try:
                 image = to_tensor(source)
                 size = self._size(image, options)

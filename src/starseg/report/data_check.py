@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from rich.text import Text
 
 from starseg.config import RunConfig
 from starseg.data.datasets import Split, find_dataset, list_dataset
+from starseg.data.folders import some
 from starseg.data.images import read_image, read_mask, refuse_other_size
 from starseg.data.index import pixels_per_id
 from starseg.data.labels import LabelMap
@@ -67,6 +70,20 @@ class Report:
         """Return how many images of the published split are missing."""
         return max(0, (self.published(split) or 0) - len(self.data.dataset.splits[split]))
 
+    @property
+    def repeated(self) -> list[str]:
+        """Sentences about images that are listed more than once, under any link, or in both splits."""
+        dataset, lines = self.data.dataset, []
+        files = {name: Counter(map(os.path.realpath, split.images)) for name, split in dataset.splits.items()}
+        for name, counter in files.items():
+            if several := sorted(file for file, number in counter.items() if number > 1):
+                lines.append(
+                    f"{name}: {len(several):,} images are listed more than once and count as often: {some(several)}"
+                )
+        if both := sorted(files["training"].keys() & files["test"].keys()):
+            lines.append(f"{len(both):,} test images are training images, so that results are too high: {some(both)}")
+        return lines
+
     def counts(self, step: int) -> dict[str, Any]:
         """Count a step's images in both splits, and per new class the images that show it and its pixels."""
         chosen = {
@@ -98,6 +115,7 @@ class Report:
                 name: {"images": len(split), "published": self.published(name), "missing": self.missing(name)}
                 for name, split in dataset.splits.items()
             },
+            "repeated": self.repeated,
             "broken": [{"split": b.split, "file": str(b.file), "reason": b.reason} for b in self.broken],
             "task": {"name": self.data.task.name, "setting": self.data.task.setting},
             "steps": [self.counts(step) for step in range(len(self.data.task))],
@@ -191,7 +209,7 @@ def _comparison(report: Report) -> list[str]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the counts, missing images and every broken file."""
+    """Print the counts, missing and repeated images, and every broken file."""
     dataset, task = report.data.dataset, report.data.task
 
     def say(line: str) -> None:
@@ -200,7 +218,7 @@ def print_report(report: Report, console: Console) -> None:
     say(f"{dataset.root} ({dataset.key}): every image and mask read in {report.seconds:.1f} s")
     say(f"task {task.name}, {task.setting}: images of each step, images and pixels of each class")
     console.print(_steps_table(report))
-    for line in _comparison(report):
+    for line in [*_comparison(report), *report.repeated]:
         say(line)
     for b in report.broken:
         say(f"{b.file}: {b.reason} [{b.split}]")

@@ -15,7 +15,7 @@ from starseg.engine.run_data import RunData
 from starseg.errors import UserError
 from starseg.report.tables import old_kept
 from starseg.report.testset import finished_steps, run_data
-from starseg.utils.files import read_json
+from starseg.utils.files import read_json, read_text
 
 _CURVE_POINTS = 200
 
@@ -230,5 +230,5 @@ def gather(run: Path, name: str | None = None) -> Facts:
         losses={s["step"]: curves for s in steps if (curves := loss_curves(run / f"step_{s['step']}"))},
         times={s["step"]: times for s in steps if (times := time_split(run / f"step_{s['step']}"))},
         kept=old_kept(steps),
-        config=(run / "config.yaml").read_text() if (run / "config.yaml").is_file() else "",
+        config=read_text(run / "config.yaml") if (run / "config.yaml").is_file() else "",
     )

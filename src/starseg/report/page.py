@@ -155,7 +155,7 @@ def write_page(
     """
     html = render_page(runs, summary, sweep)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, html.encode())
+    write_atomic(path, html.encode(errors="backslashreplace"))
     console.print(f"report: {path} ({len(html) / 1000:,.0f} KB)", highlight=False, soft_wrap=True)
 
 

@@ -33,7 +33,7 @@ def iou_table(results: Mapping[str, Any]) -> Group:
     for entry in steps:
         table.add_column(f"step {entry['step']}", justify="right")
     for name in steps[-1]["iou"]:
-        table.add_row(name, *(percent(s["iou"][name]) if name in s["iou"] else "" for s in steps))
+        table.add_row(Text(name), *(percent(s["iou"][name]) if name in s["iou"] else "" for s in steps))
     table.add_section()
     for group in GROUPS:
         table.add_row(f"mean {group}", *(percent(s["miou"][group]) for s in steps))
@@ -70,7 +70,7 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         stored = [kilobytes(last["bank_bytes"])]
         if exemplars:
             stored.append(kilobytes(last.get("exemplar_bytes", 0)))
-        table.add_row(marked, *figures, kept, *stored, f"{sum(s['seconds'] for s in results['steps']):.0f}")
+        table.add_row(Text(marked), *figures, kept, *stored, f"{sum(s['seconds'] for s in results['steps']):.0f}")
     notes = {note for results in runs.values() for note in results["run"].get("notes", [])}
     table.caption = "\n".join(f"* {note}" for note in sorted(notes)) or None
     return table
@@ -82,7 +82,7 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Group:
     table.add_column("class")
     table.add_column("IoU", justify="right")
     for name, value in figures["iou"].items():
-        table.add_row(name, percent(value))
+        table.add_row(Text(name), percent(value))
     table.add_section()
     for group, value in figures["miou"].items():
         table.add_row(f"mean {group}", percent(value))

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starseg.config import RunConfig, choices_for, load_config
+from starseg.config import RunConfig, choices_for
 from starseg.data.datasets.base import Dataset
 from starseg.data.index import class_index
 from starseg.data.samples import StepDataset
 from starseg.engine.checkpoint import is_finished, load_model, runs_below
 from starseg.engine.launch import make_fabric, single_process
 from starseg.engine.run_data import RunData, dataset_and_task
+from starseg.engine.rundir import load_run_config
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
 from starseg.methods import Method
@@ -94,7 +95,7 @@ def run_data(run: Path) -> tuple[RunConfig, Method, Dataset, TaskSequence]:
     Raises:
         UserError: no config.yaml, or the data set is not where it says.
     """
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     method = make_method(config)
     return config, method, *dataset_and_task(config, method)
 

@@ -39,8 +39,13 @@ class Bar:
         )
         self.live: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TextColumn("ETA"))
-            note = TextColumn("{task.fields[note]}")
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(8),
+                MofNCompleteColumn(),
+                TextColumn("ETA"),
+            )
+            note = TextColumn("{task.fields[note]}", markup=False)
             self.live = Progress(*columns, TimeRemainingColumn(), note, console=console, transient=True)
             self.task = self.live.add_task(title, total=total, note="")
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ RUNS = {"size": [8, 10], "counts": [3, 4, 73]}
         (_annotation([[1, 1, 4, 4, 5, float("nan")]]), r"expected polygons \[x1, y1"),
         (_annotation([_box(20, 1, 30, 8)]), r"its point 30, 1 is outside the image of 10x8"),
         (_annotation([_box(1, 1, 1e12, 8)]), r"its point 1e\+12, 1 is outside"),
-        (_annotation([_box(-3, 1, 5, 8)]), r"its point -3, 1 is outside"),
+        (_annotation([_box(-11, 1, 5, 8)]), r"its point -11, 1 is outside"),
+        (_annotation([_box(1, 1, 10**400, 8)]), r"expected polygons \[x1, y1"),
         (
             _annotation({**RUNS, "size": [10, 8]}),
             r"its run lengths are of the size \[10, 8\] \(height, width\), its image is \[8, 10\]",
@@ -178,8 +180,19 @@ def test_two_images_with_the_same_name(tmp_path: Path) -> None:
     path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.png"}]}))
     with pytest.raises(UserError, match=r"a\.png: a\.jpg has the same stem"):
         read_coco(path).photos(tmp_path / "images", read_classes("cat"))
-    path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "a.jpg"}]}))
-    with pytest.raises(UserError, match=r"a\.jpg: a\.jpg has the same stem"):
+    path.write_text(json.dumps({**tree, "images": [*tree["images"], {"id": 3, "file_name": "./a.jpg"}]}))
+    with pytest.raises(
+        UserError, match=r"images listed more than once: a\.jpg \(ids 1, 3\); give every file one entry"
+    ):
+        read_coco(path).photos(tmp_path / "images", read_classes("cat"))
+
+
+def test_all_files_that_are_listed_twice_are_named_at_once(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    tree = json.loads(path.read_text())
+    again = [{"id": number, "file_name": name} for number, name in ((9, "sub\\b.jpg"), (4, "a.jpg"), (8, "a.jpg"))]
+    path.write_text(json.dumps({**tree, "images": [*tree["images"], *again]}))
+    with pytest.raises(UserError, match=r"a\.jpg \(ids 1, 4, 8\), sub/b\.jpg \(ids 2, 9\); give every file"):
         read_coco(path).photos(tmp_path / "images", read_classes("cat"))
 
 
@@ -194,3 +207,72 @@ def test_without_pycocotools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(UserError, match=r"pip install 'starseg\[learn\]'"):
         read_coco(_write(tmp_path))
+
+
+def test_polygons_that_end_a_few_pixels_outside_are_clipped(tmp_path: Path) -> None:
+    expected = np.zeros(SIZE, np.uint8)
+    expected[0:3, 6:] = expected[5:, 0:2] = 2
+    beyond = [_box(6, -4, 10.6, 3), _box(-9.5, 5, 2, 12)]
+    np.testing.assert_array_equal(_draw(tmp_path, _annotation(beyond)), expected)
+    wide = np.zeros((8, 1000), np.uint8)
+    wide[2:4, 900:] = 1
+    row = {"id": 1, "file_name": "a.jpg"}
+    path = _write(tmp_path, _annotation([_box(900, 2, 1049, 4)]), images=[row])
+    coco = read_coco(path)
+    photo = coco.photos(tmp_path / "images", coco.classes)[0]
+    np.testing.assert_array_equal(photo.draw((8, 1000)), wide)
+    with pytest.raises(UserError, match="its point 1049, 2 is outside the image of 990x8"):
+        photo.draw((8, 990))
+
+
+def test_an_unused_category_of_the_same_name_is_left_out(tmp_path: Path) -> None:
+    """Roboflow writes one with the name of the project, which may be that of a class, in front."""
+    categories = [{"id": 0, "name": "Cat", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "Cat"}]
+    row = _annotation([_box(2, 1, 6, 3)], 1)
+    coco = read_coco(_write(tmp_path, row, categories=categories))
+    assert coco.classes.names == ("background", "cat")
+    assert coco.photos(tmp_path / "images", coco.classes)[0].draw(SIZE).sum() == 8
+    both = [row, _annotation([_box(2, 1, 6, 3)], 0)]
+    with pytest.raises(UserError, match="names a class twice: cat"):
+        read_coco(_write(tmp_path, *both, categories=categories))
+
+
+def test_all_damaged_annotations_are_named_at_once(tmp_path: Path) -> None:
+    rows = [{**_annotation([_box(1, 1, 4, 4)]), "id": number} for number in range(20)]
+    for number in (3, 4, 7):
+        rows[number]["segmentation"] = []
+    with pytest.raises(UserError) as caught:
+        _draw(tmp_path, *rows)
+    lines = str(caught.value).split("\n  ")
+    assert lines[0] == "3 annotations of a.jpg cannot be drawn:"
+    assert [line.split("annotation ")[1].split(":")[0] for line in lines[1:]] == ["3", "4", "7"]
+    for number in range(5, 19):
+        rows[number]["category_id"] = 99
+    with pytest.raises(UserError) as caught:
+        _draw(tmp_path, *rows)
+    lines = str(caught.value).split("\n  ")
+    assert lines[0] == "14 annotations refer to entries that do not exist:" and lines[-1] == "and 4 more"
+    assert "annotation 5: its category_id 99 is not in the file" in lines[1] and len(lines) == 12
+    with pytest.raises(UserError, match=r"2 entries of images are incomplete:\n  .*images\[0\].*\n  .*images\[2\]"):
+        _draw(tmp_path, images=[{"id": 1}, {"id": 2, "file_name": "a.jpg"}, {"id": None, "file_name": "x"}])
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_file_names_are_found_however_accents_are_stored(tmp_path: Path, listed: str, stored: str) -> None:
+    names = {form: unicodedata.normalize(form, "caf\u00e9.jpg") for form in ("NFC", "NFD")}
+    path = _write(tmp_path, _annotation([_box(2, 1, 6, 3)]), images=[{"id": 1, "file_name": names[listed]}])
+    (tmp_path / "images" / "a.jpg").rename(tmp_path / "images" / names[stored])
+    coco = read_coco(path)
+    (photo,) = coco.photos(tmp_path / "images", coco.classes)
+    assert photo.image.name == names[stored] and photo.name == "caf\u00e9" and photo.draw(SIZE).sum() == 8
+
+
+def test_a_file_name_that_is_too_long_is_missing(tmp_path: Path) -> None:
+    path = _write(tmp_path, _annotation([_box(2, 1, 6, 3)]), images=[{"id": 1, "file_name": "x" * 300 + ".jpg"}])
+    with pytest.raises(UserError, match=r"x\.jpg is missing; 1 of 1 images are"):
+        read_coco(path).photos(tmp_path / "images", read_classes("cat"))
+
+
+def test_run_lengths_of_enormous_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its run lengths do not fill the image"):
+        _draw(tmp_path, _annotation({"size": list(SIZE), "counts": "o" * 10**6 + "0"}))

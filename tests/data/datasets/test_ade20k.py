@@ -59,6 +59,14 @@ def test_missing_parts_are_named(ade_copy: Path, missing: str, message: str) -> 
         _open(ade_copy)
 
 
+def test_files_of_macos_are_no_images(ade_copy: Path) -> None:
+    expected = _open(ade_copy)
+    for split in ("training", "validation"):
+        for image in list((ade_copy / "images" / split).iterdir()):
+            image.with_name(f"._{image.name}").write_bytes(b"\0\5\26\7")
+    assert _open(ade_copy) == expected
+
+
 def test_a_folder_without_images(ade_copy: Path) -> None:
     for image in (ade_copy / "images" / "validation").iterdir():
         image.rename(image.with_suffix(".png"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starseg.data.datasets.base import distinct, read_lines
+from starseg.data.datasets.base import clean_name, distinct, read_lines
 from starseg.errors import UserError
 
 Colour = tuple[int, int, int]
@@ -15,6 +16,9 @@ _LINE = re.compile(r"(?P<name>.+?)(?:\s+#(?P<hex>[0-9a-fA-F]{6})|(?P<rgb>(?:[\s,
 _HASH = re.compile(r"(^|\s)#")
 _LABEL_MAP_LINE = re.compile(r"(?P<name>[^:#][^:]*):(?P<rgb>\d+,\d+,\d+):[^:]*:[^:]*")
 _BLACK = (0, 0, 0)
+_DIGITS = 9
+# What Labelme's lists begin with; the label in its annotations stands for ignored pixels.
+_IGNORED = "__ignore__"
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class ClassList:
 def read_classes(given: str) -> ClassList:
     """Read a class list from a file with one class per line, the background first, or from names such as "horse,cow".
 
-    A line is ``name``, ``name R G B`` or ``name #rrggbb``; the background is black by default. CVAT's labelmap.txt has
-    lines ``name:R,G,B:parts:actions`` in any order.
+    A line is ``name``, ``name R G B`` or ``name #rrggbb``; the background is black by default. Labelme's list may begin
+    with ``__ignore__``. CVAT's labelmap.txt has lines ``name:R,G,B:parts:actions`` in any order.
 
     Args:
         given: path of the file, or comma-separated names.
@@ -48,8 +52,10 @@ def read_classes(given: str) -> ClassList:
             colour occurs twice, a colour is invalid, or only some classes have a colour.
     """
     path, label_map = Path(given), False
-    if path.is_file():
+    # Path.is_file() would raise an error on names longer than those of files.
+    if os.path.isfile(path):
         lines = read_lines(path, "--classes: a class a line, the background first")
+        lines = lines[lines[:1] == [_IGNORED] :]
         label_map = any(_LABEL_MAP_LINE.fullmatch(line) for line in lines)
         entries = _read_label_map(lines, path) if label_map else [_parse(line, path) for line in lines]
         if not entries or not is_background(entries[0][0]):
@@ -71,7 +77,7 @@ def read_classes(given: str) -> ClassList:
             entries.insert(0, ("background", None))
     if len(entries) < 2:
         raise UserError(f"--classes {given}: expected at least one class beside the background")
-    classes, colours = zip(*entries, strict=True)
+    classes, colours = tuple(clean_name(name) for name, _ in entries), tuple(colour for _, colour in entries)
     distinct([name.casefold() for name in classes], path)
     return ClassList(classes, _colour_map(classes, colours, path), given, label_map)
 
@@ -94,9 +100,10 @@ def _parse(line: str, path: Path) -> tuple[str, Colour | None]:
 
 
 def _read_colour(text: str, line: str, path: Path) -> Colour:
-    red, green, blue = map(int, re.findall(r"\d+", text))
-    if max(red, green, blue) > 255:
+    numbers = re.findall(r"\d+", text)
+    if any(len(number) > _DIGITS or int(number) > 255 for number in numbers):
         raise UserError(f"{path}: expected colours of three numbers from 0 to 255, got {line!r}")
+    red, green, blue = map(int, numbers)
     return red, green, blue
 
 

@@ -7,24 +7,33 @@ crowd.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from starseg.data.annotations.classlist import ClassList, is_background
-from starseg.data.annotations.photos import Photo, check_unique_stems
-from starseg.data.datasets.base import distinct
-from starseg.data.images import refuse_other_size
-from starseg.errors import UserError
+from starseg.data.annotations.photos import Photo, check_unique_stems, relative_name
+from starseg.data.datasets.base import clean_name, distinct
+from starseg.data.folders import list_files, some
+from starseg.data.images import is_image, refuse_other_size
+from starseg.errors import UserError, raise_together
 from starseg.tasks import BACKGROUND
+from starseg.utils.files import parse_json
+from starseg.utils.terminal import print_note
 
 Row = dict[str, Any]
-_SLACK = 1.0
+# Compressed run lengths: numbers of at most 7 characters, the last one below 32 + 48.
+_RUNS = re.compile(r"([P-o]{0,6}[0-O])+")
+# How far a point may be outside the image, where it is clipped: tools let outlines end there, and round.
+_SLACK_PIXELS, _SLACK_SHARE = 10, 0.05
 
 
 @dataclass(frozen=True)
@@ -85,17 +94,32 @@ class Coco:
         indices = {numbers[name.casefold()]: index for index, name in enumerate(classes.names) if index}
         indices |= {number: BACKGROUND for number, name in self.categories.items() if is_background(name)}
         files = sorted(((_file_name(row, self.path), row) for row in self.images), key=lambda pair: pair[0])
-        if missing := [(name, row) for name, row in files if not (images / name).is_file()]:
+        there = {relative_name(path, images): path for path in list_files(images) if is_image(path)}
+        # What the listing leaves out, such as hidden files, may still be named.
+        found = [there.get(name) or images / name for name, _ in files]
+        if missing := [pair for pair, path in zip(files, found, strict=True) if not os.path.isfile(path)]:
             name, row = missing[0]
             raise UserError(
                 f"{self.path}: image {row['id']}: {images / name} is missing{_found(images, name)}; {len(missing)} of "
                 f"{len(files)} images are: --images is the folder that file_name starts from"
             )
-        check_unique_stems([images / name for name, _ in files], images)
+        self._check_listed_once(files)
+        check_unique_stems(found, images)
+        if unlisted := sorted(set(there.values()) - set(found)):
+            print_note(f"images that {self.path} does not list are not used: {some(unlisted)}")
         return [
-            Photo(Path(name).with_suffix("").as_posix(), images / name, self.path, partial(self.draw, row, indices))
-            for name, row in files
+            Photo(Path(name).with_suffix("").as_posix(), path, self.path, partial(self.draw, row, indices))
+            for (name, row), path in zip(files, found, strict=True)
         ]
+
+    def _check_listed_once(self, files: Sequence[tuple[str, Row]]) -> None:
+        """Refuse files that are listed under several image ids, given all names, sorted, with their entries."""
+        listed = [(name, [row["id"] for _, row in rows]) for name, rows in groupby(files, key=lambda pair: pair[0])]
+        if twice := [f"{name} (ids {', '.join(map(str, ids))})" for name, ids in listed if len(ids) > 1]:
+            raise UserError(
+                f"{self.path}: images listed more than once: {some(twice)}; give every file one entry, "
+                "with the annotations of all of them"
+            )
 
     def draw(self, image: Row, indices: Mapping[int, int], size: tuple[int, int]) -> np.ndarray:
         """Draw the mask of an image; pixels outside all annotations are background.
@@ -109,7 +133,8 @@ class Coco:
             Class indices [H, W] uint8.
 
         Raises:
-            UserError: the size in the entry differs from the file's, or an annotation is not a valid mask of the image.
+            UserError: the size in the entry differs from the file's, or annotations are no valid masks of the image;
+                the message names all of them.
         """
         masks = _pycocotools()
         if image.get("height") and image.get("width"):
@@ -117,7 +142,13 @@ class Coco:
             refuse_other_size(size, (image["height"], image["width"]), place)
         drawn = np.full(size, BACKGROUND, np.uint8)
         rows = [row for row in self.annotations.get(image["id"], []) if row["category_id"] in indices]
-        regions = [_region(row.get("segmentation"), size, f"{self.path}: annotation {row['id']}") for row in rows]
+        regions, errors = [], []
+        for row in rows:
+            try:
+                regions.append(_region(row.get("segmentation"), size, f"{self.path}: annotation {row['id']}"))
+            except UserError as error:
+                errors.append(error)
+        raise_together(errors, f"annotations of {image['file_name']} cannot be drawn")
         areas = np.array([masks.area(region) for region in regions])
         for i in np.argsort(-areas.astype(np.int64), kind="stable"):
             drawn[masks.decode(regions[i]) > 0] = indices[rows[i]["category_id"]]
@@ -143,20 +174,40 @@ def read_coco(path: Path) -> Coco:
     """
     _pycocotools()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--masks {path}: expected a folder, or a COCO file ({error})") from error
     images = _by_id(tree, "images", {"file_name": str}, path)
     categories = _by_id(tree, "categories", {"name": str}, path)
-    distinct([row["name"].strip().casefold() for row in categories.values()], path)
+    names = {number: clean_name(row["name"]) for number, row in categories.items()}
+    if nameless := [number for number, name in names.items() if not name]:
+        raise UserError(f"{path}: categories: the name of id {nameless[0]} is empty; give every category a name")
     annotations: dict[int, list[Row]] = {}
+    errors = []
     for row in _rows(tree, "annotations", {"id": int, "image_id": int, "category_id": int}, path):
         for key, known in (("image_id", images), ("category_id", categories)):
             if row[key] not in known:
-                raise UserError(f"{path}: annotation {row['id']}: its {key} {row[key]} is not in the file; take it out")
+                text = f"{path}: annotation {row['id']}: its {key} {row[key]} is not in the file; take it out"
+                errors.append(UserError(text))
         annotations.setdefault(row["image_id"], []).append(row)
-    names = {number: row["name"].strip() for number, row in categories.items()}
+    raise_together(errors, "annotations refer to entries that do not exist")
+    names = _without_unused_copies(names, annotations)
+    distinct([name.casefold() for name in names.values()], path)
     return Coco(path, names, list(images.values()), annotations)
+
+
+def _without_unused_copies(names: Mapping[int, str], annotations: Mapping[int, list[Row]]) -> dict[int, str]:
+    """Leave out categories without annotations whose name an annotated category has too.
+
+    Roboflow writes such a category, with the name of the project, before the others.
+
+    Args:
+        names: category names by category id.
+        annotations: entries of the annotations by image id.
+    """
+    used = {row["category_id"] for rows in annotations.values() for row in rows}
+    drawn = {names[number].casefold() for number in used}
+    return {number: name for number, name in names.items() if number in used or name.casefold() not in drawn}
 
 
 def _rows(tree: Any, part: str, keys: Mapping[str, type], path: Path) -> list[Row]:
@@ -164,10 +215,13 @@ def _rows(tree: Any, part: str, keys: Mapping[str, type], path: Path) -> list[Ro
     rows = tree.get(part) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a COCO file with the lists images, annotations and categories; no {part}")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or any(not isinstance(row.get(key), kind) for key, kind in keys.items()):
-            wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in keys.items())
-            raise UserError(f"{path}: {part}[{number}]: expected {wanted}, got {row!s:.100}")
+    wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in keys.items())
+    wrong = [
+        UserError(f"{path}: {part}[{number}]: expected {wanted}, got {row!s:.100}")
+        for number, row in enumerate(rows)
+        if not isinstance(row, dict) or any(not isinstance(row.get(key), kind) for key, kind in keys.items())
+    ]
+    raise_together(wrong, f"entries of {part} are incomplete")
     return rows
 
 
@@ -183,12 +237,12 @@ def _file_name(row: Row, path: Path) -> str:
     name = row["file_name"].replace("\\", "/")
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{path}: image {row['id']}: expected a file_name below --images, got {row['file_name']!r}")
-    return Path(name).as_posix()
+    return unicodedata.normalize("NFC", Path(name).as_posix())
 
 
 def _found(images: Path, missing: str) -> str:
     """Return the end of an error message: where a missing image was found instead."""
-    other = next(images.rglob(Path(missing).name), None)
+    other = next((path for path in list_files(images) if path.name == Path(missing).name), None)
     return f", but {other} is there" if other else ""
 
 
@@ -201,7 +255,7 @@ def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
         place: the annotation, for error messages.
 
     Raises:
-        UserError: it is neither polygons inside the image nor run lengths of the image's size.
+        UserError: it is neither polygons in the image, or a few pixels outside, nor run lengths of the image's size.
     """
     masks, (height, width) = _pycocotools(), size
     if isinstance(shape, dict):
@@ -212,12 +266,14 @@ def _region(shape: Any, size: tuple[int, int], place: str) -> Row:
     for polygon in shape:
         try:
             points = np.array(polygon, float).reshape(-1, 2)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             points = np.zeros((0, 2))
         if len(points) < 3 or not np.isfinite(points).all():
             raise UserError(f"{place}: expected polygons [x1, y1, x2, y2, x3, y3, ...], got {polygon!s:.60}")
-        if (points < -_SLACK).any() or (points > (width + _SLACK, height + _SLACK)).any():
-            x, y = points[np.abs(points - np.array([width, height]) / 2).max(1).argmax()]
+        sides = np.array([width, height])
+        slack = np.maximum(_SLACK_PIXELS, _SLACK_SHARE * sides)
+        if (points < -slack).any() or (points > sides + slack).any():
+            x, y = points[np.abs(points - sides / 2).max(1).argmax()]
             raise UserError(
                 f"{place}: its point {x:g}, {y:g} is outside the image of {width}x{height} pixels; is it of another "
                 "image?"
@@ -234,7 +290,7 @@ def _run_lengths(shape: Row, size: tuple[int, int], place: str) -> Row:
         )
     counts = shape.get("counts")
     if isinstance(counts, str):
-        counts = _uncompressed(counts)
+        counts = _uncompressed(counts) if _RUNS.fullmatch(counts) else None
     if (
         not isinstance(counts, list)
         or any(type(count) is not int or count < 0 for count in counts)

@@ -1,10 +1,12 @@
 """A user's own photos and masks: pairing by name, and conversion of masks to palette PNGs of class ids.
 
-Masks are PNGs of class indices or colours, or Labelme JSON files, with the same names as the images.
+Masks are images of class indices or colours, usually PNGs, or Labelme JSON files, with the same names as the images.
 """
 
 from __future__ import annotations
 
+import filecmp
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +19,13 @@ from rich.console import Console
 
 from starseg.data.annotations.classlist import ClassList, Colour
 from starseg.data.annotations.labelme import draw_labelme
+from starseg.data.folders import list_files, some
 from starseg.data.images import (
     SUFFIXES,
     image_size,
     is_image,
+    is_jpeg,
+    is_predicted,
     note_unread,
     read_image,
     read_mask,
@@ -30,13 +35,18 @@ from starseg.data.images import (
 from starseg.data.index import pixels_per_id
 from starseg.data.labels import LabelMap
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
-from starseg.errors import UserError
+from starseg.errors import UserError, raise_together
 from starseg.tasks import IGNORE
 from starseg.utils.machine import cores
 from starseg.utils.progress import track
+from starseg.utils.terminal import print_note
 
 # Suffixes of class lists and annotations, which may be stored among the images.
 _BESIDE = (".txt", ".json")
+# Masks in other image formats are taken only where there is none in these.
+_MASKS = (".png", ".json")
+# Colours this far apart are not confused: compression that changes a pixel so much leaves others with unknown colours.
+_JPEG_ERROR = 32
 _BY_COLOUR = "a file as --classes that gives every class a colour ('cat #c00080')"
 
 
@@ -57,14 +67,16 @@ class Photo:
     draw: Callable[[tuple[int, int]], np.ndarray]
 
 
-def _files(folder: Path, outside: Path | None = None) -> list[Path]:
-    """Return the files below a folder, sorted by path, without hidden ones and those below the folder ``outside``."""
-    files = (p for p in folder.rglob("*") if p.is_file() and outside not in p.parents)
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+def relative_name(file: Path, folder: Path) -> str:
+    """Return the path relative to a folder in the form in which file names are compared.
+
+    Letters with accents are composed (NFC): macOS stores them in two characters, other systems mostly in one.
+    """
+    return unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
 
 
-def _name(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).with_suffix("").as_posix()
+def _stem(file: Path, folder: Path) -> str:
+    return Path(relative_name(file, folder)).with_suffix("").as_posix()
 
 
 def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
@@ -75,44 +87,78 @@ def check_unique_stems(images: Sequence[Path], folder: Path) -> None:
     """
     by_name: dict[str, Path] = {}
     for file in images:
-        if (twin := by_name.setdefault(_name(file, folder), file)) is not file:
-            raise UserError(f"{file}: {twin.name} has the same stem, so both have one mask; rename one")
+        if (twin := by_name.setdefault(_stem(file, folder), file)) is not file:
+            raise UserError(
+                f"{file}: {twin.name} has the same stem, so both have one mask; rename one, or move "
+                "masks to a folder of their own"
+            )
 
 
 def pair_files(images: Path, masks: Path, classes: ClassList) -> list[Photo]:
-    """Pair the images, sorted by name, with the masks of the same names (PNG, otherwise Labelme JSON).
+    """Pair the images, sorted by name, with the masks of the same names.
 
-    Folders inside ``images`` are searched as well; their masks are in folders of the same names.
+    A mask is a PNG or a Labelme JSON file, or where there is neither, an image in another format. Folders inside
+    ``images`` are searched as well; their masks are in folders of the same names. The folder ``masks`` itself may be
+    inside ``images``, or be the same folder; an image or a copy of it is not taken for its own mask. Images without a
+    mask that `starseg predict` has written are left out.
 
     Raises:
-        UserError: there is no image, two images have the same stem, or an image has no mask (with CVAT's class list,
-            only if no image has one).
+        UserError: there is no image, two images have the same stem, an image has two masks, or it has none (with CVAT's
+            class list, only if no image has one).
     """
     for option, folder, wanted in (("--images", images, "folder"), ("--masks", masks, "folder or COCO file")):
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such {wanted}")
-    beside = masks.resolve().is_relative_to(images.resolve()) and not masks.samefile(images)
-    given = _files(images, images / masks.resolve().relative_to(images.resolve()) if beside else None)
+    given = list_files(images, skip=() if masks.samefile(images) else (masks,))
     files = [path for path in given if is_image(path)]
     note_unread([path for path in given if not is_image(path) and path.suffix.lower() not in _BESIDE])
     if not files:
         raise UserError(f"--images {images}: no image in this folder (looked for {', '.join(SUFFIXES)})")
     check_unique_stems(files, images)
-    drawn = _files(masks)
-    found = {_name(p, masks): p for suffix in (".json", ".png") for p in drawn if p.suffix.lower() == suffix}
-    photos = [_pair(_name(file, images), file, found.get(_name(file, images)), classes) for file in files]
+    found = _mask_files(masks)
+    paired = [_pair(_stem(file, images), file, found.pop(_stem(file, images), []), classes) for file in files]
+    photos = [photo for photo in paired if photo.mask or not is_predicted(photo.image)]
+    if made := [photo.image for photo in paired if photo not in photos]:
+        print_note(f"left out, as `starseg predict` wrote them: {some(made)}")
     missing = [photo.name for photo in photos if not photo.mask]
+    lone = sorted(path for paths in found.values() for path in paths if path.suffix.lower() in _MASKS)
     if missing and not (classes.label_map and len(missing) < len(photos)):
-        lone = next((path for path in found.values() if len(missing) == len(photos) and path.suffix == ".json"), None)
-        hint = f"; if {lone} is a COCO file, give it as --masks" if lone else ""
+        coco = next((path for path in lone if len(missing) == len(photos) and path.suffix == ".json"), None)
+        names = f"; these have names of no image: {some(lone)}" if lone else ""
+        hint = f"; if {coco} is a COCO file, give it as --masks" if coco else names
         raise UserError(
-            f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(files)} "
+            f"{images / missing[0]}: no mask {masks / missing[0]}.png (nor .json); {len(missing)} of {len(photos)} "
             f"images have none: add the masks or take the images out{hint}"
         )
+    _note_links(files)
+    if lone:
+        print_note(f"masks without an image of the same name are not used: {some(lone)}")
     return photos
 
 
-def _pair(name: str, image: Path, mask: Path | None, classes: ClassList) -> Photo:
+def _note_links(files: Sequence[Path]) -> None:
+    """Note images that are the same file under two names, which may be in training and validation at once."""
+    names: dict[Path, Path] = {}
+    pairs = [f"{path} is {first}" for path in files if (first := names.setdefault(path.resolve(), path)) is not path]
+    if pairs:
+        print_note(f"links make the same image count twice, perhaps in training and validation: {some(pairs)}")
+
+
+def _mask_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the image and JSON files below a folder by name."""
+    found: dict[str, list[Path]] = {}
+    for path in list_files(folder):
+        if is_image(path) or path.suffix.lower() in _MASKS:
+            found.setdefault(_stem(path, folder), []).append(path)
+    return found
+
+
+def _pair(name: str, image: Path, given: Sequence[Path], classes: ClassList) -> Photo:
+    others = [path for path in given if path.suffix != image.suffix or not filecmp.cmp(path, image, shallow=False)]
+    masks = [path for path in others if path.suffix.lower() in _MASKS] or others
+    if len(masks) > 1:
+        raise UserError(f"{image}: {' and '.join(map(str, masks))} could both be its mask; move all but one away")
+    mask = masks[0] if masks else None
     draw = partial(read_indices, mask, classes=classes) if mask else partial(np.zeros, dtype=np.uint8)
     return Photo(name, image, mask, draw)
 
@@ -152,9 +198,21 @@ def _packed(colours: np.ndarray) -> np.ndarray:
     return red << 16 | green << 8 | blue
 
 
+def _nearest(colours: Sequence[Colour]) -> int:
+    """Return the smallest distance of two colours, in the channel in which they differ most."""
+    values = np.array(colours, int)
+    distances = np.abs(values[:, None] - values).max(-1)
+    return int(distances[~np.eye(len(values), dtype=bool)].min())
+
+
 def _from_colours(mask: Path, colours: Sequence[Colour], source: str) -> np.ndarray:
     ids = {colour: index for index, colour in reversed(list(enumerate(colours)))}
     ids.setdefault(IGNORE_COLOUR, IGNORE)
+    if is_jpeg(mask) and (near := _nearest(list(ids))) < _JPEG_ERROR:
+        raise UserError(
+            f"{mask}: JPEG compression may turn one colour of {source} into another, as two are only {near} apart; "
+            "save the mask as PNG from its source"
+        )
     keys = _packed(np.array(list(ids), np.uint8).T)
     order = np.argsort(keys)
     pixels = _packed(read_image(mask).numpy())
@@ -189,11 +247,16 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
         [N, 256] int64, number of pixels of every dataset id in every mask.
 
     Raises:
-        UserError: a mask is rejected, see :func:`read_indices`; or an image is unreadable.
+        UserError: masks are rejected, see :func:`read_indices`, or images are unreadable; the message names them all.
     """
+    errors: list[UserError] = []
 
     def convert(photo: Photo) -> np.ndarray:
-        ids = table[photo.draw(image_size(photo.image))]
+        try:
+            ids = table[photo.draw(image_size(photo.image))]
+        except UserError as error:
+            errors.append(error)
+            return np.zeros(256, np.int64)
         path = folder / f"{photo.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_mask(path, ids)
@@ -201,4 +264,5 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
 
     with ThreadPoolExecutor(cores()) as pool:
         counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos), "masks"))
+    raise_together(sorted(errors, key=str), "photos cannot be used")
     return np.stack(counts).astype(np.int64)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from starseg.data.datasets.base import Dataset, Split, read_lines
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
+from starseg.data.images import is_image
 from starseg.errors import UserError
 from starseg.tasks import IGNORE, split_classes
 
@@ -68,7 +69,7 @@ def read_split(root: Path, name: str) -> Split:
     for folder in (images, masks):
         if not folder.is_dir():
             raise UserError(f"{folder}: this folder is missing; {_expected(root)}")
-    files = sorted(images.glob("*.jpg"))
+    files = sorted(filter(is_image, images.glob("*.jpg")))
     if not files:
         raise UserError(f"{images}: expected *.jpg images, found none; {_expected(root)}")
     return Split(tuple(files), tuple(masks / f"{f.stem}.png" for f in files), tuple(f.stem for f in files))

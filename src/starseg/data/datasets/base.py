@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
+from starseg.utils.files import read_text, split_lines
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,31 @@ class Dataset:
         return folded
 
 
-def read_lines(path: Path, layout: str) -> list[str]:
+def read_lines(path: Path, layout: str, errors: str = "strict") -> list[str]:
     """Read the non-empty lines of a text file, stripped.
 
     Args:
         path: the file.
         layout: the expected layout of `data.root`, appended to the error message.
+        errors: "surrogateescape" for file names of any encoding.
 
     Raises:
         UserError: the file is unreadable.
     """
     try:
-        # Some Windows editors write a byte order mark at the beginning of a file.
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in split_lines(read_text(path, errors)) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise UserError(f"{path}: cannot read this list ({reason}); {layout}") from error
+
+
+def clean_name(text: str) -> str:
+    """Return a class name in the form in which names are compared and listed.
+
+    Each run of white space and line separators becomes a space, as files hold a name per line; letters with accents are
+    composed (NFC), as some systems store them in two characters.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def distinct(names: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -129,5 +140,6 @@ def refuse_missing(dataset: Dataset) -> None:
             if missing := [path for path in files if not path.is_file()]:
                 raise UserError(
                     f"{len(missing)} of {len(files)} {name} {kind} are missing, the first is {missing[0]}; "
-                    "`starseg data check` lists them, docs/datasets.md says where to get them"
+                    f"`starseg data check` lists them. If they were moved, correct their paths in the lists of "
+                    f"{dataset.root}; docs/datasets.md says where to get published data sets"
                 )

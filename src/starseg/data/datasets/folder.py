@@ -14,18 +14,26 @@ from pathlib import Path
 from starseg.data.datasets.base import Dataset, Split, distinct, read_lines
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
 from starseg.errors import UserError
-from starseg.utils.files import read_json
+from starseg.utils.files import read_json, write_lines
 
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
+_SEPARATORS = set("\t\n\r")
 
 
 def write_list(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Write a list of image and mask paths, one tab-separated pair per line."""
-    path.write_text("".join(f"{image}\t{mask}\n" for image, mask in pairs), encoding="utf-8")
+    """Write a list of image and mask paths, one tab-separated pair per line; names may be of any encoding.
+
+    Raises:
+        UserError: a path contains a tab or a line break.
+    """
+    rows = [(str(image), str(mask)) for image, mask in pairs]
+    if wrong := next((name for row in rows for name in row if _SEPARATORS & set(name)), None):
+        raise UserError(f"{wrong!r}: a tab or line break in the name of a file or folder cannot be listed; rename it")
+    write_lines(path, (f"{image}\t{mask}" for image, mask in rows))
 
 
 def _read_split(root: Path, name: str) -> Split:
-    rows = [line.split("\t") for line in read_lines(root / name, _EXPECTED)]
+    rows = [line.split("\t") for line in read_lines(root / name, _EXPECTED, errors="surrogateescape")]
     if wrong := [row for row in rows if len(row) != 2]:
         raise UserError(f"{root / name}: expected 'image<tab>mask' a line, got {wrong[0]}")
     images, masks = zip(*rows, strict=True) if rows else ((), ())

@@ -8,6 +8,7 @@ classes.txt                             optional: one class name per line, the b
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from starseg.data.datasets.base import Dataset, Split, distinct, read_lines
@@ -49,7 +50,7 @@ def _split(root: Path, name: str, mask_folder: str) -> Split:
     path = root / _LISTS / f"{name}.txt"
     lines, images, masks = read_lines(path, _EXPECTED), [], []
     for number, line in enumerate(lines, 1):
-        match line.split():
+        match re.split(r"[ \t]+", line):
             case [image, mask]:
                 images.append(root / image.lstrip("/"))
                 masks.append(root / mask.lstrip("/"))
