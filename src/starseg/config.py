@@ -86,8 +86,8 @@ class ModelConfig(Strict):
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
-    """`true`: ImageNet weights (those of `tf_efficientnet_lite0` come with the extra `lite` and need no download);
-    `false`: random weights; or a file with the encoder's weights."""
+    """`true`: ImageNet weights (those of `tf_efficientnet_lite0`, `1` and `2` come with the extra `lite` and need no
+    download); `false`: random weights; or a file with the encoder's weights."""
 
 
 class PhaseConfig(Strict):
