@@ -68,8 +68,8 @@ class ConstellationOptions(Strict):
     """Exponent of the inverse frequency by which classes are weighted: 0 for none, 1 for equal weights."""
     draws: int = Field(2048, gt=0)
     """Features replayed in an iteration, over all processes."""
-    filter: bool = True
-    """Leave out replayed background that the classifier takes for a new class."""
+    shift: float = Field(0.2, ge=0, le=1)
+    """Probability of the new classes above which replayed background is left out; 1 for none."""
 
 
 @register_method("constellation")
@@ -80,6 +80,7 @@ class Constellation(Method):
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
     layout = HeadLayout((BACKGROUND_HEAD,), hidden=256)
+    later_options = frozenset({"pseudo", "draws", "shift"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
         "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4)),
@@ -227,20 +228,32 @@ class Constellation(Method):
             labels = sample_at_stride(batch.labels, ctx.model.stride).flatten().long()
             logits = output.logits.float().movedim(1, -1).flatten(0, -2)
             return {"ce": self._cross_entropy(logits, labels, torch.ones_like(logits[:, 0]))}
-        drawn, drawn_ids = self._draw(self.amounts, ctx.generator) if ctx.step else (None, batch.labels)
+        drawn, ids = self._draw(self.amounts, ctx.generator) if ctx.old_model else (None, batch.labels)
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
         logits = output.logits.float()[0, :, :, 0].T
         labels = self._labels(ctx, features, labels)
         weights = self.class_weights[labels.where(labels != IGNORE, 0)]
-        if output.extra_logits is not None:
+        if output.extra_logits is not None and drawn is not None:
             extra = output.extra_logits.float()
-            weights = torch.cat([weights, (self.draw_weights * self.class_weights[: ctx.first_new])[drawn_ids]])
-            if self.options.filter:
-                taken = extra.detach().argmax(1) >= ctx.first_new
-                drawn_ids = torch.where(taken & (drawn_ids == BACKGROUND), IGNORE, drawn_ids)
-            logits, labels = torch.cat([logits, extra]), torch.cat([labels, drawn_ids])
+            weights = torch.cat([weights, (self.draw_weights * self.class_weights[: ctx.first_new])[ids]])
+            logits, labels = torch.cat([logits, extra]), torch.cat([labels, self._plausible(ctx, drawn, ids, extra)])
         return {"ce": self._cross_entropy(logits, labels, weights)}
+
+    @torch.no_grad()
+    def _plausible(self, ctx: StepContext, drawn: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """Return the ids [n] of drawn features, ignored where the class is doubtful.
+
+        Args:
+            ctx: context of the step.
+            drawn: [n, D].
+            ids: [n] class from whose mixture each was drawn.
+            logits: [n, C] of the classifier that is being trained.
+        """
+        assert ctx.old_model is not None, "only a later step draws features"
+        doubtful = _classify(ctx.old_model.classify, drawn).argmax(1) != ids
+        new = logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift
+        return torch.where(doubtful | (new & (ids == BACKGROUND)), IGNORE, ids)
 
     def _draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw features from the bank and return this process's share."""

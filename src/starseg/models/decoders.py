@@ -21,6 +21,8 @@ from starseg.ops.bilinear import resize
 _WIDTH = 256
 # Smallest standard deviation by which a channel is divided, relative to the mean of all channels.
 _LEAST = 0.1
+# Largest root mean square of a cell's features, which are about 1 on the images that the descriptor was fitted to.
+_FARTHEST = 2.0
 Grid = Sequence[int]
 
 
@@ -119,8 +121,10 @@ class Descriptor(nn.Module):
         return torch.cat([*found, near, image], 1)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Compute the feature map [N, D, h, w]."""
-        return self.norm(self.project(self.raw(maps, grid)))
+        """Compute the feature map [N, D, h, w]; cells far from all that was seen in step 0 are drawn nearer."""
+        features = self.norm(self.project(self.raw(maps, grid)))
+        size = features.square().mean(1, keepdim=True).sqrt()
+        return features / (size / _FARTHEST).clamp_min(1)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor, floor: float) -> None:
