@@ -11,14 +11,18 @@ if (($# != 3)); then
 fi
 dataset=$1 setting=$2 task=$3
 python=${PYTHON:-python}
-if [[ $dataset == ade ]]; then gpu=0,1 bs=12 init_lr=0.0025 lr=0.00025; else gpu=0 bs=24 init_lr=0.001 lr=0.0001; fi
+case $dataset in
+  ade) gpu=0,1 bs=12 init_lr=0.0025 lr=0.00025 ;;
+  city) gpu=0 bs=24 init_lr=0.005 lr=0.0005 ;;
+  *) gpu=0 bs=24 init_lr=0.001 lr=0.0001 ;;
+esac
 steps=$("$python" -c '
 import sys
 from starseg.data.datasets import DATASETS
 dataset, task = sys.argv[1:]
 tables = DATASETS[dataset].tasks if dataset in DATASETS else {}
 if not tables:
-    sys.exit(f"scripts/train.sh: unknown data set {dataset!r}; known: voc, ade")
+    sys.exit(f"scripts/train.sh: unknown data set {dataset!r}; known: voc, ade, city")
 if task not in tables:
     known = ", ".join(sorted(tables))
     sys.exit(f"scripts/train.sh: unknown task {task!r} for data set {dataset!r}; known: {known}")

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,7 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; torch reads it when it is imported, in child processes too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
+from PIL import Image
 
 SHARED = Path(os.environ.get("STARSEG_SHARED") or Path(__file__).parents[2] / "shared")
 
@@ -138,3 +140,28 @@ def random_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def step_dir(random_run: Path, tmp_path: Path) -> Path:
     """The last step of :func:`random_run`, to be changed at will."""
     return Path(shutil.copytree(random_run / "step_1", tmp_path / "step_1"))
+
+
+@pytest.fixture(scope="session")
+def write_city() -> Callable[..., Path]:
+    """Return a function that writes images of 64 px in Cityscapes' layout, which show road, void and a second class."""
+
+    def write(root: Path, train: int, val: int, ids: Sequence[int] = (11, 26, 33)) -> Path:
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for i in range(count):
+                city = ("aachen", "ulm")[i % 2]
+                mask = np.full((64, 64), 7, np.uint8)
+                mask[:8] = rng.choice([0, 1, 4, 9, 14, 29, 30], (8, 64))
+                mask[24:56, 8:40] = ids[i % len(ids)]
+                image = (mask[..., None] * np.array([7, 5, 3]) + rng.integers(0, 20, (64, 64, 3))).astype(np.uint8)
+                for folder, suffix, array in (
+                    ("leftImg8bit", "leftImg8bit", image),
+                    ("gtFine", "gtFine_labelIds", mask),
+                ):
+                    path = root / folder / split / city / f"{city}_{i:06d}_000019_{suffix}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(array).save(path)
+        return root
+
+    return write

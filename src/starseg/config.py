@@ -86,8 +86,8 @@ class ModelConfig(Strict):
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
-    """`true`: ImageNet weights (those of `tf_efficientnet_lite0` come with the extra `lite` and need no download);
-    `false`: random weights; or a file with the encoder's weights."""
+    """`true`: ImageNet weights (those of `tf_efficientnet_lite0`, `1` and `2` come with the extra `lite` and need no
+    download); `false`: random weights; or a file with the encoder's weights."""
 
 
 class PhaseConfig(Strict):
@@ -175,6 +175,7 @@ class Choices:
         binned_entropy: PLOP computes medians from 100 bins, regardless of ``plop.threshold``.
         binned_running_index: PLOP's running count of these bins adds the index of a bin instead of its content.
         fixed_prototypes: Adapter does not move the old prototypes.
+        iterated_prototypes: STAR-Lite derives prototypes by iterations of AdamW instead of solving for their limit.
     """
 
     noise_around_row: bool = False
@@ -190,6 +191,7 @@ class Choices:
     binned_entropy: bool = False
     binned_running_index: bool = False
     fixed_prototypes: bool = False
+    iterated_prototypes: bool = False
 
 
 SOUND = Choices()
@@ -207,6 +209,7 @@ PUBLISHED = Choices(
     binned_entropy=True,
     binned_running_index=True,
     fixed_prototypes=True,
+    iterated_prototypes=True,
 )
 
 

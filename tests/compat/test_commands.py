@@ -246,7 +246,7 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
     [
         ([], "usage: scripts/train.sh DATASET SETTING TASK"),
         (["voc", "overlap", "77-1"], "unknown task '77-1' for data set 'voc'; known: 1-1, 10-1, "),
-        (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade"),
+        (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade, city"),
     ],
 )
 def test_a_launch_script_prints_its_usage(argv: list[str], message: str) -> None:
@@ -256,7 +256,10 @@ def test_a_launch_script_prints_its_usage(argv: list[str], message: str) -> None
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("name", ["train_voc", "train_ade", "eval_voc", "eval_ade"])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{kind}_{dataset}" for kind in ("train", "eval") for dataset in ("voc", "ade", "city")), "compute_prototype"],
+)
 def test_the_scripts_at_the_root(name: str) -> None:
     command = [sys.executable, str(ROOT / f"{name}.py"), "-r", "/nowhere/weight.pth"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MOMENTS = {
-    "scan before": ("starseg.methods.star", "count_cells"),
+    "scan before": ("starseg.methods.prototype_replay", "count_cells"),
     "iteration": ("starseg.engine.fit", "StepTraining.iterate"),
     "scan after": ("starseg.replay.statistics", "FeatureStatistics.update"),
     "write": ("os", "fsync"),

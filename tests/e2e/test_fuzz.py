@@ -150,7 +150,7 @@ def files(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
     tree |= {"train": {"batch_size": 4, "base": {"epochs": 1, "lr": 0.01}, "precision": "32"}}
     step = train(parse_config(tree), range(1), Console(quiet=True)) / "step_0"
     model, bank = load_model(step)[0], PrototypeBank.from_state_dict(load_bank(step))
-    save_published(folder, 1, model.state_dict(), bank)
+    save_published(folder, 1, model.state_dict(), bank.state_dict())
     (folder / "resume.ckpt").write_bytes(resume.encode(_STATE))
     (step / "metrics.json").unlink()  # so that the readers, not the checksums, see the damage
 

@@ -161,15 +161,19 @@ CHANGED = {
     "star": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5},
     "ssul": {"threshold": 0.5},
     "dkd": {"kd": 1, "dkd": 1, "later_pos_weight": 2},
+    "constellation": {"pseudo": 0.9, "draws": 100, "shift": 0.5},
     "adapter": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5, "adc": False},
+    "star-basic": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "replay": 0.5},
+    "segacil": {"uncertainty": 0.1},
 }
 
 
 @pytest.mark.parametrize("method", CHANGED)
 def test_later_options_have_no_effect_on_step_0(method: str, tiny: dict, tmp_path: Path) -> None:
-    tiny |= {"method": method}
+    section, small = METHODS[method].section, dict(METHODS[method].contract_options)
+    tiny |= {"method": method, section: small}
     plain = train(parse_config(tiny), range(1), Console(quiet=True)) / "step_0"
-    changed = {METHODS[method].section: CHANGED[method], "out": str(tmp_path / "changed")}
+    changed = {section: small | CHANGED[method], "out": str(tmp_path / "changed")}
     other = train(parse_config(tiny | changed), range(1), Console(quiet=True)) / "step_0"
     for name in ("model.safetensors", "bank.safetensors"):
         assert (plain / name).is_file() == (other / name).is_file()

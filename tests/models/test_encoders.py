@@ -5,6 +5,7 @@ A new encoder is one line of :data:`ENCODERS`.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_a_run_with_such_a_crop_writes_nothing(tiny: dict) -> None:
 
 
 def test_a_builder_of_another_library(step_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUILDERS, "plain", BUILDERS["timm"])
+    monkeypatch.setitem(BUILDERS, "plain", lambda a, pretrained: BUILDERS["timm"](replace(a, options={}), pretrained))
     _replace_network(step_dir, Architecture("test_resnet", "linear", 8, "plain", {"of": "ours"}))
     assert load_info(step_dir).architecture.options == {"of": "ours"}
     assert load_model(step_dir)[0].stride == 8

@@ -50,7 +50,7 @@ def test_keys_shapes_and_outputs(sizes: list[int], tmp_path: Path, shapes: Path)
 
     vectors, numbers = torch.zeros(classes, 256), torch.zeros(classes)
     zeros = PrototypeBank(torch.zeros(1 + classes), vectors, vectors, numbers, numbers)
-    save_published(tmp_path, 60, model.state_dict(), zeros)
+    save_published(tmp_path, 60, model.state_dict(), zeros.state_dict())
     written = torch.load(tmp_path / "checkpoint-epoch60.pth", weights_only=True)["state_dict"]
     assert list(written) == list(state)
     assert all(torch.equal(written[k], state[k]) for k in state)

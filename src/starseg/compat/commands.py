@@ -1,4 +1,4 @@
-"""Published commands train_voc.py, train_ade.py, eval_voc.py and eval_ade.py."""
+"""Published commands train_<voc|ade|city>.py, eval_<voc|ade|city>.py and compute_prototype.py."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ _KEYS: dict[tuple[str, ...], tuple[str, type]] = {
     ("--mem_size",): ("data_loader.args.memory.mem_size", int),
     ("--pos_weight",): ("hyperparameter.pos_weight", float),
     ("--mbce",): ("hyperparameter.mbce", float),
+    ("--noise_type",): ("trainer.noise_type", str),
+    ("--basemodel",): ("arch.type", str),
     ("--data_root",): ("data_loader.args.root", str),
     ("--compat",): ("compat", str),
 }
@@ -45,11 +47,14 @@ _ADVICE = {
 _EVAL_FLAGS = ("--dist_url", "--save_dir", "--name", "--data_root")
 
 
-def _parser(dataset: str, training: bool) -> argparse.ArgumentParser:
+def _parser(dataset: str | None, training: bool) -> argparse.ArgumentParser:
     what = "Train one step of" if training else "Evaluate a checkpoint of"
-    parser = argparse.ArgumentParser(description=f"{what} STAR on {DATASETS[dataset].title} (docs/published.md).")
+    text = (
+        f"{what} STAR on {DATASETS[dataset].title}" if dataset else "Derive the prototypes of STAR-Lite before a step"
+    )
+    parser = argparse.ArgumentParser(description=f"{text} (docs/published.md).")
     add = parser.add_argument
-    add("-c", "--config", type=Path, help=f"JSON configuration, such as configs/config_{dataset}.json")
+    add("-c", "--config", type=Path, help=f"JSON configuration, such as configs/config_{dataset or 'voc'}.json")
     add("-r", "--resume", type=Path, help="checkpoint-epoch<E>.pth, with its config.json beside it")
     add("-d", "--device", help='"cpu", or indices of GPUs such as 0 or 0,1; without a GPU that many CPU processes')
     add("--multiprocessing_distributed", action="store_true", help="the batch size is that of each process")
@@ -60,6 +65,8 @@ def _parser(dataset: str, training: bool) -> argparse.ArgumentParser:
             add(*flags, type=kind, dest=key, metavar=kind.__name__.upper(), help=f"sets {key}")
     if training:
         add("--freeze_bn", action="store_true", help="freeze batch norm: in every step after step 0")
+        add("--save_prototypes", action="store_true", help="with --noise_type: STAR-Basic instead of STAR-Lite")
+        add("--save_norms", action="store_true", help="accepted without effect, as published")
         for flag in ("--kd", "--ac"):
             add(flag, type=float, help="refused: a weight of DKD, which STAR never reads")
     return parser
@@ -98,6 +105,8 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     flags = {
         "multiprocessing_distributed": args.multiprocessing_distributed,
         "arch.args.freeze_all_bn": getattr(args, "freeze_bn", False),
+        "trainer.save_prototypes": getattr(args, "save_prototypes", False),
+        "trainer.save_norms": getattr(args, "save_norms", False),
     }
     return {k: v for k, v in given.items() if v is not None} | {k: True for k, v in flags.items() if v}
 
@@ -114,13 +123,13 @@ def _refuse_what_training_has_not(args: argparse.Namespace, dataset: str) -> Non
             )
 
 
-def _config(args: argparse.Namespace, dataset: str) -> PublishedConfig:
-    """Return the configuration with the flags applied."""
+def _config(args: argparse.Namespace, dataset: str | None) -> PublishedConfig:
+    """Return the configuration with the flags applied; ``dataset`` is the only one that the command accepts."""
     tree, source = published_tree(args.config, args.resume)
     for key, value in _overrides(args).items():
         set_key(tree, key, value)
     config = parse_published(tree, str(source))
-    if config.dataset != dataset:
+    if dataset and config.dataset != dataset:
         other = f"{Path(sys.argv[0]).stem.split('_')[0]}_{config.dataset}.py"
         raise UserError(f"{source}: data_loader.type is for {DATASETS[config.dataset].title}; take {other}")
     return config
@@ -170,6 +179,30 @@ def train(dataset: str, argv: list[str] | None = None) -> None:
     _main(dataset, True, argv, run)
 
 
+def derive(argv: list[str] | None = None) -> None:
+    """Derive the prototypes with which STAR-Lite begins a step, and write them beside the step before.
+
+    The data set is that of the configuration. Training the step derives the same prototypes again.
+    """
+
+    def run(args: argparse.Namespace, console: Console) -> None:
+        config = _config(args, None)
+        if not config.task.step:
+            raise UserError("--task_step: step 0 has no old classes; prototypes are derived before each later step")
+        if config.method != "star-lite":
+            raise UserError(
+                "compute_prototype.py derives the prototypes of STAR-Lite: add --noise_type, and leave "
+                "--save_prototypes out"
+            )
+        _set_address(config, args.dist_url is not None)
+        devices = _devices(args.device, console)
+        from starseg.compat.training import derive_prototypes
+
+        derive_prototypes(config, config.to_run(devices.count, devices.gpu), console)
+
+    _main(None, True, argv, run)
+
+
 def evaluate(dataset: str, argv: list[str] | None = None) -> None:
     """Evaluate a checkpoint on the test split."""
 
@@ -199,7 +232,7 @@ def _advising() -> Iterator[None]:
 
 
 def _main(
-    dataset: str, training: bool, argv: list[str] | None, run: Callable[[argparse.Namespace, Console], None]
+    dataset: str | None, training: bool, argv: list[str] | None, run: Callable[[argparse.Namespace, Console], None]
 ) -> None:
     args = _parser(dataset, training).parse_args(argv)
     with reporting_errors(args.debug), resumable(), _advising():

@@ -10,9 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starseg.config import Label, RunConfig, explain, parse_config
 from starseg.data.datasets import DATASETS
 from starseg.errors import UserError
+from starseg.replay.directions import Noise
 from starseg.utils.files import parse_json
 
-_DATASETS = {"VOCIncrementalDataLoader": "voc", "ADEIncrementalDataLoader": "ade"}
+_DATASETS = {
+    "VOCIncrementalDataLoader": "voc",
+    "ADEIncrementalDataLoader": "ade",
+    "CityIncrementalDataLoader": "city",
+}
 """Our data set of each published loader."""
 
 
@@ -100,13 +105,13 @@ class LoaderArgs(_Keys):
     pin_memory: bool = True
     memory: ExemplarMemory = ExemplarMemory()
     root: Path | None = None
-    """Ours: the data set's folder; by default ./datasets/PascalVOC2012 or ./datasets/ADE20K."""
+    """Ours: the data set's folder; by default ./datasets/PascalVOC2012, ADE20K or CityScapes."""
 
 
 class Loader(_Keys):
     """Section ``data_loader``."""
 
-    type: Literal["VOCIncrementalDataLoader", "ADEIncrementalDataLoader"]
+    type: Literal["VOCIncrementalDataLoader", "ADEIncrementalDataLoader", "CityIncrementalDataLoader"]
     args: LoaderArgs
 
 
@@ -167,6 +172,11 @@ class Trainer(_Keys):
     early_stop: Literal[-1] = -1
     reset_best_mnt: bool = False
     tensorboard: bool = False
+    noise_type: Noise | None = None
+    """Journal version: noise of STAR-Basic or STAR-Lite; without it the method is STAR."""
+    save_prototypes: bool = False
+    """Journal version: whether the method is STAR-Basic instead of STAR-Lite."""
+    save_norms: bool = False
 
 
 class PublishedConfig(_Keys):
@@ -208,6 +218,13 @@ class PublishedConfig(_Keys):
         return self.data_loader.args.task
 
     @property
+    def method(self) -> str:
+        """The method that the keys of the journal version select; without them, STAR."""
+        if self.trainer.noise_type is None:
+            return "star"
+        return "star-basic" if self.trainer.save_prototypes else "star-lite"
+
+    @property
     def run_dir(self) -> Path:
         """Run directory ``<save_dir>/models/<setting>_<task>_<name>``, which holds step_<k>."""
         return self.trainer.save_dir / "models" / f"{self.task.setting}_{self.task.name}_{self.name}"
@@ -224,7 +241,7 @@ class PublishedConfig(_Keys):
         world = devices * self.world_size
         weights = self.hyperparameter
         tree: dict[str, Any] = {
-            "method": "star",
+            "method": self.method,
             "out": self.run_dir,
             "seed": self.seed,
             "compat": self.compat,
@@ -253,13 +270,15 @@ class PublishedConfig(_Keys):
             },
             "memory": {"size": args.memory.mem_size if task.step else 0},
             "eval": {"batch_size": args.test.batch_size},
-            "star": {
+            self.method: {
                 "pos_weight": weights.pos_weight,
                 "mbce": weights.mbce,
                 "ocfm": weights.pkd,
                 "sad": weights.cont,
             },
         }
+        if self.trainer.noise_type is not None:
+            tree[self.method]["noise"] = self.trainer.noise_type
         return parse_config(tree, "the published configuration, in our terms")
 
 
@@ -291,6 +310,8 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
             f"{source}:\ndata_loader.args.task.step (--task_step): expected less than {len(steps)}, as task "
             f"{config.task.name} has {len(steps)} steps, got {config.task.step}"
         )
+    if config.trainer.save_prototypes and config.trainer.noise_type is None:
+        raise UserError(f"{source}:\ntrainer.save_prototypes (--save_prototypes): add --noise_type, such as dist")
     if config.lr_scheduler.type == "PolyLR" and config.lr_scheduler.args.warmup_iters:
         raise UserError(f"{source}:\nlr_scheduler.args.warmup_iters: PolyLR has none; take WarmupPolyLR")
     return config

@@ -12,7 +12,15 @@ from typing import Any
 from rich.console import Console
 
 from starseg.compat.settings import PublishedConfig, parse_published, published_tree, set_key, tree_beside
-from starseg.compat.weights import checkpoint_name, load_checkpoint, load_prototypes, prototypes_name, save_published
+from starseg.compat.weights import (
+    checkpoint_name,
+    info_name,
+    load_bank,
+    load_checkpoint,
+    prototypes_name,
+    save_info,
+    save_published,
+)
 from starseg.config import RunConfig
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import evaluate_model
@@ -20,14 +28,19 @@ from starseg.engine.launch import is_leader
 from starseg.engine.rundir import Keys, differences, started
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
-from starseg.replay.bank import PrototypeBank
+from starseg.methods import METHODS
 from starseg.report.tables import figures_table, print_results
 from starseg.utils.files import read_json, write_atomic, write_json
 
 # Each command gives its own step's values, which other steps need not share: its config.json records them.
 _OF_STEP_0: Keys = frozenset({("train", "base")})
 _OF_LATER_STEPS: Keys = frozenset({("train", "later"), ("memory", "size")})
-_OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("star",)}
+_OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("method",)}
+
+
+def _own_keys(run: RunConfig) -> Keys:
+    """Return the keys with values of one step alone. The method is one: STAR-Lite may continue from a step of STAR."""
+    return _OF_ONE_STEP | {(METHODS[run.method].section,)}
 
 
 def _latest(folder: Path) -> int | None:
@@ -44,9 +57,10 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
     """
     step, epoch = config.task.step - 1, _latest(folder)
     if epoch is None:
+        stored = (prototypes_name if config.method == "star" else info_name)(config.trainer.epochs)
         raise UserError(
             f"step {step + 1} starts from step {step}, which is not there: {folder}; run it first (--task_step {step}) "
-            f"or put {checkpoint_name(config.trainer.epochs)} and {prototypes_name(config.trainer.epochs)} there"
+            f"or put {checkpoint_name(config.trainer.epochs)} and {stored} there"
         )
     weights = folder / checkpoint_name(epoch)
     own = config
@@ -54,20 +68,21 @@ def import_step(folder: Path, config: PublishedConfig, run: RunConfig, console: 
         tree, source = tree_beside(weights)
         own = parse_published(tree, str(source))
     model, info = load_checkpoint(weights, own)
-    bank = load_prototypes(folder / prototypes_name(epoch))
-    if info.step != step or len(bank) != sum(info.head_sizes):
+    bank = load_bank(folder, epoch, own)
+    classes = len(bank["counts"]) - 1
+    if info.step != step or classes != sum(info.head_sizes):
         raise UserError(
             f"{weights}: expected the weights of step {step} and as many prototypes, it has the heads of step "
-            f"{info.step} and {len(bank)} prototypes"
+            f"{info.step} and {classes} prototypes"
         )
     console.print(f"step {step}: taken from {weights}", highlight=False, soft_wrap=True)
     figures = evaluate_model(model, info, run, console)
-    checkpoint.save_imported(folder, model, info, bank.state_dict(), figures, weights.name)
+    checkpoint.save_imported(folder, model, info, bank, figures, weights.name)
 
 
 def _of_one_step(run: RunConfig) -> dict[str, Any]:
     tree, own = run.model_dump(mode="json"), dict[str, Any]()
-    for key in _OF_ONE_STEP:
+    for key in _own_keys(run):
         set_key(own, ".".join(key), reduce(operator.getitem, key, tree))
     return own
 
@@ -80,7 +95,7 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
     """
     record = folder / "config.json"
     if not started(folder):
-        return _OF_ONE_STEP
+        return _own_keys(run)
     if not record.is_file():
         # Started by ``starseg train``: config.yaml says with what, and this command nothing of the other phase.
         return _OF_STEP_0 if step else _OF_LATER_STEPS
@@ -91,7 +106,7 @@ def _free_keys(folder: Path, step: int, run: RunConfig) -> Keys:
             f"{folder} holds a step with another configuration:\n  " + "\n  ".join(changed) + "\n"
             "Give another --name or --save_dir, or remove this step and those after it to train them again."
         )
-    return _OF_ONE_STEP
+    return _own_keys(run)
 
 
 def _record(folder: Path, config: PublishedConfig) -> None:
@@ -111,9 +126,8 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
     """
     step, folder = config.task.step, config.run_dir
     target = folder / f"step_{step}"
-    free = _free_keys(target, step, run) if is_leader() else _OF_ONE_STEP
-    if step and is_leader() and not checkpoint.is_finished(folder / f"step_{step - 1}"):
-        import_step(folder / f"step_{step - 1}", config, run, console)
+    free = _free_keys(target, step, run) if is_leader() else _own_keys(run)
+    _import_if_needed(config, run, console)
     with Runner(run, console, range(step, step + 1), listeners=[print_results(console)], free=free) as runner:
         if runner.leader:
             # Again: another command may have started the step before this one had the run's lock.
@@ -122,9 +136,32 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
         runner.run()
     if runner.leader and "imported" not in read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
-        bank = PrototypeBank.from_state_dict(checkpoint.load_bank(target))
-        save_published(target, config.trainer.epochs, weights, bank)
+        save_published(target, config.trainer.epochs, weights, checkpoint.load_bank(target))
         console.print(f"wrote {target / checkpoint_name(config.trainer.epochs)} and its prototypes", soft_wrap=True)
+
+
+def derive_prototypes(config: PublishedConfig, run: RunConfig, console: Console) -> None:
+    """Write the prototypes with which STAR-Lite begins the configured step, as ``new_saved_info-epoch<E>.pth``.
+
+    Raises:
+        UserError: the step before is missing, or whatever stops a run.
+    """
+    step, folder = config.task.step, config.run_dir
+    _import_if_needed(config, run, console)
+    with Runner(run, console, range(step, step + 1), free=_own_keys(run)) as runner:
+        bank = runner.begin(step).bank  # type: ignore[attr-defined]
+        if runner.leader:
+            path = folder / f"step_{step - 1}" / info_name(config.trainer.epochs, derived=True)
+            noise = f"{config.trainer.noise_type}_noise"
+            save_info(path, {"counts": bank.counts, "prototypes": bank.prototypes, noise: bank.noise})
+            console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _import_if_needed(config: PublishedConfig, run: RunConfig, console: Console) -> None:
+    """Convert the step before, if it is there only as published files."""
+    before = config.run_dir / f"step_{config.task.step - 1}"
+    if config.task.step and is_leader() and not checkpoint.is_finished(before):
+        import_step(before, config, run, console)
 
 
 def evaluate_checkpoint(

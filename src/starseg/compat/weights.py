@@ -55,6 +55,11 @@ def prototypes_name(epoch: int) -> str:
     return f"prototypes-epoch{epoch}.pth"
 
 
+def info_name(epoch: int, derived: bool = False) -> str:
+    """Return the file name of what the journal version stores: the bank, or the prototypes derived from a network."""
+    return f"{'new_' if derived else ''}saved_info-epoch{epoch}.pth"
+
+
 def open_checkpoint(path: Path) -> tuple[Segmenter, StepInfo, RunConfig]:
     """Load a published checkpoint with the config.json next to it; registered as the file format ``.pth``.
 
@@ -106,7 +111,7 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         head_sizes=sizes,
         names=list(task.class_names(step)),
         dataset_ids=list(task.dataset_ids(step)),
-        method="star",
+        method=config.method,
         dataset=dataset,
         task=task.name,
         setting=task.setting,
@@ -118,6 +123,28 @@ def load_checkpoint(path: Path, config: PublishedConfig) -> tuple[Segmenter, Ste
         test_fill=DATASETS[dataset].test_fill,
     )
     return model.eval().to(memory_format=torch.channels_last), info
+
+
+def load_bank(folder: Path, epoch: int, config: PublishedConfig) -> dict[str, Tensor]:
+    """Load the state of the configured method from a published file, for STAR ``prototypes-epoch<E>.pth``.
+
+    Raises:
+        UserError: another file, or tensors of other shapes.
+    """
+    if config.method == "star":
+        return load_prototypes(folder / prototypes_name(epoch)).state_dict()
+    path, noise = folder / info_name(epoch), f"{config.trainer.noise_type}_noise"
+    names = {"numbers": "counts"}
+    if config.method == "star-basic":
+        names |= {"prototypes": "prototypes", noise: noise}
+    content = _read(path, "a published saved_info file")
+    if missing := [k for k in names if not isinstance(content.get(k), Tensor)]:
+        raise UserError(f"{path}: {config.method} reads {', '.join(names)}; here {missing[0]} is missing")
+    if shapes := {
+        k: tuple(content[k].shape) for k in names if len(content[k]) != len(content["numbers"]) - (k != "numbers")
+    }:
+        raise UserError(f"{path}: {len(content['numbers'])} numbers do not belong with {shapes}")
+    return {ours: content[theirs].float() for theirs, ours in names.items()}
 
 
 def load_prototypes(path: Path) -> PrototypeBank:
@@ -144,14 +171,24 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def save_published(folder: Path, epoch: int, model: dict[str, Tensor], bank: PrototypeBank) -> None:
-    """Write ``checkpoint-epoch<E>.pth`` and ``prototypes-epoch<E>.pth``.
+def save_published(folder: Path, epoch: int, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Write ``checkpoint-epoch<E>.pth``, and the method's state in the published form.
 
-    The optimizer, schedule and scaler of the published files are left empty: nothing resumes from a finished step.
+    STAR's state becomes ``prototypes-epoch<E>.pth``, that of STAR-Basic and STAR-Lite ``saved_info-epoch<E>.pth``. The
+    optimizer, schedule and scaler of the published files are left empty: nothing resumes from a finished step.
     """
-    state = published_keys(_renamed(model, {new: old for old, new in _HEADS.items()}))
-    content: dict[str, Any] = {"arch": "DeepLabV3", "epoch": epoch, "state_dict": state, "monitor_best": 0}
+    weights = published_keys(_renamed(model, {new: old for old, new in _HEADS.items()}))
+    content: dict[str, Any] = {"arch": "DeepLabV3", "epoch": epoch, "state_dict": weights, "monitor_best": 0}
     _save(folder / checkpoint_name(epoch), content | {"optimizer": {}, "lr_scheduler": {}, "scaler": {}})
+    if not PrototypeBank.fits(state):
+        save_info(folder / info_name(epoch), state)
+        return
+    bank = PrototypeBank.from_state_dict(state)
     norms = torch.stack([bank.norm_mean, bank.norm_std])
     prototypes = {"numbers": bank.counts, "prototypes": bank.prototypes, "norm_mean_and_std": norms}
     _save(folder / prototypes_name(epoch), prototypes | {"noise": bank.noise})
+
+
+def save_info(path: Path, state: dict[str, Tensor]) -> None:
+    """Write counts, and prototypes and noise where there are any, with the names of the journal version."""
+    _save(path, {"numbers" if name == "counts" else name: value.cpu() for name, value in state.items()})

@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 from starseg.data.samples import Batch
 from starseg.engine.fit import make_optimizer
+from starseg.losses.reduction import identity
 from starseg.methods import METHODS, Method, StepContext
 from starseg.methods.recipes import recipes_of
 from starseg.models import Architecture, Output, Segmenter, make_network
@@ -82,7 +83,7 @@ class MethodHarness:
         """Return a new instance, with the options completed by the method's first recipe."""
         cls = METHODS[self.name]
         recipe = next(iter(recipes_of(cls).values()), None)
-        options = cls.complete_options(cls.Options(**self.options), recipe)
+        options = cls.complete_options(cls.Options(**{**cls.contract_options, **self.options}), recipe)
         return cls(cls.Options(**options))
 
     def batch(self, step: int) -> Batch:
@@ -90,23 +91,26 @@ class MethodHarness:
         first = 1 + len(self.task.old(step))
         return random_batch(step, range(first, first + len(self.task.new(step))), range(1, first))
 
-    def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD]:
+    def enter(self, step: int, **context: Any) -> tuple[Method, StepContext, SGD | None]:
         """Prepare a step: add a head to the previous step's model, and load the method's state from a file.
+
+        All its stages but the last are trained for two iterations.
 
         Args:
             step: index of the step.
             context: fields of the step context to replace.
 
         Returns:
-            The method, its context and an optimizer.
+            The method, its context and an optimizer, of the last stage; None in a step that trains nothing.
         """
         method, new, old = self.method(), len(self.task.new(step)), None
+        architecture = method.architecture(self.architecture)
         with _SEEDING:
             torch.manual_seed(step)
             if self.model is None:
-                model = make_network(self.architecture, [new], method.layout)
+                model = make_network(architecture, [new], method.layout)
             else:
-                model, old = (make_network(self.architecture, self.model.head_sizes, method.layout) for _ in range(2))
+                model, old = (make_network(architecture, self.model.head_sizes, method.layout) for _ in range(2))
                 for network in (model, old):
                     network.load_state_dict(self.model.state_dict())
                 method.load_state_dict(through_a_file(self.state))
@@ -121,18 +125,34 @@ class MethodHarness:
             generator=torch.Generator().manual_seed(step),
         )
         ctx = replace(ctx, **context)
+        if not method.stages(ctx):
+            return method, ctx, None
         with _SEEDING, torch.no_grad():
             torch.manual_seed(step)
             method.init_heads(ctx)
+        *earlier, last = method.stages(ctx)
+        for stage in earlier:
+            alone = replace(ctx, stage=stage, all_reduce_sum=identity, rank=0, world=1)
+            self.train(method, alone, self._begin(method, alone), self.batch(step), 2)
+            ctx.model.zero_grad()
+        ctx = replace(ctx, stage=last)
+        return method, ctx, self._begin(method, ctx)
+
+    def _begin(self, method: Method, ctx: StepContext) -> SGD:
         method.freeze(ctx)
         ctx.model.eval()
         with torch.no_grad():
             method.begin_step(ctx)
-        return method, ctx, make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
+        return make_optimizer(method, ctx, self.lr, weight_decay=1e-4)
 
-    def train(self, method: Method, ctx: StepContext, optimizer: SGD, batch: Batch, times: int) -> list[float]:
-        """Repeat iterations on one batch, each with the same random draws, and return their losses."""
-        values = []
+    def train(self, method: Method, ctx: StepContext, optimizer: SGD | None, batch: Batch, times: int) -> list[float]:
+        """Repeat iterations on one batch, each with the same random draws, and return their losses.
+
+        Without an optimizer nothing is trained.
+        """
+        values: list[float] = []
+        if optimizer is None:
+            return values
         ctx.model.train()
         for _ in range(times):
             loss = total(method, ctx, batch)

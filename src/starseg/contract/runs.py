@@ -20,6 +20,7 @@ from starseg.engine.fit import StepTraining
 from starseg.engine.runner import Runner
 from starseg.engine.state import begun
 from starseg.errors import Stopped
+from starseg.methods import METHODS
 from starseg.utils.files import read_json
 from starseg.utils.terminal import make_console
 
@@ -28,7 +29,9 @@ _QUIET = make_console(quiet=True)
 
 def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
     """Return the configuration of a three-step run that takes seconds, on the data of :func:`write_shapes`."""
-    return {
+    method = METHODS[name]
+    options = {method.section: dict(method.contract_options)} if method.contract_options else {}
+    return options | {
         "method": name,
         "out": str(out),
         "data": {"root": str(data), "crop": SIDE},
@@ -58,10 +61,22 @@ def check_run(name: str, data: Path, out: Path) -> None:
         assert again["iou"] == entry["iou"], f"step {entry['step']}: evaluated again, its directory gives other figures"
 
 
+def _last_trained_step(name: str) -> int:
+    """Return 1 if the method trains in a later step, else 0."""
+    run = MethodHarness(name)
+    if len(run.task) == 1:
+        return 0
+    run.walk(1)
+    return 1 if run.enter(1)[2] else 0
+
+
 def check_resume(name: str, data: Path, folder: Path) -> None:
-    """Check that a later step, interrupted and resumed, ends with the same files, byte for byte."""
+    """Check that a step, interrupted and resumed, ends with the same files, byte for byte.
+
+    It is a later step, unless the method trains in step 0 only.
+    """
     settings = tiny_settings(name, data, folder / "straight")
-    last = 0 if len(MethodHarness(name).task) == 1 else 1
+    last = _last_trained_step(name)
     straight = _train(parse_config(settings), range(last + 1))
     settings |= {"out": str(folder / "broken"), **({"start_from": str(straight / "step_0")} if last else {})}
     settings["train"]["save_minutes"] = 1e-9  # saves after every iteration

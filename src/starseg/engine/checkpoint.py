@@ -78,7 +78,7 @@ class StepInfo:
         base: number of classes that count as old in tables.
         crop: side of the training crops in pixels.
         test_fill: label of classes not learnt yet in test labels.
-        lead, conv_heads: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
+        lead, conv_heads, hidden: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
     """
 
     architecture: Architecture
@@ -97,6 +97,12 @@ class StepInfo:
     test_fill: int
     lead: list[str] = field(default_factory=list)
     conv_heads: bool = False
+    hidden: int = 0
+
+    @property
+    def layout(self) -> HeadLayout:
+        """Layout of the heads."""
+        return HeadLayout(tuple(self.lead), self.conv_heads, self.hidden)
 
 
 def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:
@@ -184,8 +190,7 @@ def load_model(folder: Path) -> tuple[Segmenter, StepInfo]:
         UserError: files are missing or damaged, or do not match each other.
     """
     info = load_info(folder)
-    layout = HeadLayout(tuple(info.lead), info.conv_heads)
-    model = make_network(info.architecture, info.head_sizes, layout)
+    model = make_network(info.architecture, info.head_sizes, info.layout)
     state, own = upgrade_keys(read_tensors(folder / "model.safetensors")), model.state_dict()
     if wrong := [k for k in own | state if k not in own or k not in state or own[k].shape != state[k].shape]:
         raise UserError(

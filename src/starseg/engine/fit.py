@@ -85,6 +85,8 @@ class StepTraining:
         lr: base learning rate.
         config: batch size, warm-up, weight decay, compilation and micro-batches.
         clock: clock that measures the parts of the step.
+        stage: index of the stage of the step.
+        before: iterations of the step's earlier stages, which the logs count as well.
     """
 
     def __init__(
@@ -96,7 +98,10 @@ class StepTraining:
         lr: float,
         config: TrainConfig,
         clock: Clock,
+        stage: int = 0,
+        before: int = 0,
     ) -> None:
+        self.stage, self.before = stage, before
         assert config.warmup is not None, "resolved by the runner"
         self.fabric, self.method, self.ctx, self.epochs, self.clock = fabric, method, ctx, epochs, clock
         self.total, self.iteration, self.batch_size = epochs * ctx.iterations, 0, config.batch_size
@@ -132,6 +137,7 @@ class StepTraining:
             time=dict(self.clock.read()),
             seconds=seconds,
             images=images,
+            stage=self.stage,
         )
 
     def restore(self, state: TrainingState) -> list[str]:
@@ -189,7 +195,7 @@ class StepTraining:
                 terms = {"loss": sum(v.item() for v in losses.values()), **{k: v.item() for k, v in losses.items()}}
                 rates = {f"lr/{g['name']}": g["lr"] for g in self.optimizer.param_groups}
                 values = {f"loss/{k}": v for k, v in terms.items()} | rates | self.clock.scalars()
-                logger.log_metrics(values, step=self.iteration - 1)
+                logger.log_metrics(values, step=self.before + self.iteration - 1)
                 if last or bar.live:
                     bar.show(f"epoch {epoch}/{self.epochs}", terms, self.batch_size)
             if due:

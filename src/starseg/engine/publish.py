@@ -34,6 +34,7 @@ def step_info(run: PreparedRun, step: int, architecture: Architecture, head_size
         test_fill=run.data.dataset.test_fill,
         lead=list(run.method.layout.lead),
         conv_heads=run.method.layout.conv,
+        hidden=run.method.layout.hidden,
     )
 
 

@@ -221,7 +221,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
         UserError: the step is not finished, or differs from ``mine`` in its network, classes or data.
     """
     info = checkpoint.load_info(source)
-    network = ("architecture", "lead", "conv_heads")
+    network = ("architecture", "lead", "conv_heads", "hidden")
     same = (*network, "dataset_ids", "names", "dataset", "setting", "crop", "compat")
     if changed := [k for k in same if getattr(info, k) != getattr(mine, k)]:
         raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")

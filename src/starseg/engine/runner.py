@@ -23,6 +23,7 @@ from starseg.engine.setup import PreparedRun, prepare
 from starseg.engine.step import Step
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
+from starseg.methods import Method
 from starseg.models import Architecture, make_network
 from starseg.models.builders import check_crop
 from starseg.utils.terminal import make_console
@@ -106,6 +107,10 @@ class Runner:
                 self._run_step(step)
         return run.config.run_dir
 
+    def begin(self, step: int) -> Method:
+        """Begin a step without training it, and return the method after its ``begin_step``; nothing is saved."""
+        return self._step(step).begin()
+
     def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
         """Measure the time per iteration over a few iterations of a step, without saving anything."""
         return self._step(step).seconds_per_iteration(iterations)
@@ -134,12 +139,13 @@ class Runner:
         run = self.prepared
         first = next((t for t in self._wanted if not checkpoint.is_finished(run.step_dir(t))), None)
         model, start_from = run.config.model, run.config.start_from
+        architecture = run.method.architecture(Architecture.of(model))
         if first and not checkpoint.is_finished(run.step_dir(first - 1)):
             raise UserError(f"step {first} needs step {first - 1}, which is not finished: {run.step_dir(first - 1)}")
         if first == 0 and start_from:
-            refuse_to_adopt(start_from, step_info(run, 0, Architecture.of(model), [len(run.task.new(0))]))
+            refuse_to_adopt(start_from, step_info(run, 0, architecture, [len(run.task.new(0))]))
         elif first == 0:
-            check_crop(make_network(Architecture.of(model), [1], pretrained=model.pretrained), run.config.data.crop)
+            check_crop(make_network(architecture, [1], pretrained=model.pretrained), run.config.data.crop)
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,7 @@ class TrainingState:
         time: seconds spent on each part of the step (:class:`starseg.utils.clock.Clock`).
         seconds: total time spent on the step so far.
         images: digest of the step's training images; None in states saved by early versions.
+        stage: index of the stage of the step.
     """
 
     iteration: int
@@ -59,6 +60,7 @@ class TrainingState:
     time: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     images: str | None = None
+    stage: int = 0
 
 
 @dataclass(frozen=True)

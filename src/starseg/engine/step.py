@@ -7,7 +7,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
+from starseg.engine.features import CachedEpochs, FeatureCache, compute_features
 from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
@@ -30,7 +31,7 @@ from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
-from starseg.methods import StepContext
+from starseg.methods import Method, Stage, StepContext
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
@@ -81,6 +82,7 @@ class Step:
         self.fabric, self.number, self.console = fabric, number, console
         self.all_reduce_sum, self.loss_scale = all_reduce_sum, loss_scale
         self.folder, self.leader = run.step_dir(number), fabric.global_rank == 0
+        self.features: FeatureCache | None = None
 
     def train(self, guard: Guard) -> TrainedStep:
         """Train and evaluate the step, resuming from its last saved state if there is one.
@@ -89,26 +91,34 @@ class Step:
             UserError: the step was started with other images, or a loss is NaN or infinite.
             Stopped: a signal was received; the training state has been saved if training had begun.
         """
-        start, phase = time.monotonic(), self.config.train.later if self.number else self.config.train.base
-        assert phase.epochs and phase.lr, "filled in by resolve()"
+        start = time.monotonic()
         state = self._find_state()
+        start -= state.seconds if state else 0.0
         ctx, memory = self._context()
-        images = len(self.data.positions(self.number, "train"))
-        new = self.run.task.list_names(self.run.task.new(self.number))
-        self._say(f"learning {new} from {images} images, {phase.epochs} epochs of {ctx.iterations} iterations")
-        training = self._begin(ctx, phase.epochs, phase.lr)
-        spent = self._fit(training, memory, guard, state)
+        clock, before = Clock(self.fabric.device), 0
+        for index, stage in enumerate(stages := self.method.stages(ctx)):
+            ctx = self._stage_context(ctx, memory, stage)
+            epochs, lr = self._schedule(stage)
+            if not state or index >= state.stage:
+                resumed = state if state and index == state.stage else None
+                part = f" ({stage.name}, stage {index + 1} of {len(stages)})" if len(stages) > 1 else ""
+                self._announce(ctx, f"{epochs} epochs of {ctx.iterations} iterations{part}")
+                training = self._begin(ctx, epochs, lr, clock, index, before, resumed)
+                self._fit(training, memory, guard, resumed, start)
+            before += epochs * ctx.iterations
+        if not stages:
+            self._announce(ctx, "without training")
         ctx.model.eval()
-        with torch.no_grad(), training.clock.time("statistics"):
+        with torch.no_grad(), clock.time("statistics"):
             average_buffers(ctx.model, self.fabric)
             self.method.end_step(ctx)
         bank = self.method.state_dict()
-        with training.clock.time("evaluation"):
+        with clock.time("evaluation"):
             scores = self._evaluate(ctx)
-        self._log_times(training)
+        self._log_times(clock, before)
         metrics = scores | {
-            "seconds": round(time.monotonic() - start + spent, 2),
-            "images": images,
+            "seconds": round(time.monotonic() - start, 2),
+            "images": len(self.data.positions(self.number, "train")),
             "bank_bytes": sum(t.numel() * t.element_size() for t in bank.values()),
             "trainable_parameters": sum(p.numel() for p in ctx.model.parameters() if p.requires_grad),
             "exemplars": len(memory.files),
@@ -116,10 +126,17 @@ class Step:
         }
         return TrainedStep(self.number, ctx.model, memory, bank, metrics)
 
+    def begin(self) -> Method:
+        """Begin the step as training does, and return the method; nothing is trained or saved."""
+        self._begin(self._context()[0], 1, 1e-6, Clock(self.fabric.device))
+        return self.method
+
     def seconds_per_iteration(self, iterations: int = 3) -> float:
-        """Measure the time per iteration over a few iterations without the first; nothing is saved."""
+        """Measure the seconds per iteration, without the first; 0 if nothing is trained. Nothing is saved."""
         ctx, memory = self._context()
-        training = self._begin(ctx, 1, 1e-6)
+        if not self.method.stages(ctx):
+            return 0.0
+        training = self._begin(ctx, 1, 1e-6, Clock(self.fabric.device))
         ctx.model.train()
         loader, marks = self.data.train_loader(self.number, range(iterations), True, memory.files), []
         for batch in itertools.islice(loader, iterations):
@@ -136,7 +153,8 @@ class Step:
         config, new = self.config.model, len(self.run.task.new(self.number))
         if self.number == 0:
             layout = self.method.layout
-            return make_network(Architecture.of(config), [new], layout, config.pretrained), None
+            architecture = self.method.architecture(Architecture.of(config))
+            return make_network(architecture, [new], layout, config.pretrained), None
         previous = self.run.step_dir(self.number - 1)
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
@@ -191,25 +209,80 @@ class Step:
             all_reduce_sum=self.all_reduce_sum,
             rank=fabric.global_rank,
             world=fabric.world_size,
+            pretrained=bool(self.config.model.pretrained),
         )
         return context, memory
+
+    def _stage_context(self, ctx: StepContext, memory: Memory, stage: Stage) -> StepContext:
+        """Return the context of a stage; its cached features are computed when they are first asked for."""
+        step, size = self.number, self.config.train.batch_size
+        samples = self.data.samples(step, len(memory.files)) * max(1, stage.crops)
+        self.features = None
+
+        def cached() -> Iterator[Batch]:
+            if self.features is None:
+                epochs = [f"crop {i}" for i in range(stage.crops)]
+                loader = self.data.train_loader(step, epochs, drop_last=False, exemplars=memory.files)
+                batches, seed = self._scan(ctx.model, loader, f"step {step} features"), self._seed("features", ctx.rank)
+                self.features = compute_features(ctx.model, batches, samples // ctx.world, self.fabric.autocast, seed)
+            return self.features.ordered(size, ctx.device)
+
+        return replace(ctx, stage=stage, iterations=samples // size, cached=cached if stage.crops else None)
+
+    def _seed(self, *parts: int | str) -> int:
+        return sample_seed(self.config.seed, self.number, *parts)
+
+    def _schedule(self, stage: Stage) -> tuple[int, float]:
+        """Return the number of epochs and the base learning rate of a stage."""
+        if stage.schedule:
+            return stage.schedule.epochs, stage.schedule.lr
+        phase = self.config.train.later if self.number else self.config.train.base
+        assert phase.epochs and phase.lr, "filled in by resolve()"
+        return phase.epochs, phase.lr
+
+    def _announce(self, ctx: StepContext, how: str) -> None:
+        images, new = len(self.data.positions(self.number, "train")), self.run.task.new(self.number)
+        self._say(f"learning {self.run.task.list_names(new)} from {images} images, {how}")
 
     def _scan(self, model: Segmenter, loader: LoaderEpoch, title: str) -> Iterator[Batch]:
         for batch in track(self.console, title, loader, len(loader)):
             yield to_device(batch, model)
 
-    def _begin(self, ctx: StepContext, epochs: int, lr: float) -> StepTraining:
-        """Initialise and freeze parts of the network, call the method's ``begin_step`` and set up the training loop."""
-        with torch.no_grad():
-            self.method.init_heads(ctx)
+    def _begin(
+        self,
+        ctx: StepContext,
+        epochs: int,
+        lr: float,
+        clock: Clock,
+        stage: int = 0,
+        before: int = 0,
+        state: TrainingState | None = None,
+    ) -> StepTraining:
+        """Initialise and freeze parts of the network, call the method's ``begin_step`` and set up the training loop.
+
+        Args:
+            ctx: context of the stage.
+            epochs: number of epochs of the stage.
+            lr: its base learning rate.
+            clock: clock of the step.
+            stage: index of the stage.
+            before: iterations of the earlier stages.
+            state: state from which the stage will be resumed.
+        """
+        if stage == 0:
+            with torch.no_grad():
+                self.method.init_heads(ctx)
+        else:
+            ctx.model.zero_grad()
+            if state:
+                ctx.model.load_state_dict(state.model)
         self.method.freeze(ctx)
         synchronise_norm(ctx.model.train(), self.fabric)
         ctx.model.eval()
-        clock = Clock(self.fabric.device)
         with torch.no_grad(), clock.time("statistics"):
             self.method.begin_step(ctx)
         self.fabric.strategy.precision.load_state_dict(self.loss_scale)
-        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock)
+        return StepTraining(self.fabric, self.method, ctx, epochs, lr, self.config.train, clock, stage, before)
 
     def _find_state(self) -> TrainingState | None:
         """Find the training state to resume from; None if the step starts from its beginning.
@@ -251,40 +324,58 @@ class Step:
                 f"remove {self.folder} to restart the step"
             )
 
-    def _fit(self, training: StepTraining, memory: Memory, guard: Guard, state: TrainingState | None) -> float:
-        """Train, resuming from ``state`` if given; return the seconds spent on the step before it was saved."""
-        spent = state.seconds if state else 0.0
+    def _fit(
+        self, training: StepTraining, memory: Memory, guard: Guard, state: TrainingState | None, start: float
+    ) -> None:
+        """Train, resuming from ``state`` if given.
+
+        Args:
+            training: the training loop.
+            memory: the exemplar memory of the step.
+            guard: decides when to save.
+            state: state to resume from.
+            start: time at which the step would have started if it had not been interrupted.
+        """
         if state:
             reset = training.restore(state)
             self._say(f"resuming at iteration {training.iteration} of {training.total}")
             if reset:
                 self.console.print(labelled("note:", "yellow", f"saved on another device; reset: {', '.join(reset)}"))
-        purge = training.iteration if state else None
+        purge = training.before + training.iteration if state else None
         logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="", purge_step=purge)
-        epochs = range(training.epochs)
-        loader = self.data.train_loader(self.number, epochs, True, memory.files, start=training.iteration)
-        save = self._saver(training, spent)
+        loader = self._loader(training, memory)
+        save = self._saver(training, start)
         with bar(self.console, f"step {self.number}", len(loader)) as shown, guard.saving():
             training.run(loader, shown, logger, guard, save)
         logger.finalize("success")
-        return spent
 
-    def _saver(self, training: StepTraining, spent: float) -> Callable[[], None]:
+    def _loader(self, training: StepTraining, memory: Memory) -> LoaderEpoch | CachedEpochs:
+        """Return the remaining batches of a stage."""
+        ctx, epochs, start = training.ctx, training.epochs, training.iteration
+        if ctx.cached is None:
+            return self.data.train_loader(self.number, range(epochs), True, memory.files, start=start)
+        next(ctx.cached())
+        assert self.features is not None
+        seed, size = (self.config.seed, self.number, ctx.rank), self.config.train.batch_size
+        share = len(range(ctx.rank, size, ctx.world))
+        return CachedEpochs(self.features, share, epochs, ctx.iterations, seed, ctx.device, start)
+
+    def _saver(self, training: StepTraining, start: float) -> Callable[[], None]:
         """Return a function that saves the training state; every process must call it."""
-        start, images = time.monotonic(), self.data.digest(self.number)
+        images = self.data.digest(self.number)
 
         def save() -> None:
-            state = training.capture(spent + time.monotonic() - start, images)
+            state = training.capture(time.monotonic() - start, images)
             if self.leader:
                 write_state(self.folder, state)
 
         return save
 
-    def _log_times(self, training: StepTraining) -> None:
+    def _log_times(self, clock: Clock, iterations: int) -> None:
         """Write the time spent on each part of the step to its logs."""
         if self.leader:
             logger = TensorBoardLogger(root_dir=self.folder / "logs", name="", version="")
-            logger.log_metrics(training.clock.scalars(), step=training.iteration)
+            logger.log_metrics(clock.scalars(), step=iterations)
             logger.finalize("success")
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:

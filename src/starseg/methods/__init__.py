@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from starseg.methods.protocol import METHODS, Method, StepContext, method_options, register_method
+from starseg.methods.protocol import METHODS, Method, Stage, StepContext, method_options, register_method
 from starseg.methods.recipes import Recipe, StepSchedule, from_recipe, register_recipe
 from starseg.methods.sigmoid import SigmoidMethod
 from starseg.methods.softmax import SoftmaxMethod
@@ -24,6 +24,7 @@ __all__ = [
     "Recipe",
     "SigmoidMethod",
     "SoftmaxMethod",
+    "Stage",
     "StepContext",
     "StepSchedule",
     "from_recipe",

@@ -10,7 +10,7 @@ from starseg.losses.star import uncertainty, upsample
 from starseg.methods.protocol import StepContext, register_method
 from starseg.methods.star import Star, StarOptions
 from starseg.models import Output
-from starseg.replay.bank import PrototypeBank
+from starseg.replay.bank import ClassBank
 from starseg.replay.drift import Drift
 from starseg.replay.plan import ReplayPlan, make_adapter_plan
 from starseg.replay.statistics import sample_at_stride
@@ -45,7 +45,7 @@ class Adapter(Star):
         """Return STAR's losses of step 0 and the uncertainty-aware constraint."""
         return {**super().base_terms(batch, output), "uac": self.constraint(batch, output)}
 
-    def terms(self, batch: Batch, output: Output, previous: Output, bank: PrototypeBank) -> dict[str, Tensor]:
+    def terms(self, batch: Batch, output: Output, previous: Output, bank: ClassBank) -> dict[str, Tensor]:
         """Return STAR's losses of a later step and the uncertainty-aware constraint."""
         return {**super().terms(batch, output, previous, bank), "uac": self.constraint(batch, output)}
 

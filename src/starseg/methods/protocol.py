@@ -21,7 +21,7 @@ from starseg.errors import UserError
 from starseg.losses.pseudo_labels import fill_in
 from starseg.losses.reduction import identity
 from starseg.methods.recipes import Recipe, Recipes, StepSchedule, recipe_options
-from starseg.models import Output, Segmenter
+from starseg.models import Architecture, Output, Segmenter
 from starseg.models.classifiers import SIGMOID, HeadLayout
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
@@ -29,7 +29,17 @@ from starseg.tasks import TaskSequence
 if TYPE_CHECKING:
     from starseg.engine.checkpoint import StepInfo
 
-__all__ = ["METHODS", "Group", "Method", "Network", "Recipe", "StepContext", "StepSchedule", "register_method"]
+__all__ = [
+    "METHODS",
+    "Group",
+    "Method",
+    "Network",
+    "Recipe",
+    "Stage",
+    "StepContext",
+    "StepSchedule",
+    "register_method",
+]
 
 METHODS: dict[str, type[Method]] = {}
 ADAPTERS: list[Callable[[Any], Any]] = []
@@ -89,6 +99,23 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a step with its own trained parameters, optimizer and schedule.
+
+    Attributes:
+        name: name of the stage, shown in messages if a step has several.
+        schedule: epochs and learning rate; None for those of ``train.base`` in step 0 and ``train.later`` afterwards.
+        crops: number of augmented crops of each image that the stage trains on, if the feature map does not change in
+            it. Their features are then computed once and held in memory: batches have no images, but the features as
+            ``extras[FEATURES]`` and labels on their grid. 0 for a stage that computes features in each iteration.
+    """
+
+    name: str
+    schedule: StepSchedule | None = None
+    crops: int = 0
+
+
+@dataclass(frozen=True)
 class StepContext:
     """Everything that a method may know about the current step.
 
@@ -104,6 +131,10 @@ class StepContext:
         all_reduce_sum: sums a tensor over processes, differentiably, so that every process holds the loss of the global
             batch.
         rank, world: index of this process, and number of processes.
+        pretrained: whether the encoder of step 0 starts from pretrained weights.
+        stage: the current stage of the step.
+        cached: starts one pass over the features that the engine holds in memory (:attr:`Stage.crops`), with batches as
+            in training but without the order of an epoch; None if it holds none.
     """
 
     task: TaskSequence
@@ -117,6 +148,9 @@ class StepContext:
     all_reduce_sum: Callable[[Tensor], Tensor] = identity
     rank: int = 0
     world: int = 1
+    pretrained: bool = False
+    stage: Stage = Stage("network")
+    cached: Callable[[], Iterator[Batch]] | None = None
 
     @property
     def new_classes(self) -> int:
@@ -172,8 +206,8 @@ class Method(ABC):
     """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
     later_options: ClassVar[frozenset[str]] = frozenset()
     """Options without effect on step 0, so that a sweep over them trains step 0 only once."""
-    layout: ClassVar[HeadLayout] = SIGMOID
-    """Kind of the classifier heads."""
+    layout: HeadLayout = SIGMOID
+    """Kind of the classifier heads; may depend on the options."""
     memory: ClassVar[MemoryRule | None] = None
     """How old images are selected and used as exemplars; None for a method without exemplar memory."""
     one_process: ClassVar[bool] = False
@@ -182,6 +216,8 @@ class Method(ABC):
     """Hyper-parameters by data set; other packages add recipes with :func:`~starseg.methods.register_recipe`."""
     Options: ClassVar[type[Strict]] = Strict
     """Model of the options; fields made by :func:`~starseg.methods.from_recipe` default to the recipe's value."""
+    contract_options: ClassVar[Mapping[str, Any]] = {}
+    """Options with which the contract suite runs the method, if its defaults are too large for a small network."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -208,6 +244,18 @@ class Method(ABC):
         """
         return []
 
+    def architecture(self, architecture: Architecture) -> Architecture:
+        """Return the architecture of the network that this method trains, given the configured one."""
+        return architecture
+
+    def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
+        """Return the stages in which a step trains, one after another; by default a single one.
+
+        A step without a stage trains nothing: :meth:`end_step` does all its work, and of the other hooks only
+        :meth:`load_state_dict` is called.
+        """
+        return (Stage("network"),)
+
     def extra_maps(self) -> dict[str, Path]:
         """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.
 
@@ -222,7 +270,7 @@ class Method(ABC):
             info: description of the finished step.
             state: tensors that the method of that step stored.
         """
-        if (info.lead, info.conv_heads) != (list(self.layout.lead), self.layout.conv):
+        if info.layout != self.layout:
             return f"a step of {info.method} has other classifier heads than {self.name} trains"
         return None
 
@@ -252,9 +300,10 @@ class Method(ABC):
         """Return parameters with their learning-rate factors; every trained parameter is in exactly one group."""
 
     def begin_step(self, ctx: StepContext) -> None:
-        """Prepare the step before it trains; called with the new head added and without gradients. May scan the data.
+        """Prepare a stage of the step before it trains; called without gradients, with the new head added.
 
-        The result must depend on the context alone, because resuming an interrupted step calls this method again.
+        May scan the data. The result must depend on the context alone, because resuming an interrupted step calls this
+        method again; in a stage after the first, the model may already be partly trained in that stage.
         """
         self.ctx = ctx
 

@@ -51,7 +51,7 @@ def _build_timm(architecture: Architecture, pretrained: bool | Path) -> Parts:
     if architecture.decoder not in DECODERS:
         raise UserError(f"model.decoder: {architecture.decoder!r} is unknown; expected one of {', '.join(DECODERS)}")
     encoder = make_encoder(architecture.encoder, architecture.stride, pretrained)
-    return Parts(encoder, DECODERS[architecture.decoder](encoder, architecture.stride))
+    return Parts(encoder, DECODERS[architecture.decoder](encoder, architecture.stride, **architecture.options))
 
 
 def make_network(

@@ -8,6 +8,7 @@ training ids is 1 + the sum of their sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,12 @@ class HeadLayout:
         lead: names of the leading channels, each of which has its own head. An auxiliary head is trained on detached
             features.
         conv: whether every head is 3x3 conv-BN-ReLU and a 1x1 convolution instead of a 1x1 convolution alone.
+        hidden: units of a hidden layer that all heads share; 0 for none.
     """
 
     lead: tuple[str, ...] = ()
     conv: bool = False
+    hidden: int = 0
 
 
 SIGMOID = HeadLayout()
@@ -54,6 +57,12 @@ def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
     layer = last_layer(head)
     assert layer.bias is not None
     return layer.weight, layer.bias
+
+
+def linear_classifier(heads: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Return weight [K, D] and bias [K] of the final layers of class heads, as one classifier."""
+    weights, biases = zip(*map(_parameters, heads), strict=True)
+    return torch.cat(weights).flatten(1), torch.cat(biases)
 
 
 @torch.no_grad()

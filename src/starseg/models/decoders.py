@@ -19,6 +19,10 @@ from starseg.models.encoders import Encoder
 from starseg.ops.bilinear import resize
 
 _WIDTH = 256
+# Smallest standard deviation by which a channel is divided, relative to the mean of all channels.
+_LEAST = 0.1
+# Largest root mean square of a cell's features, which are about 1 on the images that the descriptor was fitted to.
+_FARTHEST = 2.0
 Grid = Sequence[int]
 
 
@@ -87,4 +91,69 @@ class Linear(nn.Module):
         return self.norm(self.project(torch.cat(found, 1)))
 
 
-DECODERS: dict[str, Callable[[Encoder, int], nn.Module]] = {"aspp": Aspp, "fpn": Fpn, "linear": Linear}
+class Descriptor(nn.Module):
+    """Description of each cell by the encoder's two deepest maps and their surroundings (docs/constellation.md).
+
+    The raw description is the last map but one, the last map, and averages of the last map over a window around the
+    cell and over the image. A 1x1 convolution projects it, followed by batch norm. Both may be trained; :meth:`fit`
+    sets them to standardisation and principal component analysis.
+
+    Args:
+        encoder: the encoder, of which the two deepest maps are used (one, if it has no more).
+        output_stride: pixels per feature cell.
+        width: number of feature channels D.
+        window: side of the window in cells, odd.
+    """
+
+    def __init__(self, encoder: Encoder, output_stride: int, width: int = _WIDTH, window: int = 5) -> None:
+        super().__init__()
+        self.width, self.window = width, window
+        self.ratios = _ratios(encoder, output_stride)[-2:]
+        self.raw_width = sum(encoder.channels[-2:]) + 2 * encoder.channels[-1]
+        self.project = nn.Conv2d(self.raw_width, width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def raw(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Compute the raw description [N, raw_width, h, w]."""
+        found = [_to_grid(m, ratio, grid) for m, ratio in zip(maps[-2:], self.ratios, strict=True)]
+        near = F.avg_pool2d(found[-1], self.window, 1, self.window // 2, count_include_pad=False)
+        image = found[-1].mean((2, 3), keepdim=True).expand_as(found[-1])
+        return torch.cat([*found, near, image], 1)
+
+    def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Compute the feature map [N, D, h, w]; cells far from all that was seen in step 0 are drawn nearer."""
+        features = self.norm(self.project(self.raw(maps, grid)))
+        size = features.square().mean(1, keepdim=True).sqrt()
+        return features / (size / _FARTHEST).clamp_min(1)
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, covariance: Tensor, floor: float) -> None:
+        """Standardise and project by the principal components of raw descriptions.
+
+        Each channel is divided by its standard deviation, at least a tenth of the channels' mean, and each component by
+        the square root of its variance, at least ``floor``.
+
+        Args:
+            mean: [raw_width] float64 mean of the raw descriptions.
+            covariance: [raw_width, raw_width] float64 covariance.
+            floor: see above.
+        """
+        deviation = covariance.diagonal().clamp_min(0).sqrt()
+        inverse = 1 / deviation.clamp_min(_LEAST * float(deviation.mean()) + 1e-12)
+        values, vectors = torch.linalg.eigh(covariance * inverse[:, None] * inverse)
+        values, vectors = values[-self.width :].flip(0), vectors[:, -self.width :].flip(1)
+        # The sign of an eigenvector is arbitrary: its largest entry is made positive.
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        weight = torch.zeros(self.width, self.raw_width, dtype=torch.float64, device=mean.device)
+        weight[: len(values)] = (vectors * inverse[:, None] * values.clamp_min(floor).rsqrt()).T
+        self.project.weight.copy_(weight[:, :, None, None])
+        self.norm.reset_parameters()
+        self.norm.running_mean.copy_(weight @ mean)  # type: ignore[union-attr]
+
+
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "aspp": Aspp,
+    "fpn": Fpn,
+    "linear": Linear,
+    "descriptor": Descriptor,
+}

