@@ -40,7 +40,7 @@ class FeatureCache:
 
     def batch(self, rows: Tensor | slice, device: torch.device) -> Batch:
         """Return the crops in ``rows`` as a batch without images, with features in single precision."""
-        features = self.features[rows].to(device).float()
+        features = self.features[rows].to(device, non_blocking=True).float()
         none = torch.zeros(len(features), 3, 0, 0, dtype=torch.uint8)
         return Batch(none, self.labels[rows], self.indices[rows], {FEATURES: features})
 
