@@ -48,6 +48,8 @@ def pack(root: Path, out: Path, megabytes: float) -> str:
         train, val = (part(root, split, percent / 100) for split in (dataset.train, dataset.test))
         if size(train + val + extra) < 1e6 * megabytes - 1e5:  # leaves room for the lists and the end of the file
             break
+    else:
+        raise SystemExit(f"{megabytes} MB: too little for one image in a hundred and the weights; give more")
     with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, path in [*train, *val, *extra]:
             tar.add(path, name)
