@@ -6,8 +6,9 @@ Usage: python benchmarks/compile_step.py [BATCH]
 import sys
 import time
 
-from starseg.bench.run import Case, alternate
+from starseg.bench.run import Case
 from starseg.bench.step import StepPath
+from starseg.bench.timing import alternate
 
 
 def main(batch: int) -> None:

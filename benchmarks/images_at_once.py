@@ -5,7 +5,7 @@ Usage: python benchmarks/images_at_once.py
 
 import torch
 
-from starseg.bench.run import alternate
+from starseg.bench.timing import alternate
 from starseg.models import Architecture, Segmenter, make_network
 
 # Network, side of the images in pixels, numbers of images processed at once.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from starseg.bench.run import alternate
+from starseg.bench.timing import alternate
 from starseg.data.datasets.voc import open_voc
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import EpochSampler, StepDataset

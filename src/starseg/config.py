@@ -19,6 +19,7 @@ from starseg.errors import UserError
 from starseg.utils.files import read_text
 from starseg.utils.overrides import override as override
 from starseg.utils.overrides import set_override
+from starseg.utils.precision import Precision
 
 
 class Strict(BaseModel):
@@ -113,8 +114,8 @@ class TrainConfig(Strict):
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of SGD (momentum 0.9, Nesterov)."""
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16 if the hardware supports it natively, fp16 on older GPUs, otherwise float32. `32` and every
-    evaluation use float32 without TF32."""
+    """`auto`: bf16 if the hardware supports it natively, fp16 on older GPUs, otherwise float32. `32` uses float32
+    without TF32; evaluation has its own `eval.precision`."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware to run on."""
     devices: int = Field(1, gt=0)
@@ -149,6 +150,14 @@ class EvalConfig(Strict):
     """`crop`: short side resized to the crop size, then centre crop (the published protocol); `full`: whole images."""
     batch_size: int = Field(16, gt=0)
     """Images per forward pass; always 1 with `eval.image: full`."""
+    precision: Precision = "auto"
+    """Precision of the network in evaluation, reports and cached features: `auto`, float32 (cached features: that of
+    training); `32`, float32; `bf16`, faster where the hardware supports it (docs/performance.md)."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether evaluation and reports run the network in bf16 instead of float32."""
+        return self.precision == "bf16"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,16 @@
 
 import inspect
 import runpy
+import shutil
+import subprocess
+import tarfile
 import warnings
 from pathlib import Path
 
 import pytest
+
+from starseg.config import DataConfig
+from starseg.data.datasets import open_dataset
 
 ROOT = Path(__file__).parents[2]
 # cityscapes.py registers a data set: tests/data/datasets/test_plugin.py imports it.
@@ -26,3 +32,33 @@ def test_images_at_once_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setitem(inspect.unwrap(main).__globals__, "CASES", (("test_resnet", 32, (2, 1)),))
     main()
     assert "test_resnet, 32 px, an image: " in capsys.readouterr().out
+
+
+def test_a_packed_subset_is_a_data_set_of_limited_size(shapes: Path, tmp_path: Path) -> None:
+    pack = runpy.run_path(str(ROOT / "benchmarks" / "pack_subset.py"))["pack"]
+    pack.__globals__["weights"] = lambda: []
+    whole = open_dataset(DataConfig(root=shapes))
+    files = [path for split in (whole.train, whole.test) for path in (*split.images, *split.masks)]
+    limit = sum(path.stat().st_size + 1024 for path in files) / 2e6 + 0.1
+    with pytest.raises(SystemExit, match="give more"):
+        pack(shapes, tmp_path / "none.tar", 0.1)
+    assert "training and" in pack(shapes, tmp_path / "some.tar", limit)
+    assert (tmp_path / "some.tar").stat().st_size <= 1e6 * limit
+    with tarfile.open(tmp_path / "some.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    some = open_dataset(DataConfig(root=tmp_path / "PascalVOC2012"))
+    assert 0 < len(some.train.images) < len(whole.train.images) and 0 < len(some.test.images) < len(whole.test.images)
+    assert some.train.images[-1].read_bytes() == (shapes / "JPEGImages" / some.train.images[-1].name).read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
+@pytest.mark.parametrize("arguments", [(), ("--quick", "folder")])
+def test_the_script_for_a_gpu_stops_early(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Without a GPU unless asked for a quick check, whose parts report that this interpreter does not exist."""
+    script, python = ROOT / "benchmarks" / "gpu.sh", tmp_path / "no-python"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    command = ["bash", str(script), *(str(tmp_path / "out") if a == "folder" else a for a in arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if arguments else 2), done.stdout
+    assert ("failed: tests bench" if arguments else "use --quick") in done.stdout
+    assert (tmp_path / "out" / "log.txt").is_file()

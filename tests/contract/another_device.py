@@ -99,7 +99,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         generator, device = kwargs.get("generator"), kwargs.get("device")
         if generator is not None:
-            there = _is_there(device) if device else any(isinstance(x, Elsewhere) for x in args)
+            there = _is_there(device) if device else any(isinstance(x, Elsewhere) for x in (*args, *kwargs.values()))
             if there != isinstance(generator, GeneratorElsewhere):
                 raise RuntimeError(f"{func}: a generator of another device")
         if func in (torch.tensor, torch.as_tensor) and _is_there(device):
@@ -108,7 +108,9 @@ class Functions(TorchFunctionMode):
 
 
 class GeneratorElsewhere(_Generator):
-    pass
+    @property
+    def device(self) -> torch.device:
+        return torch.device(NAME, 0)
 
 
 def _generator(device: Any = "cpu") -> torch.Generator:

@@ -1,21 +1,39 @@
-"""A run on a GPU equals one on a CPU up to rounding, and is repeatable on request."""
+"""A run on a GPU equals one on a CPU up to rounding, is repeatable on request, and does not wait for the GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from starseg.config import parse_config
+from starseg.contract import check_resume, tiny_settings
 from starseg.engine.checkpoint import load_bank, load_model
-from starseg.engine.runner import train
+from starseg.engine.fit import StepTraining
+from starseg.experiments.train import train
+from starseg.inference.predictor import load
+from starseg.methods import METHODS
+from starseg.replay.gaussians import GaussianBank
+from starseg.utils.files import read_json
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 _QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """A deterministic run changes settings of the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def _run(settings: dict, out: Path, **train_section: object) -> Path:
@@ -39,7 +57,60 @@ def test_losses_of_a_later_step_are_those_of_a_cpu(tiny: dict, tmp_path: Path) -
     assert torch.equal(load_bank(gpu / "step_1")["counts"][:4], load_bank(cpu / "step_1")["counts"][:4])
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_trains_two_steps(name: str, shapes: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(name, shapes, tmp_path / "run", accelerator="gpu", precision="auto")
+    del settings["task"]["steps"][2:]
+    steps = sorted(train(parse_config(settings), console=_QUIET).glob("step_*"))
+    assert len(steps) == (1 if name == "joint" else 2)
+    for step in steps:
+        assert read_json(step / "metrics.json")["miou"]["all"] is not None
+        assert all(value.isfinite().all() for value in load_model(step)[0].state_dict().values())
+    image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
+    assert load(steps[-1], "cuda").predict(image).shape == (90, 120)
+
+
 def test_deterministic_runs_are_equal(tiny: dict, tmp_path: Path) -> None:
     runs = [_run(tiny, tmp_path / name, accelerator="gpu", deterministic=True) for name in ("a", "b")]
     one, two = (load_model(run / "step_1")[0].state_dict() for run in runs)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["star", "constellation"])
+def test_a_deterministic_step_resumes_bitwise(name: str, shapes: Path, tmp_path: Path) -> None:
+    check_resume(name, shapes, tmp_path, accelerator="gpu", deterministic=True)
+
+
+@contextmanager
+def _sync_debug_mode(mode: str | int) -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("name", ["star", "constellation"])
+def test_an_iteration_does_not_wait_for_the_gpu(
+    name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except the first of a stage, which counts what is replayed, and constellation's draw, whose size is random."""
+    iterate, draw, checked = StepTraining.iterate, GaussianBank.draw, set()
+
+    def watched(training: StepTraining, raw: Any) -> dict[str, Tensor]:
+        if not training.iteration:
+            return iterate(training, raw)
+        checked.add(training.ctx.step)
+        with _sync_debug_mode("error"):
+            return iterate(training, raw)
+
+    def exempt(*args: Any) -> tuple[Tensor, Tensor]:
+        with _sync_debug_mode("default"):
+            return draw(*args)
+
+    monkeypatch.setattr(StepTraining, "iterate", watched)
+    monkeypatch.setattr(GaussianBank, "draw", exempt)
+    settings = tiny_settings(name, shapes, tmp_path / "run", accelerator="gpu", precision="auto")
+    train(parse_config(settings), range(2), _QUIET)
+    assert checked == {0, 1}

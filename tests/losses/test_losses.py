@@ -1,11 +1,9 @@
 """Properties of the losses by default, where the golden files hold the published choice."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.waits import Waits
 from starseg.bench.run import LossPath, loss_cases
 from starseg.losses.star import bce_per_class, mix, negatives_per_class, ocfm, sad
 
@@ -63,27 +61,12 @@ def test_sad_gradient_is_bounded_at_a_zero_feature() -> None:
     assert gradients[0] < 1e4 < gradients[1]
 
 
-class _Waits(TorchDispatchMode):
-    """Records operations that synchronise with a GPU: results read by Python, and numbers copied from Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if masks or name in ("_local_scalar_dense", "nonzero", "repeat_interleave", "masked_select", "lift_fresh"):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", ["voc_15-1", "ade_base"])
 def test_an_iteration_of_star_does_not_synchronise_with_the_gpu(name: str) -> None:
     """Except the first of a step, which counts the replayed features."""
     path = LossPath(loss_cases(128)[name])
     path.lean()
-    with _Waits() as waits:
+    with Waits() as waits:
         path.lean()
     assert waits.found == []
     with waits:

@@ -8,7 +8,14 @@ from torch import nn
 
 from starseg.bench.reference import unfused
 from starseg.models import Architecture, Segmenter, make_network
-from starseg.ops.fused_layers import BatchNorm2d, Conv2d
+from starseg.ops import fused_layers
+from starseg.ops.fused_layers import BatchNorm2d, Conv2d, cpu_capability
+
+
+@pytest.fixture(autouse=True)
+def _every_gradient_by_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU with AVX2 in float32, whatever this one is."""
+    monkeypatch.setattr(fused_layers, "cpu_capability", lambda dtype: "AVX2")
 
 
 def network() -> Segmenter:
@@ -71,6 +78,55 @@ def test_weight_gradient_by_taps(size: tuple[int, int], kernel: int, stride: int
         output.backward(slope)
     torch.testing.assert_close(conv.weight.grad, plain.weight.grad)
     torch.testing.assert_close(images[0].grad, images[1].grad)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "by_taps"),
+    [
+        ("AVX2", torch.float32, (True, True, True)),
+        ("AVX512", torch.float32, (False, True, True)),
+        ("AVX512_BF16", torch.bfloat16, (False, False, True)),
+        ("AMX_BF16", torch.bfloat16, (False, False, False)),
+        ("DEFAULT", torch.float32, (False, False, False)),
+    ],
+)
+def test_gradients_are_by_taps_where_that_is_faster(
+    capability: str, dtype: torch.dtype, by_taps: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_layers, "cpu_capability", lambda dtype: capability)
+    image = torch.randn(2, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    for expected, (stride, dilation) in zip(by_taps, ((1, 1), (2, 1), (1, 2)), strict=True):
+        conv = Conv2d(32, 32, 3, stride, dilation, dilation, bias=False)
+        images, gradients = [image.clone().requires_grad_() for _ in range(2)], []
+        for x, each in zip(images, (conv, nn.Conv2d), strict=True):
+            conv.weight.grad = None
+            conv.__class__ = Conv2d if each is conv else nn.Conv2d
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                output = conv(x)
+            assert output.dtype == dtype
+            assert (each is conv and expected) == ("ByTaps" in type(output.grad_fn).__name__)
+            output.float().square().sum().backward()
+            gradients.append(conv.weight.grad)
+            assert gradients[-1].dtype == x.grad.dtype == torch.float32
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for got, want in (gradients, [x.grad for x in images]):
+            assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype", "name"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16, "AVX512_BF16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, "AMX_BF16"),
+        ({}, torch.bfloat16, "none"),
+        ({"avx512_bf16": True}, torch.float16, "none"),
+    ],
+)
+def test_capability_of_a_cpu(
+    known: dict[str, bool], dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert cpu_capability(dtype) == name
 
 
 def test_frozen_batch_norm_stores_no_map_for_the_backward_pass() -> None:

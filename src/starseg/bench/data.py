@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from starseg.bench.run import alternate
+from starseg.bench.timing import alternate
 from starseg.config import DataConfig
 from starseg.data.cache import ImageCache, decoded_shapes
 from starseg.data.datasets import Split, data_root

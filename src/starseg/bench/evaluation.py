@@ -13,15 +13,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from starseg.bench.machine import SPEED_COLUMNS, beside_machine, speed_cells
 from starseg.bench.reference import dense_confusion, unfused
-from starseg.bench.run import alternate
 from starseg.bench.step import BACKBONE
+from starseg.bench.timing import alternate, bench_device, count_flops
 from starseg.config import TrainConfig
 from starseg.data.samples import Batch
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.launch import make_fabric
 from starseg.models import Architecture, make_network
 from starseg.models.prediction import LargestLogit
+from starseg.utils.precision import is_bf16_fast
 
 CLASSES = {"voc": (20, 3), "ade": (150, 8)}
 """How many there are, and how many an image shows."""
@@ -46,9 +48,9 @@ class EvalPath:
             for head in (self.model.heads[0], self.plain.heads[0]):
                 head.bias -= shift
 
-    def lean(self) -> torch.Tensor:
+    def lean(self, bf16: bool = False) -> torch.Tensor:
         """Evaluate as a run does."""
-        return torch.from_numpy(confusion_matrix(self.model, self.rule, [self.batch]))
+        return torch.from_numpy(confusion_matrix(self.model, self.rule, [self.batch], bf16=bf16))
 
     @torch.inference_mode()
     def dense(self) -> torch.Tensor:
@@ -58,8 +60,8 @@ class EvalPath:
 
 def measure_eval(
     classes: int, shown: int, images: int, side: int, repeats: int, backbone: str = BACKBONE
-) -> dict[str, float]:
-    """Measure images per second of starseg and of the dense reference.
+) -> dict[str, Any]:
+    """Measure images per second of starseg, in bf16 too where the hardware is fast at it, and of the dense reference.
 
     Raises:
         RuntimeError: the results differ in more than pixels where two classes tie up to rounding.
@@ -70,22 +72,35 @@ def measure_eval(
     if differing > 1e-5:
         raise RuntimeError(f"{classes} classes: {differing:.2%} of the pixels are predicted otherwise than densely")
     seconds, dense_seconds = alternate([path.lean, path.dense], repeats, warm=True)
-    return {
+    flops = count_flops(path.dense)
+    found: dict[str, Any] = {
         "speedup": dense_seconds / seconds,
         "images_per_second": images / seconds,
         "dense_images_per_second": images / dense_seconds,
         "differing_pixels": differing,
+        "speed": {"float32": beside_machine(flops, seconds, torch.float32)},
     }
+    if is_bf16_fast(bench_device()):
+        (half,) = alternate([lambda: path.lean(bf16=True)], repeats)
+        found |= {"bf16_images_per_second": images / half, "bf16_speedup": dense_seconds / half}
+        found["speed"]["bfloat16"] = beside_machine(flops, half, torch.bfloat16)
+    return found
 
 
 def bench_eval(console: Console, side: int, images: int, repeats: int, backbone: str = BACKBONE) -> dict[str, Any]:
     """Measure and print the section "eval": {"voc", "ade"}, see :func:`measure_eval`."""
-    title = f"{backbone}, {side} px, batch {images}, float32"
+    title = f"{backbone}, {side} px, batch {images}, densely in float32"
     table = Table("evaluation", "images/s", "densely", "faster", "pixels that differ", title=title)
+    limits = Table("evaluation", "images/s", "faster", *SPEED_COLUMNS)
     found = {}
     for name, (classes, shown) in CLASSES.items():
         f = found[name] = measure_eval(classes, shown, images, side, repeats, backbone)
         speeds = (f"{f['images_per_second']:.2f}", f"{f['dense_images_per_second']:.2f}", f"{f['speedup']:.2f} x")
         table.add_row(f"{name}, {shown} of {classes} classes", *speeds, f"{f['differing_pixels']:.1g}")
+        for dtype, speed in f["speed"].items():
+            prefix = "bf16_" if dtype == "bfloat16" else ""
+            rate, faster = f[f"{prefix}images_per_second"], f[f"{prefix}speedup"]
+            limits.add_row(f"{name}, {dtype}", f"{rate:.2f}", f"{faster:.2f} x", *speed_cells(speed))
     console.print(table)
+    console.print(limits)
     return found

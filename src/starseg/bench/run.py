@@ -6,18 +6,15 @@ Times are medians of interleaved repetitions, memory is the peak above what the 
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from starseg.bench.reference import dense_base, dense_later
+from starseg.bench.timing import alternate, bench_device, beside_dense, peak_bytes
 from starseg.data.samples import Batch
 from starseg.methods import StepContext
 from starseg.methods.star import Star, StarOptions
@@ -54,27 +51,37 @@ class _NoNetwork:
     """Stand-in with the attributes that a method reads from the network."""
 
     stride = _STRIDE
-    mean = torch.zeros(1)
+
+    def __init__(self, device: torch.device) -> None:
+        self.mean = torch.zeros(1, device=device)
 
 
 class LossPath:
-    """Random network outputs in a step of STAR, with its loss and gradients in both implementations."""
+    """Random network outputs in a step of STAR, with its loss and gradients in both implementations.
 
-    def __init__(self, case: Case) -> None:
+    Args:
+        case: shapes of the step.
+        device: device of the outputs; by default the benchmarked device.
+    """
+
+    def __init__(self, case: Case, device: torch.device | None = None) -> None:
+        device = device or bench_device()
         torch.manual_seed(0)
         options = Star.complete_options(StarOptions(), Star.recipes[case.dataset])
         self.method = Star(StarOptions(**options))
         known, cells = case.old, case.crop // _STRIDE
-        self.batch = Batch(torch.zeros(0), _labels(case), torch.arange(case.batch))
+        self.batch = Batch(torch.zeros(0), _labels(case).to(device), torch.arange(case.batch))
         replayed = _REPLAYED * known
-        self.output = _output(case.batch, known + case.new, cells, replayed)
-        self.previous = _output(case.batch, known, cells, 0) if known else None
+        self.output = _output(case.batch, known + case.new, cells, replayed, device)
+        self.previous = _output(case.batch, known, cells, 0, device) if known else None
         self.leaves = [t.requires_grad_() for t in self.output if isinstance(t, Tensor)]
-        self.ctx = self.method.ctx = _context(case)
+        self.ctx = self.method.ctx = _context(case, device)
         prototypes = torch.nn.functional.normalize(torch.randn(known, _WIDTH), dim=1)
         norms = torch.ones(known)
-        self.bank = PrototypeBank(torch.ones(1 + known), prototypes, prototypes.abs(), norms, norms)
-        self.plan = ReplayPlan(torch.full((known,), _REPLAYED), 1.0, 0.5, torch.ones(1 + known))
+        bank = PrototypeBank(torch.ones(1 + known), prototypes, prototypes.abs(), norms, norms)
+        self.bank = bank.to(device)
+        owed = torch.full((known,), _REPLAYED, device=device)
+        self.plan = ReplayPlan(owed, 1.0, 0.5, torch.ones(1 + known, device=device))
         self.method.bank, self.method.plan = self.bank, self.plan
 
     def lean(self) -> Tensor:
@@ -112,60 +119,24 @@ def _labels(case: Case) -> Tensor:
     return ids[patches].repeat_interleave(32, 1).repeat_interleave(32, 2)
 
 
-def _output(batch: int, classes: int, cells: int, replayed: int) -> Output:
+def _output(batch: int, classes: int, cells: int, replayed: int, device: torch.device) -> Output:
     features = torch.rand(batch, _WIDTH, cells, cells).contiguous(memory_format=torch.channels_last)
     logits = (2 * torch.randn(batch, classes, cells, cells) - 3).contiguous(memory_format=torch.channels_last)
-    return Output(features, logits, torch.randn(replayed, classes) if replayed else None)
+    extra = torch.randn(replayed, classes).to(device) if replayed else None
+    return Output(features.to(device), logits.to(device), extra)
 
 
-def _context(case: Case) -> StepContext:
+def _context(case: Case, device: torch.device) -> StepContext:
     groups = [range(1, 1 + case.old)] * bool(case.old) + [range(1 + case.old, 1 + case.old + case.new)]
     names = tuple(map(str, range(1 + case.old + case.new)))
     task = TaskSequence("bench", tuple(map(tuple, groups)), names, "overlap")
-    model = cast(Segmenter, _NoNetwork())
-    generator = torch.Generator().manual_seed(0)
+    model = cast(Segmenter, _NoNetwork(device))
+    generator = torch.Generator(device).manual_seed(0)
     return StepContext(task, len(groups) - 1, model, model, 1, _no_scan, generator)
 
 
 def _no_scan(name: str) -> Iterator[Batch]:
     return iter(())
-
-
-def alternate(
-    paths: list[Callable[[], Any]],
-    repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-    warm: bool = False,
-) -> list[float]:
-    """Return the median seconds of each call, alternating, after one warm-up call of each unless ``warm``."""
-    seconds: list[list[float]] = [[] for _ in paths]
-    for _ in range(repeats + (not warm)):
-        for path, times in zip(paths, seconds, strict=True):
-            start = clock()
-            path()
-            _wait()
-            times.append(clock() - start)
-    return [statistics.median(times[-repeats:]) for times in seconds]
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(path: Callable[[], Any]) -> int:
-    """Return the peak CPU memory of a call in bytes, above what was allocated before it."""
-    # Said once by the profiler's library on a machine without a GPU, along with every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        path()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def measure_loss(case: Case, repeats: int) -> dict[str, float]:
@@ -186,18 +157,6 @@ def measure_loss(case: Case, repeats: int) -> dict[str, float]:
     return beside_dense(seconds, dense_seconds, peaks)
 
 
-def beside_dense(seconds: float, dense_seconds: float, peaks: list[int]) -> dict[str, float]:
-    """Return times and peak bytes of starseg and the dense reference, with the ratios dense / starseg."""
-    return {
-        "speedup": dense_seconds / seconds,
-        "memory_ratio": peaks[1] / peaks[0],
-        "seconds": seconds,
-        "dense_seconds": dense_seconds,
-        "bytes": peaks[0],
-        "dense_bytes": peaks[1],
-    }
-
-
 def measure_growth(case: Case) -> dict[str, float]:
     """Measure the peak memory of a later step with few and with many old classes, and its growth."""
     peaks: dict[str, int] = {}
@@ -212,8 +171,3 @@ def measure_growth(case: Case) -> dict[str, float]:
         "growth": peaks[f"bytes_{MANY_CLASSES}"] / peaks[f"bytes_{FEW_CLASSES}"],
         "dense_growth": peaks[f"dense_bytes_{MANY_CLASSES}"] / peaks[f"dense_bytes_{FEW_CLASSES}"],
     }
-
-
-def mega(size: float) -> str:
-    """Format bytes as megabytes."""
-    return f"{size / 1e6:.1f}"

@@ -18,13 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from starseg.bench.machine import SPEED_COLUMNS, beside_machine, speed_cells
 from starseg.bench.reference import DenseStep
-from starseg.bench.run import Case, LossPath, alternate, beside_dense, mega, peak_bytes
+from starseg.bench.run import Case, LossPath
+from starseg.bench.timing import alternate, bench_device, beside_dense, count_flops, mega, peak_bytes
 from starseg.config import TrainConfig
 from starseg.engine.fit import StepTraining
 from starseg.engine.launch import make_fabric
 from starseg.models import Architecture, make_network
 from starseg.utils.clock import Clock
+from starseg.utils.precision import is_bf16_fast
 
 BACKBONE = "resnet101"
 PARTS = ("data", "old forward", "new forward", "loss", "backward", "optimizer")
@@ -47,9 +50,8 @@ class StepPath:
         )
         path.method.ctx, path.method.bank = ctx, path.bank.to(fabric.device)
         path.method.freeze(ctx)
-        self.raw = replace(
-            path.batch, images=torch.randint(0, 256, (case.batch, 3, case.crop, case.crop), dtype=torch.uint8)
-        )
+        images = torch.randint(0, 256, (case.batch, 3, case.crop, case.crop), dtype=torch.uint8)
+        self.raw = replace(path.batch, images=images, labels=path.batch.labels.cpu())
         self.dense_step = DenseStep(path.method, ctx, path.plan)
         ctx.model.train()
         self.training = StepTraining(fabric, path.method, ctx, 1000, 1e-6, config, Clock(fabric.device))
@@ -78,24 +80,25 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
     before = dict(path.training.clock.read())
     seconds, dense_seconds = alternate([path.lean, path.dense], repeats, warm=True)
     split = {part: (path.training.clock.read()[part] - before[part]) / repeats for part in PARTS}
-    peaks = [peak_bytes(path.lean), peak_bytes(path.dense)]
+    peaks, flops = [peak_bytes(path.lean), peak_bytes(path.dense)], count_flops(path.dense)
     found: dict[str, Any] = {
         **beside_dense(seconds, dense_seconds, peaks),
         "split": split,
         "networks_share": sum(split[part] for part in _NETWORKS) / sum(split.values()),
+        "speed": {"float32": beside_machine(flops, seconds, torch.float32)},
     }
-    if bf16_slowdown() < 1:
+    if is_bf16_fast(bench_device()):
         half = StepPath(case, backbone, "bf16-mixed")
         half.lean()
         (found["bf16_seconds"],) = alternate([half.lean], repeats, warm=True)
         found["bf16_speedup"] = dense_seconds / found["bf16_seconds"]
+        found["speed"]["bfloat16"] = beside_machine(flops, found["bf16_seconds"], torch.bfloat16)
     return found
 
 
 def bf16_slowdown() -> float:
     """Measure the time of a convolution in bf16 relative to float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = []
+    device, seconds = bench_device(), []
     for dtype in (torch.float32, torch.bfloat16):
         images, weight = (torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 64, 32, 32), (64, 64, 3, 3)))
         images = images.contiguous(memory_format=torch.channels_last)
@@ -122,9 +125,13 @@ def bench_step(console: Console, case: Case, repeats: int, backbone: str = BACKB
     if "bf16_seconds" in f:
         table.add_row("bf16", f"{f['bf16_seconds']:.3f}", f"{f['bf16_speedup']:.2f} x faster")
     console.print(table)
+    speeds = Table("step", *SPEED_COLUMNS, title="operations of convolutions, those with padding included")
+    for dtype, speed in f["speed"].items():
+        speeds.add_row(dtype, *speed_cells(speed))
+    console.print(speeds)
     if "bf16_seconds" not in f:
         console.print(
-            f"bf16 is left out: a convolution takes {bf16_slowdown():.0f} x as long as in float32 here", soft_wrap=True
+            f"bf16 is left out: a convolution takes {bf16_slowdown():.1f} x as long as in float32 here", soft_wrap=True
         )
     console.print(f"measured in {time.perf_counter() - start:.0f} s", highlight=False)
     return {"voc_15-1": f}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from starseg.bench.data import data_section
 from starseg.bench.evaluation import bench_eval
-from starseg.bench.run import FEW_CLASSES, MANY_CLASSES, Case, loss_cases, measure_growth, measure_loss, mega
+from starseg.bench.machine import describe_machine
+from starseg.bench.run import FEW_CLASSES, MANY_CLASSES, Case, loss_cases, measure_growth, measure_loss
 from starseg.bench.step import BACKBONE, bench_step
+from starseg.bench.timing import mega
 
 
 def bench(console: Console, quick: bool = False) -> dict[str, Any]:
@@ -22,16 +23,16 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
         quick: crops of 128 pixels, a tiny network and a single repetition: whether it runs, not how fast.
 
     Returns:
-        {"loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
+        {"machine": see :func:`starseg.bench.machine.describe_machine`,
+        "loss": {case: {"speedup", "memory_ratio", "seconds", "dense_seconds", "bytes", "dense_bytes"}},
         "memory_growth": {"growth", "dense_growth", and the "bytes" behind them}, "step": see
         :func:`starseg.bench.step.measure_step`, "data": see :func:`starseg.bench.data.data_section`, "eval": see
         :func:`starseg.bench.evaluation.measure_eval`}; ratios are dense over ours.
     """
     crop, repeats = (128, 1) if quick else (512, 5)
-    table = Table(
-        "loss path", "seconds", "densely", "faster", "MB", "densely", "less", title=f"crop {crop}, {_machine()}"
-    )
-    found: dict[str, Any] = {"loss": {}}
+    found: dict[str, Any] = {"machine": describe_machine(), "loss": {}}
+    _print_machine(console, found["machine"])
+    table = Table("loss path", "seconds", "densely", "faster", "MB", "densely", "less", title=f"crop {crop}")
     for name, case in loss_cases(crop).items():
         f = found["loss"][name] = measure_loss(case, repeats)
         seconds = (f"{f['seconds']:.3f}", f"{f['dense_seconds']:.3f}", f"{f['speedup']:.1f} x")
@@ -50,5 +51,15 @@ def bench(console: Console, quick: bool = False) -> dict[str, Any]:
     return found
 
 
-def _machine() -> str:
-    return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+def _print_machine(console: Console, machine: dict[str, Any]) -> None:
+    flags = ", ".join(machine["capabilities"]) or "no capability of interest"
+    console.print(f"CPU: {machine['cpu']} ({flags}), {machine['threads']} thread(s)", highlight=False)
+    console.print(
+        f"measured on: {machine['device']}, torch {machine['torch']}; train.precision=auto would use "
+        f"{machine['dtype']}",
+        highlight=False,
+    )
+    table = Table("this machine, GFLOP/s", "matrix product", "3x3 convolution")
+    for dtype, speed in machine["speed"].items():
+        table.add_row(dtype, f"{speed['matrix']:.0f}", f"{speed['convolution']:.0f}")
+    console.print(table)

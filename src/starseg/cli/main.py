@@ -184,6 +184,7 @@ def predict(
     scales: Annotated[str, typer.Option(help="Average over these sizes, e.g. 0.75,1,1.25.")] = "1",
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32, bf16, or auto: bf16 where the hardware is fast at it.")] = "auto",
 ) -> None:
     """Predict masks of images as palette PNGs in the data set's ids; exit code 1 if an image could not be read.
 
@@ -195,7 +196,7 @@ def predict(
     from starseg.inference.predictor import Options, load
 
     options = Options(window, flip, _numbers("--scales", scales), batch_size)
-    if predict_files(load(step_dir, device), images, out, console, options, overlays, json_file):
+    if predict_files(load(step_dir, device, precision), images, out, console, options, overlays, json_file):
         raise typer.Exit(1)
 
 

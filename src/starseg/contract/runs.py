@@ -27,8 +27,15 @@ from starseg.utils.terminal import make_console
 _QUIET = make_console(quiet=True)
 
 
-def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
-    """Return the configuration of a three-step run that takes seconds, on the data of :func:`write_shapes`."""
+def tiny_settings(name: str, data: Path, out: Path, **train: Any) -> dict[str, Any]:
+    """Return the configuration of a three-step run that takes seconds, on the data of :func:`write_shapes`.
+
+    Args:
+        name: name of a registered method.
+        data: folder of the data.
+        out: run directory.
+        train: changes of the section `train`.
+    """
     method = METHODS[name]
     options = {method.section: dict(method.contract_options)} if method.contract_options else {}
     return options | {
@@ -42,6 +49,7 @@ def tiny_settings(name: str, data: Path, out: Path) -> dict[str, Any]:
             "base": {"epochs": 1, "lr": 0.01},
             "later": {"epochs": 1, "lr": 0.001},
             "precision": "32",
+            **train,
         },
     }
 
@@ -70,12 +78,18 @@ def _last_trained_step(name: str) -> int:
     return 1 if run.enter(1)[2] else 0
 
 
-def check_resume(name: str, data: Path, folder: Path) -> None:
+def check_resume(name: str, data: Path, folder: Path, **train: Any) -> None:
     """Check that a step, interrupted and resumed, ends with the same files, byte for byte.
 
     It is a later step, unless the method trains in step 0 only.
+
+    Args:
+        name: name of a registered method.
+        data: folder of the data, see :func:`write_shapes`.
+        folder: folder for the runs.
+        train: changes of the section `train`; on a GPU, `deterministic=True` is needed.
     """
-    settings = tiny_settings(name, data, folder / "straight")
+    settings = tiny_settings(name, data, folder / "straight", **train)
     last = _last_trained_step(name)
     straight = _train(parse_config(settings), range(last + 1))
     settings |= {"out": str(folder / "broken"), **({"start_from": str(straight / "step_0")} if last else {})}

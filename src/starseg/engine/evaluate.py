@@ -55,15 +55,20 @@ def open_weights(weights: Path, overrides: Sequence[str]) -> tuple[Segmenter, St
 
 @torch.inference_mode()
 def confusion_matrix(
-    model: Segmenter, rule: Callable[[Tensor], Tensor], loader: Iterable[Batch], all_reduce_sum: AllReduceSum = identity
+    model: Segmenter,
+    rule: Callable[[Tensor], Tensor],
+    loader: Iterable[Batch],
+    all_reduce_sum: AllReduceSum = identity,
+    bf16: bool = False,
 ) -> np.ndarray:
-    """Compute the confusion matrix over all pixels that are not ignored, with the network in eval mode and float32.
+    """Compute the confusion matrix over all pixels that are not ignored, with the network in eval mode.
 
     Args:
         model: the network.
         rule: prediction rule, training ids [N, H, W] of logits [N, C, H, W].
         loader: uint8 batches, this process's share.
         all_reduce_sum: sum over processes.
+        bf16: run the network in bf16 instead of float32.
 
     Returns:
         Pixel counts [1 + C, 1 + C] int64, rows are labels, columns predictions.
@@ -72,7 +77,7 @@ def confusion_matrix(
     classes = 1 + model.classes
     total = torch.zeros(classes**2, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
-        predicted = predict_upsampled(rule, model.predict(batch.images), batch.labels.shape[-2:])
+        predicted = predict_upsampled(rule, model.predict(batch.images, bf16), batch.labels.shape[-2:])
         labels = batch.labels.to(predicted.device, non_blocking=True).long()
         counted = labels != IGNORE
         # torchmetrics, in deterministic mode, compares every pixel with every entry of the matrix, hence bincount.
@@ -103,7 +108,8 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
     choices = choices_for(info.compat)
     rule = make_method(config, info.method).rule(choices)
-    confusion = confusion_matrix(model.to(fabric.device), rule, track(console, "test", loader, len(loader)))
+    batches = track(console, "test", loader, len(loader))
+    confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
     confusion = dataset.scored(confusion, info.dataset_ids)
     scores = summarize(
         confusion, info.names, info.base, iou_epsilon=choices.iou_epsilon, absent_as_zero=choices.absent_as_zero

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from starseg.data.samples import FEATURES, Batch, sample_seed
 from starseg.models import Segmenter
 from starseg.replay.statistics import sample_at_stride
+from starseg.utils.precision import Precision
 
 MAX_CELLS = 2_000_000
 """Largest number of feature cells held by a process: 1 GB for 256 channels in half precision."""
@@ -36,7 +40,7 @@ class FeatureCache:
 
     def batch(self, rows: Tensor | slice, device: torch.device) -> Batch:
         """Return the crops in ``rows`` as a batch without images, with features in single precision."""
-        features = self.features[rows].to(device).float()
+        features = self.features[rows].to(device, non_blocking=True).float()
         none = torch.zeros(len(features), 3, 0, 0, dtype=torch.uint8)
         return Batch(none, self.labels[rows], self.indices[rows], {FEATURES: features})
 
@@ -47,8 +51,19 @@ class FeatureCache:
             yield batch.map(lambda values: values.to(device))
 
 
+def features_autocast(precision: Precision, fabric: Fabric) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context manager of forward passes whose features are cached; `auto` is the precision of training."""
+    if precision == "auto":
+        return fabric.autocast
+    return partial(torch.autocast, fabric.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def compute_features(
-    model: Segmenter, batches: Iterable[Batch], samples: int, autocast: Callable[[], object], seed: int
+    model: Segmenter,
+    batches: Iterable[Batch],
+    samples: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+    seed: int,
 ) -> FeatureCache:
     """Compute the features of crops.
 
@@ -61,7 +76,7 @@ def compute_features(
     """
     draw, parts = torch.Generator().manual_seed(seed), []
     for batch in batches:
-        with autocast():  # type: ignore[attr-defined]
+        with autocast():
             features = model(batch.images).features
         labels = sample_at_stride(batch.labels, model.stride).flatten(1).cpu()
         vectors = features.to(torch.float16).flatten(2).cpu()

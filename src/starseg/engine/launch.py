@@ -23,6 +23,7 @@ from starseg.config import TrainConfig
 from starseg.errors import UserError
 from starseg.models import Segmenter
 from starseg.utils.deprecation import old_names
+from starseg.utils.precision import is_bf16_fast
 
 __getattr__ = old_names(__name__)
 
@@ -36,10 +37,9 @@ warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
 def _auto_precision(cuda: bool) -> str:
-    if cuda:
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32"
+    if is_bf16_fast(torch.device("cuda" if cuda else "cpu")):
+        return "bf16-mixed"
+    return "16-mixed" if cuda else "32"
 
 
 def is_leader() -> bool:

@@ -22,7 +22,7 @@ from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
 from starseg.engine.evaluate import confusion_matrix
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
-from starseg.engine.features import CachedEpochs, FeatureCache, compute_features
+from starseg.engine.features import CachedEpochs, FeatureCache, compute_features, features_autocast
 from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
@@ -224,7 +224,8 @@ class Step:
                 epochs = [f"crop {i}" for i in range(stage.crops)]
                 loader = self.data.train_loader(step, epochs, drop_last=False, exemplars=memory.files)
                 batches, seed = self._scan(ctx.model, loader, f"step {step} features"), self._seed("features", ctx.rank)
-                self.features = compute_features(ctx.model, batches, samples // ctx.world, self.fabric.autocast, seed)
+                autocast = features_autocast(self.config.eval.precision, self.fabric)
+                self.features = compute_features(ctx.model, batches, samples // ctx.world, autocast, seed)
             return self.features.ordered(size, ctx.device)
 
         return replace(ctx, stage=stage, iterations=samples // size, cached=cached if stage.crops else None)
@@ -379,9 +380,9 @@ class Step:
             logger.finalize("success")
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
-        task, loader = self.run.task, self.data.test_loader(self.number)
+        task, loader, bf16 = self.run.task, self.data.test_loader(self.number), self.config.eval.bf16
         batches = track(self.console, f"step {self.number} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum)
+        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum, bf16)
         confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
         choices = ctx.choices
         scores = summarize(

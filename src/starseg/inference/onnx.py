@@ -258,7 +258,7 @@ def export_onnx(
         UserError: a package is missing, the file disagrees, or ``int8`` without images.
     """
     onnx, _ = _packages()
-    predictor = load(step_dir, "cpu")
+    predictor = load(step_dir, "cpu", "32")
     sample = sample_images(step_dir, images, _CALIBRATED + _CHECKED if int8 else _CHECKED)
     if int8 and len(sample) < 4:
         raise UserError(f"--int8 is calibrated on images, found {len(sample)}; give 4 or more with --images")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from starseg.errors import UserError
 from starseg.methods import METHODS
 from starseg.models import Segmenter
 from starseg.ops.bilinear import resize
+from starseg.utils.precision import Precision, is_bf16_fast
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 _ARRAYS = "an image array must be uint8 [H, W, 3] or [H, W]"
@@ -169,16 +170,19 @@ class Predictor:
     Args:
         model: in eval mode, on the device to use.
         info: of the step directory.
+        precision: of the network; `auto` is bf16 where the device is fast at it, otherwise float32.
 
     Attributes:
         classes: names, the background first.
         dataset_ids: what each class is in a mask, in the same order.
         crop: side of the training crops in pixels.
+        bf16: whether the network computes in bf16.
     """
 
-    def __init__(self, model: Segmenter, info: StepInfo) -> None:
+    def __init__(self, model: Segmenter, info: StepInfo, precision: Precision = "auto") -> None:
         self.model, self.info, self.rule = model, info, prediction_rule(info)
         self.classes, self.dataset_ids, self.crop = list(info.names), list(info.dataset_ids), info.crop
+        self.bf16 = precision == "bf16" or (precision == "auto" and is_bf16_fast(model.mean.device))
         self._table = torch.tensor(info.dataset_ids, dtype=torch.uint8)
 
     @overload
@@ -287,7 +291,7 @@ class Predictor:
 
     def logits(self, images: Tensor) -> Tensor:
         """Compute logits [N, C, h, w] at feature resolution of uint8 images [N, 3, H, W]."""
-        return self.model.predict(images).float()
+        return self.model.predict(images, self.bf16)
 
     def _mask(self, passes: list[Tensor], height: int, width: int) -> np.ndarray:
         """Average logits [1, C, *, *] at the image's size, a band of rows at a time, and apply the rule."""
@@ -302,20 +306,23 @@ class Predictor:
         return torch.cat(bands).numpy()
 
 
-def load(path: str | Path, device: str = "auto") -> Predictor:
+def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
     """Load the model of a step directory or published checkpoint for prediction.
 
     Args:
         path: a run's ``step_<t>`` directory, or a file in a registered format (:mod:`starseg.engine.formats`): a
             published checkpoint (.pth) with its config.json beside it.
         device: "cpu", "cuda", another name of torch's, or "auto": a GPU where there is one.
+        precision: "32"; "bf16"; or "auto": bf16 where the device is fast at it, otherwise float32.
 
     Raises:
-        UserError: no step directory, damaged files, or no such device.
+        UserError: no step directory, damaged files, no such device, or another precision.
     """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision: expected auto, 32 or bf16, got {precision!r}")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model, info = open_network(Path(path))
     try:
-        return Predictor(model.to(name), info)
+        return Predictor(model.to(name), info, cast(Precision, precision))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: cannot use {device!r} ({str(error).splitlines()[0]}); use cpu or auto") from error

@@ -207,11 +207,20 @@ class Segmenter(nn.Module):
         lead = [head(features.detach() if name == AUXILIARY else features) for name, head in self.lead.items()]
         return torch.cat([*lead, *(head(features) for head in self.heads)], 1)
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Compute the logits [N, C, h, w] of uint8 images [N, 3, H, W]; call it in eval mode and without gradients."""
-        on_cpu = self.mean.device.type == "cpu"
-        at_once = max(1, _PIXELS // images[0, 0].numel()) if on_cpu else len(images)
-        return torch.cat([self(self.normalize(part)).logits for part in images.split(at_once)])
+    def predict(self, images: Tensor, bf16: bool = False) -> Tensor:
+        """Compute the logits of images; call it in eval mode and without gradients.
+
+        Args:
+            images: [N, 3, H, W] uint8.
+            bf16: compute convolutions and matrix products in bf16 instead of float32.
+
+        Returns:
+            [N, C, h, w] float32.
+        """
+        device = self.mean.device.type
+        at_once = max(1, _PIXELS // images[0, 0].numel()) if device == "cpu" else len(images)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return torch.cat([self(self.normalize(part)).logits.float() for part in images.split(at_once)])
 
     def forward(
         self,

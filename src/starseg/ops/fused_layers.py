@@ -3,10 +3,10 @@
 - A frozen batch norm with scale s and shift t is folded into the preceding convolution:
   conv(x, w) s + t = conv(x, s w) + t. This saves writing, reading and storing a feature map. Gradients flow through
   s w to w.
-- On a CPU, without autocast, the gradient with respect to the weights of a 3x3 convolution is computed as one matrix
-  product per tap, over only the pixels that the tap reads. In channels_last, oneDNN's kernel runs at a quarter to two
-  thirds of the speed of a matrix product and also multiplies the padding, which is most of a dilated tap's work on a
-  small map.
+- On a CPU, the gradient with respect to the weights of a 3x3 convolution is computed as one matrix product per tap,
+  over only the pixels that the tap reads, where that was measured to be faster (:data:`BY_TAPS`). In channels_last,
+  oneDNN's kernel can be slower than a matrix product and also multiplies the padding, which is most of a dilated tap's
+  work on a small map.
 
 Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels out.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,28 @@ from torch.autograd.graph import Node
 
 # The matrix product of a tap has in_channels columns; if there are few, copying costs more than the product saves.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
+
+
+class Faster(NamedTuple):
+    """For which convolutions the weight gradient by taps is faster than oneDNN's.
+
+    Attributes:
+        plain: those without stride and dilation.
+        strided: those with a stride and no dilation.
+        dilated: those with a dilation.
+    """
+
+    plain: bool
+    strided: bool
+    dilated: bool
+
+
+BY_TAPS = {
+    ("AVX2", torch.float32): Faster(plain=True, strided=True, dilated=True),
+    ("AVX512", torch.float32): Faster(plain=False, strided=True, dilated=True),
+    ("AVX512_BF16", torch.bfloat16): Faster(plain=False, strided=False, dilated=True),
+}
+"""Measured choices by CPU capability and data type (benchmarks/weight_gradients.py); other CPUs use oneDNN's kernel."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -70,6 +92,8 @@ class Conv2d(nn.Conv2d):
                 weight = weight * scale[:, None, None, None]
                 bias = shift if bias is None else bias * scale + shift
         if _by_taps(self, x, bias):
+            dtype = _compute_dtype(x)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             return _ByTaps.apply(x, weight, bias, self.stride, self.padding, self.dilation)
         return self._conv_forward(x, weight, bias)
 
@@ -80,8 +104,7 @@ def _by_taps(conv: Conv2d, x: Tensor, bias: Tensor | None) -> bool:
         and conv.weight.requires_grad
         and not (bias is not None and bias.requires_grad)
         and x.device.type == "cpu"
-        and x.dtype == conv.weight.dtype
-        and not torch.is_autocast_enabled("cpu")
+        and (torch.is_autocast_enabled("cpu") or x.dtype == conv.weight.dtype)
         and not torch.compiler.is_compiling()
         and x.is_contiguous(memory_format=torch.channels_last)
         and conv.groups == 1
@@ -89,7 +112,32 @@ def _by_taps(conv: Conv2d, x: Tensor, bias: Tensor | None) -> bool:
         and not isinstance(conv.padding, str)
         and conv.in_channels >= _FEWEST_CHANNELS
         and 1 < conv.weight[0, 0].numel() <= _MOST_TAPS
+        and _are_taps_faster(conv, _compute_dtype(x))
     )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the data type in which a convolution of x is computed on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _are_taps_faster(conv: Conv2d, dtype: torch.dtype) -> bool:
+    # Tests compare gradients in float64, which is treated like float32.
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    if (faster := BY_TAPS.get((cpu_capability(dtype), dtype))) is None:
+        return False
+    if max(conv.dilation) > 1:
+        return faster.dilated
+    return faster.strided if max(conv.stride) > 1 else faster.plain
+
+
+def cpu_capability(dtype: torch.dtype) -> str:
+    """Return the instruction set with which this CPU computes in a data type, as named in :data:`BY_TAPS`."""
+    if dtype == torch.float32:
+        return torch.backends.cpu.get_cpu_capability()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    names = [name for name in ("amx_bf16", "avx512_bf16") if known.get(name)] if dtype == torch.bfloat16 else []
+    return names[0].upper() if names else "none"
 
 
 class _ByTaps(torch.autograd.Function):

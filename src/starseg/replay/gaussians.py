@@ -58,11 +58,12 @@ class GaussianBank(TensorRecord):
         device = self.means.device
         expected = amounts[self.owners.long()] * self.weights
         numbers = (expected + torch.rand(len(expected), generator=generator, device=device)).floor().long()
-        rows = torch.repeat_interleave(numbers)
+        counted = numbers.cpu().tolist()  # waits for a GPU, once in a draw
+        rows = torch.repeat_interleave(numbers, output_size=sum(counted))
         noise = torch.randn(len(rows), self.means.shape[1], generator=generator, device=device)
         features = self.means[rows].float() + self.deviations[rows].float() * noise
         common = torch.randn(len(rows), self.factors.shape[2], generator=generator, device=device)
-        parts = zip(common.split(numbers.tolist()), self.factors, strict=True)
+        parts = zip(common.split(counted), self.factors, strict=True)
         features += torch.cat([part @ factors.float().T for part, factors in parts])
         return features, self.owners[rows].long()
 
@@ -212,7 +213,7 @@ class _Moments:
         mean = weights @ means
         spread = weights @ (covariance.diagonal(dim1=1, dim2=2) + (means - mean).square())
         trust = (number / (number + _PRIOR_CELLS))[:, None, None]
-        covariance = trust * covariance + (1 - trust) * torch.diag(spread)
+        covariance = trust * covariance + (1 - trust) * torch.diag_embed(spread)
         parts = [_factorise(matrix, factors) for matrix in covariance]
         deviations = torch.stack([rest for rest, _ in parts]) if parts else means
         common = torch.stack([part for _, part in parts]) if parts else means.new_zeros(*means.shape, factors)

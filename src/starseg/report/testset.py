@@ -82,10 +82,10 @@ class TestSet:
     def predict(self, folder: Path, images: Tensor) -> Tensor:
         """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
         model = self.network(folder)
-        rule = self.method.rule(choices_for(self.config.compat))
+        rule, bf16 = self.method.rule(choices_for(self.config.compat)), self.config.eval.bf16
         parts = []
         for batch in images.split(_BATCH):
-            parts.append(predict_upsampled(rule, model.predict(batch), batch.shape[-2:]).byte().cpu())
+            parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).byte().cpu())
         return torch.cat(parts)
 
 

@@ -64,7 +64,8 @@ MOVED: dict[str, tuple[str, ...]] = {
 RENAMED: dict[str, dict[str, str]] = {
     "bench": {
         "bench": "bench.suite:bench",
-        **{name: f"bench.run:{name}" for name in ("LossPath", "alternate", "loss_cases", "measure_loss", "peak_bytes")},
+        **{name: f"bench.run:{name}" for name in ("LossPath", "loss_cases", "measure_loss")},
+        **{name: f"bench.timing:{name}" for name in ("alternate", "peak_bytes")},
     },
     "bench_dense": {"literal": "bench.reference:unfused"},
     "bilinear": {
