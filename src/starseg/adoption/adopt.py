@@ -262,7 +262,11 @@ def _write(request: AdoptRequest, model: Segmenter, outputs: Outputs, crop: int,
     info = _info(model.architecture, outputs, crop)
     nothing = np.zeros([len(info.names)] * 2, np.int64)
     figures = {**summarize(nothing, info.names, info.base), "confusion": nothing.tolist()}
-    figures["original"] = {"logit_difference": compared.logits, "agreement": compared.agreement}
+    figures["adopted"] = {
+        "background": outputs.background is not None or outputs.binary,
+        "logit_difference": compared.logits,
+        "agreement": compared.agreement,
+    }
     tree = {
         "method": METHOD,
         "recipe": "voc",
