@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from starseg.adoption.bank import MeasuredBank, measure_bank, to_sigmoid
 from starseg.adoption.classes import Outputs, name_outputs
 from starseg.adoption.sources import Foreign, Options, open_source
 from starseg.config import dump_config, parse_config
 from starseg.engine.checkpoint import StepInfo, save_imported
 from starseg.engine.metrics import summarize
 from starseg.errors import UserError
-from starseg.models import Architecture, Segmenter
+from starseg.inference.files import find_images
+from starseg.models import Segmenter
 from starseg.models.classifiers import BACKGROUND, SOFTMAX, last_layer
 from starseg.models.foreign import LIBRARIES, preprocess_of
 from starseg.models.foreign.split import Split, feature_stride, make_parts
@@ -30,9 +34,11 @@ from starseg.utils.files import read_json, write_atomic, write_json
 
 METHOD = "lwf"
 """Method whose first step trains such a network: one softmax over the background and all classes."""
+WITH_BANK = "star"
+"""Method whose state is the bank that is measured on photos."""
 NEVER = -1e4
 """Logit of the background of a network that has none, which is therefore never predicted."""
-_CROP = 512
+_CROP, _DERIVED = 512, "derived from the classifier"
 # Sides of the images on which both are compared, and smallest divisor of sides from which a square of it is taken.
 _SIDE, _WHOLE = 96, 64
 # Largest difference of logits, as a share of the largest logit; rounding causes some 1e-6, in deep networks up to 1e-4.
@@ -52,6 +58,7 @@ class AdoptRequest:
         classifier: name of the classifier, if it is not the library's usual one.
         mean, std: three numbers for pixels in 0..1 that replace those of the source.
         crop: side in pixels of the images at which the network predicts.
+        photos: a folder or pattern of unlabelled images, from which a prototype bank is measured.
     """
 
     source: str
@@ -63,6 +70,7 @@ class AdoptRequest:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop: int | None = None
+    photos: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,25 +108,46 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
         UserError: the network cannot be adopted, or does not predict what the original predicts.
     """
     _check(request)
+    photos = find_images([request.photos]) if request.photos else []
     classes = len(request.classes.split(",")) if request.classes else None
     foreign = open_source(request.source, Options(request.weights, classes, request.classifier))
     outputs = name_outputs(
         request.classes, foreign.names, foreign.architecture.options["outputs"], request.background, request.source
     )
+    has_background = outputs.background is not None or outputs.binary
+    if photos and not has_background:
+        raise UserError(
+            f"--photos: {request.source} has no background class, to which a bank relates every class; leave --photos "
+            "out"
+        )
     given = {key: list(value) for key in ("mean", "std") if (value := getattr(request, key))}
     architecture = replace(foreign.architecture, options=foreign.architecture.options | given)
     model, compared = convert(replace(foreign, architecture=architecture), outputs, request.classifier)
     for note in () if given else foreign.notes:
         console.print(f"note: {note}", soft_wrap=True)
     crop = _crop(request, foreign.crop, model.multiple)
-    step = _write(request, model, outputs, crop, compared)
-    background = "no background" if outputs.background is None and not outputs.binary else f"and {outputs.names[0]}"
+    measured = None
+    if photos:
+        model = to_sigmoid(model)
+        measured = measure_bank(model, photos, crop)
+    step = _write(request, model, outputs, crop, compared, measured)
+    background = f"and {outputs.names[0]}" if has_background else "no background"
     shown = ", ".join(outputs.names[1:6]) + (", ..." if len(outputs.names) > 6 else "")
     console.print(f"{len(outputs.names) - 1} classes ({shown}), {background}", soft_wrap=True)
     console.print(f"{model.width} features, one per {model.stride} x {model.stride} pixels; crop {crop}")
     console.print(f"compared with the original: {compared}", soft_wrap=True)
+    if measured:
+        console.print(_bank_table(measured, outputs.names[1:]))
     console.print(f"adopted: {step}; try `starseg predict {step} PHOTOS --out found --overlays`", soft_wrap=True)
     return step
+
+
+def _bank_table(measured: MeasuredBank, names: list[str]) -> Table:
+    """Tabulate what the bank knows of each class."""
+    table = Table("class", f"cells found in {measured.images} photos", "prototype")
+    for name, cells in zip(names, measured.cells, strict=True):
+        table.add_row(Text(name), f"{cells:,}" if cells else "none", "measured" if cells else _DERIVED)
+    return table
 
 
 def _check(request: AdoptRequest) -> None:
@@ -156,6 +185,7 @@ def convert(foreign: Foreign, outputs: Outputs, classifier: str | None = None) -
     encoder, decoder = make_parts(split, preprocess_of(foreign.architecture))
     architecture = replace(foreign.architecture, stride=feature_stride(encoder, decoder))
     model = Segmenter(architecture, encoder, decoder, [len(outputs.channels)], SOFTMAX).eval()
+    _scale_features(model, split.classifier, image)
     _fill_heads(model, split.classifier, outputs)
     compared = _compare(model, original, image, outputs)
     if compared.logits > _TOLERANCE * compared.largest:
@@ -188,6 +218,17 @@ def _original(network: nn.Module, library: Any, foreign: Foreign) -> tuple[Tenso
         result = result["out"] if "out" in result else result["logits"]
     logits = result[0] if isinstance(result, tuple) else result
     return resize(logits, image.shape[-2:]), image
+
+
+@torch.no_grad()
+def _scale_features(model: Segmenter, classifier: nn.Conv2d, image: Tensor) -> None:
+    """Scale the features by a power of 2 to a root mean square near 1, and the classifier by its inverse."""
+    size = float(model(image).features.square().mean().sqrt())
+    if 0 < size < math.inf:
+        scale = 2.0 ** -round(math.log2(size))
+        decoder: Any = model.decoder
+        decoder.scale.fill_(scale)
+        classifier.weight /= scale
 
 
 @torch.no_grad()
@@ -236,14 +277,14 @@ def _crop(request: AdoptRequest, known: int | None, multiple: int) -> int:
     return request.crop
 
 
-def _info(architecture: Architecture, outputs: Outputs, crop: int) -> StepInfo:
+def _info(model: Segmenter, outputs: Outputs, crop: int, method: str) -> StepInfo:
     count = len(outputs.channels)
     return StepInfo(
-        architecture=architecture,
+        architecture=model.architecture,
         head_sizes=[count],
         names=outputs.names,
         dataset_ids=list(range(1 + count)),
-        method=METHOD,
+        method=method,
         dataset="folder",
         task="learn",
         setting="overlap",
@@ -253,22 +294,33 @@ def _info(architecture: Architecture, outputs: Outputs, crop: int) -> StepInfo:
         base=count,
         crop=crop,
         test_fill=BACKGROUND_ID,
-        lead=list(SOFTMAX.lead),
+        lead=list(model.layout.lead),
     )
 
 
-def _write(request: AdoptRequest, model: Segmenter, outputs: Outputs, crop: int, compared: Comparison) -> Path:
+def _write(
+    request: AdoptRequest,
+    model: Segmenter,
+    outputs: Outputs,
+    crop: int,
+    compared: Comparison,
+    measured: MeasuredBank | None,
+) -> Path:
     """Write the run directory under a temporary name and rename it; return its step directory."""
-    info = _info(model.architecture, outputs, crop)
+    method = WITH_BANK if measured else METHOD
+    info = _info(model, outputs, crop, method)
     nothing = np.zeros([len(info.names)] * 2, np.int64)
     figures = {**summarize(nothing, info.names, info.base), "confusion": nothing.tolist()}
+    found = measured.cells if measured else [1] * len(outputs.channels)
     figures["adopted"] = {
         "background": outputs.background is not None or outputs.binary,
         "logit_difference": compared.logits,
         "agreement": compared.agreement,
+        "derived": [name for name, cells in zip(info.names[1:], found, strict=True) if not cells],
     }
+    bank = measured.bank.state_dict() if measured else {}
     tree = {
-        "method": METHOD,
+        "method": method,
         "recipe": "voc",
         "data": {"dataset": "folder", "crop": crop},
         "task": {"name": "learn", "steps": [info.dataset_ids[1:]]},
@@ -278,10 +330,10 @@ def _write(request: AdoptRequest, model: Segmenter, outputs: Outputs, crop: int,
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adopt-", dir=out.parent) as temporary:
         run = Path(temporary) / "run"
-        save_imported(run / "step_0", model, info, {}, figures, request.source)
+        save_imported(run / "step_0", model, info, bank, figures, request.source)
         write_atomic(run / "config.yaml", dump_config(parse_config(tree, "adopt")).encode())
         metrics = {k: v for k, v in read_json(run / "step_0/metrics.json").items() if k not in ("confusion", "files")}
-        about = {"method": METHOD, "dataset": "folder", "task": "learn", "setting": "overlap", "seed": 0}
+        about = {"method": method, "dataset": "folder", "task": "learn", "setting": "overlap", "seed": 0}
         about |= {"compat": None, "crop": crop, "precision": "32-true", "steps": 1}
         about |= {"notes": [f"adopted from {request.source}"]}
         write_json(run / "results.json", {"run": about, "steps": [metrics]})

@@ -36,6 +36,8 @@ EXAMPLES = {
         "starseg adopt smp:Unet:resnet34 --weights unet.pth \\",
         "    --classes background,road,car --out runs/road",
         "starseg adopt segformer_folder --out runs/segformer",
+        "starseg adopt unet_folder --classes background,road,car --photos photos \\",
+        "    --out runs/road",
     ),
     "eval": (
         "starseg eval runs/my/step_3",

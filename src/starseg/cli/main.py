@@ -176,6 +176,10 @@ def adopt(
     crop: Annotated[
         int | None, typer.Option(min=32, help="Short side in pixels of predicted images.", show_default=False)
     ] = None,
+    photos: Annotated[
+        str | None,
+        typer.Option(help="Unlabelled photos, from which STAR's prototypes are measured.", show_default=False),
+    ] = None,
 ) -> None:
     """Make a step directory of a network that another library trained (docs/adopt.md).
 
@@ -187,7 +191,7 @@ def adopt(
     normalisation = (mean and _numbers("--mean", mean), std and _numbers("--std", std))
     run(
         AdoptRequest(
-            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop)  # type: ignore[arg-type]
+            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos)  # type: ignore[arg-type]
         ),
         console,
     )

@@ -46,15 +46,22 @@ class ForeignDecoder(nn.Module):
     Args:
         head: module that turns a list of maps into the feature map.
         width: number of feature channels D.
+
+    Attributes:
+        scale: factor on the feature map, which brings its root mean square near 1 so that the learning rates fit. It is
+            a power of 2, so that multiplying by it rounds nothing.
     """
+
+    scale: Tensor
 
     def __init__(self, head: nn.Module, width: int) -> None:
         super().__init__()
         self.head, self.width = head, width
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, maps: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
         """Compute the feature map [N, D, h, w]."""
-        return self.head(list(maps))
+        return self.head(list(maps)) * self.scale
 
 
 class Patches(nn.Module):
