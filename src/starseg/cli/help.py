@@ -31,6 +31,14 @@ EXAMPLES = {
         "starseg learn --new --images photos --masks masks --classes classes.txt \\",
         "    --out runs/pets",
     ),
+    "adopt": (
+        "starseg adopt torchvision:deeplabv3_resnet50 --weights DEFAULT --out runs/voc",
+        "starseg adopt smp:Unet:resnet34 --weights unet.pth \\",
+        "    --classes background,road,car --out runs/road",
+        "starseg adopt segformer_folder --out runs/segformer",
+        "starseg adopt unet_folder --classes background,road,car --photos photos \\",
+        "    --out runs/road",
+    ),
     "eval": (
         "starseg eval runs/my/step_3",
         "starseg eval runs/my/step_3 eval.image=full --json figures.json",

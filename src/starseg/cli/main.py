@@ -151,6 +151,52 @@ def learn(
         run(LearnRequest(step_dir, images, masks, classes, out, *options), console, dry_run)
 
 
+@app.command(epilog=examples("adopt"))
+def adopt(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="torchvision:NAME, smp:CLASS[:ENCODER], or a folder of save_pretrained.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(help="File of weights, or torchvision's name of them.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names of the outputs with commas between them, background first.", show_default=False),
+    ] = None,
+    no_background: Annotated[bool, typer.Option("--no-background", help="The first output is a class.")] = False,
+    classifier: Annotated[
+        str | None, typer.Option(help="Name of the last convolution, if it is another one.", show_default=False)
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="Of pixels in 0..1, e.g. 0.5,0.5,0.5.", show_default=False)] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise.", show_default=False)] = None,
+    crop: Annotated[
+        int | None, typer.Option(min=32, help="Short side in pixels of predicted images.", show_default=False)
+    ] = None,
+    photos: Annotated[
+        str | None,
+        typer.Option(help="Unlabelled photos, from which STAR's prototypes are measured.", show_default=False),
+    ] = None,
+) -> None:
+    """Make a step directory of a network that another library trained (docs/adopt.md).
+
+    Its predictions are compared with those of the original.
+    """
+    from starseg.adoption.adopt import AdoptRequest
+    from starseg.adoption.adopt import adopt as run
+
+    normalisation = (mean and _numbers("--mean", mean), std and _numbers("--std", std))
+    run(
+        AdoptRequest(
+            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos)  # type: ignore[arg-type]
+        ),
+        console,
+    )
+
+
 @app.command(name="eval", epilog=examples("eval"))
 def evaluate(
     weights: Annotated[

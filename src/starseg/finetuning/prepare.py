@@ -22,6 +22,7 @@ from starseg.data.validation import split_images
 from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.finetuning.defaults import replay_share
+from starseg.finetuning.known import check_background
 from starseg.inference.hub import is_export
 from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
@@ -144,6 +145,7 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
         )
     if not checkpoint.is_finished(folder):
         raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
+    check_background(folder)
     path = folder.resolve().parent / "config.yaml"
     config = load_config(path) if path.is_file() else None
     learner, state = default_method(method), checkpoint.load_bank(folder)

@@ -13,6 +13,7 @@ from starseg.config import RunConfig
 from starseg.report.tables import percent
 
 if TYPE_CHECKING:
+    from starseg.finetuning.known import KnownClasses
     from starseg.finetuning.prepare import PreparedStep, SourceStep
 
 
@@ -48,8 +49,44 @@ def _never_stored(source: SourceStep) -> list[str]:
     return [name for name, cells in stored if not cells]
 
 
-def print_preview(prepared_step: PreparedStep, config: RunConfig, source: SourceStep | None, console: Console) -> None:
-    """Print the images and pixels of each class, the schedule, and the replay of old classes."""
+def _known_table(known: KnownClasses) -> Table:
+    table = Table("old class", f"cells found in {known.images} new images", "prototype")
+    for name, cells in zip(known.names, known.cells, strict=True):
+        origin = "derived from the classifier" if name in known.derived else ""
+        table.add_row(Text(name), f"{cells:,}" if cells else "none", origin)
+    return table
+
+
+def _print_known(known: KnownClasses, console: Console, replayed: bool) -> None:
+    """Print what is known of the old classes of an adopted network, whose training images were never seen."""
+    console.print(_known_table(known))
+    absent = [name for name, cells in zip(known.names, known.cells, strict=True) if not cells]
+    if absent and not replayed:
+        console.print(
+            f"note: the new images show nothing of {', '.join(absent)} and nothing of it is stored, so that it may be "
+            "forgotten; add images that show it beside a new class, without labelling it",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def print_preview(
+    prepared_step: PreparedStep,
+    config: RunConfig,
+    source: SourceStep | None,
+    console: Console,
+    known: KnownClasses | None = None,
+) -> None:
+    """Print the images and pixels of each class, the schedule, and the replay of old classes.
+
+    Args:
+        prepared_step: the classes to learn and the images.
+        config: configuration of the run.
+        source: step that learning continues from.
+        console: where to print.
+        known: what is known of the old classes of an adopted network.
+    """
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -69,6 +106,8 @@ def print_preview(prepared_step: PreparedStep, config: RunConfig, source: Source
         f"schedule: {phase.epochs} epochs of {iterations} iterations, batches of {config.train.batch_size}, crops of "
         f"{config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
     )
+    if known:
+        _print_known(known, console, replayed=source is not None and source.stored is not None)
     if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
         if lost := _never_stored(source):

@@ -23,6 +23,7 @@ from starseg.engine.setup import make_method, resolve_config
 from starseg.engine.state import begun
 from starseg.errors import UserError
 from starseg.finetuning.defaults import FIRST, LATER, RECIPE, batch_size, crop_size
+from starseg.finetuning.known import known_classes
 from starseg.finetuning.prepare import (
     LearnRequest,
     PreparedStep,
@@ -72,7 +73,9 @@ def make_config(
     model: dict[str, Any] = {"pretrained": False}
     if source:
         network = source.info.architecture
-        model |= {"backbone": network.encoder, "decoder": network.decoder, "output_stride": network.stride}
+        model |= {"backbone": network.encoder}
+        if network.builder == "timm":
+            model |= {"decoder": network.decoder, "output_stride": network.stride}
     else:
         pretrained = True if request.pretrained is None else request.pretrained
         rate = rate if pretrained else phase.rates[1]
@@ -261,7 +264,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
             prepared_step = prepare_step(request, source, prepared, console)
             config = make_config(request, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
             _check_same_data(config, prepared)
-            print_preview(prepared_step, config, source, console)
+            photos = [prepared_step.photos[i].image for i in np.flatnonzero(prepared_step.training).tolist()]
+            known = known_classes(source.folder, photos) if source else None
+            print_preview(prepared_step, config, source, console, known)
             if dry_run:
                 seconds = _trial_seconds(config, prepared_step, source, prepared)
                 _print_estimate(seconds, config, prepared_step, console)

@@ -48,6 +48,7 @@ class Encoder(nn.Module):
         preprocess: normalisation that the weights expect.
         multiple: height and width of the input must be multiples of this; 1 accepts any size.
         channels_last: whether ``body`` returns maps as [N, h, w, C].
+        fixed: whether the input must have exactly ``multiple`` x ``multiple`` pixels.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Encoder(nn.Module):
         preprocess: Preprocess,
         multiple: int = 1,
         channels_last: bool = False,
+        fixed: bool = False,
     ) -> None:
         super().__init__()
         self.body, self.channels, self.strides, self.preprocess = body, channels, strides, preprocess
-        self.multiple, self.channels_last = multiple, channels_last
+        self.multiple, self.channels_last, self.fixed = multiple, channels_last, fixed
         for module in body.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = _MOMENTUM

@@ -251,7 +251,8 @@ class Segmenter(nn.Module):
         """Resize images to the nearest size that the encoder accepts."""
         if self.encoder.convolutional:
             return images
-        size = [max(1, round(int(side) / self.multiple)) * self.multiple for side in images.shape[-2:]]
+        most = 1 if self.encoder.fixed else math.inf
+        size = [int(max(1, min(most, round(int(side) / self.multiple)))) * self.multiple for side in images.shape[-2:]]
         return images if size == list(images.shape[-2:]) else resize(images, size)
 
     def _grid(self, maps: Sequence[Tensor], images: Tensor) -> Sequence[int]:

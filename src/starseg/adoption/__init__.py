@@ -1,0 +1,1 @@
+"""Adoption of networks that another library trained: from their files to a step directory (`starseg adopt`)."""

@@ -1,0 +1,220 @@
+"""The parts of a network of another library, split in front of its classifier.
+
+Shape letters: N images, H W pixels, C map channels, D feature channels, h w feature cells, K outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starseg.errors import UserError
+from starseg.models.encoders import Encoder, Preprocess
+
+# Side in pixels of the image on which channels and strides are measured.
+_SIDE = 64
+_PATCH = 9
+
+
+class Split(NamedTuple):
+    """A network, split in front of its classifier.
+
+    Attributes:
+        body: computes a list of maps [N, C, *, *] of normalised images [N, 3, H, W].
+        head: computes the classifier's input [N, D, h, w] from the list of maps.
+        classifier: 1x1 convolution whose outputs, resized to the image, are the network's logits.
+        multiple: divisor that the height and width of images must have; 1 for none.
+        fixed: whether height and width must be ``multiple`` itself.
+    """
+
+    body: nn.Module
+    head: nn.Module
+    classifier: nn.Conv2d
+    multiple: int = 1
+    fixed: bool = False
+
+
+class ForeignDecoder(nn.Module):
+    """Decoder around the head of a network of another library, which fixes the grid itself.
+
+    Args:
+        head: module that turns a list of maps into the feature map.
+        width: number of feature channels D.
+
+    Attributes:
+        scale: factor on the feature map, which brings its root mean square near 1 so that the learning rates fit. It is
+            a power of 2, so that multiplying by it rounds nothing.
+    """
+
+    scale: Tensor
+
+    def __init__(self, head: nn.Module, width: int) -> None:
+        super().__init__()
+        self.head, self.width = head, width
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, maps: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+        """Compute the feature map [N, D, h, w]."""
+        return self.head(list(maps)) * self.scale
+
+
+class Patches(nn.Module):
+    """The 3x3 neighbourhood of every cell as 9 D channels, in the order of a 3x3 convolution's flattened weights.
+
+    A 3x3 convolution with zero padding equals a 1x1 convolution of these channels.
+
+    Args:
+        channels: number of channels D.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        kernel = torch.eye(_PATCH).view(_PATCH, 1, 3, 3).repeat(channels, 1, 1, 1)
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the neighbourhoods [N, 9 D, h, w] of features [N, D, h, w]."""
+        return F.conv2d(features, self.kernel, padding=1, groups=self.channels)
+
+
+def pointwise(classifier: nn.Conv2d) -> tuple[nn.Module, nn.Conv2d]:
+    """Return a classifier as a 1x1 convolution, and the module that computes its input.
+
+    Raises:
+        UserError: the classifier is neither a 1x1 nor a zero-padded 3x3 convolution.
+    """
+    if classifier.kernel_size == (1, 1) and classifier.stride == (1, 1) and classifier.groups == 1:
+        return nn.Identity(), classifier
+    plain = (classifier.stride, classifier.dilation, classifier.padding, classifier.groups, classifier.padding_mode)
+    if classifier.kernel_size != (3, 3) or plain != ((1, 1), (1, 1), (1, 1), 1, "zeros"):
+        raise UserError(
+            f"its classifier is a convolution of {classifier.kernel_size[0]}x{classifier.kernel_size[1]}; expected "
+            "1x1, or 3x3 with zero padding; name another layer with --classifier"
+        )
+    joined = nn.Conv2d(_PATCH * classifier.in_channels, classifier.out_channels, 1, bias=classifier.bias is not None)
+    with torch.no_grad():
+        joined.weight.copy_(classifier.weight.flatten(1)[:, :, None, None])
+        if classifier.bias is not None and joined.bias is not None:
+            joined.bias.copy_(classifier.bias)
+    return Patches(classifier.in_channels), joined
+
+
+class _Tap(nn.Module):
+    """Stand-in for a classifier, which keeps its input and passes on a single channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.kept.append(features)
+        return features[:, :1]
+
+
+class _Tapped(nn.Module):
+    """A whole network, run for the input of one of its layers."""
+
+    def __init__(self, network: nn.Module, tap: _Tap) -> None:
+        super().__init__()
+        self.network, self.tap = network, tap
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        self.tap.kept.clear()
+        self.network(images)
+        return [self.tap.kept.pop()]
+
+
+class _Last(nn.Module):
+    """Returns the last map after another module."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.after(maps[-1])
+
+
+def find_classifier(network: nn.Module, name: str) -> nn.Conv2d:
+    """Return the convolution called ``name``.
+
+    Raises:
+        UserError: there is no such layer, or it is no convolution.
+    """
+    layers = dict(network.named_modules())
+    convolutions = [key for key, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    found = layers.get(name)
+    if not isinstance(found, nn.Conv2d):
+        what = "has no such layer" if found is None else f"is a {type(found).__name__}"
+        raise UserError(
+            f"--classifier {name}: {type(network).__name__} {what}; expected the name of its last convolution, such "
+            f"as {', '.join(convolutions[-3:]) or 'none, as it has no convolution'}"
+        )
+    return found
+
+
+def split_at(network: nn.Module, name: str, multiple: int = 1, after: nn.Module | None = None) -> Split:
+    """Split any network in front of the convolution called ``name``; everything before it becomes the encoder.
+
+    Args:
+        network: the network, which is changed.
+        name: of its last convolution.
+        multiple: divisor that the sides of images must have.
+        after: what the network does to its outputs after the convolution, if it is linear and the same for each.
+
+    Raises:
+        UserError: there is no such layer, or it is no classifier.
+    """
+    before, classifier = pointwise(find_classifier(network, name))
+    parent, _, child = name.rpartition(".")
+    tap = _Tap()
+    setattr(network.get_submodule(parent), child, tap)
+    head = before if after is None else nn.Sequential(before, after)
+    return Split(_Tapped(network, tap), _Last(head), classifier, multiple)
+
+
+def last_map(after: nn.Module) -> nn.Module:
+    """Return a head that applies ``after`` to the last map alone."""
+    return _Last(after)
+
+
+def make_parts(split: Split, preprocess: Preprocess) -> tuple[Encoder, ForeignDecoder]:
+    """Return encoder and decoder of a split network, with channels and strides measured on a black image."""
+    side = math.ceil(_SIDE / split.multiple) * split.multiple
+    training = split.body.training
+    with torch.no_grad():
+        maps = split.body.eval()(next(split.body.parameters()).new_zeros(1, 3, side, side))
+    split.body.train(training)
+    channels, strides = [m.shape[1] for m in maps], [max(1, side // m.shape[-1]) for m in maps]
+    encoder = Encoder(split.body, channels, strides, preprocess, split.multiple, fixed=split.fixed)
+    return encoder, ForeignDecoder(split.head, split.classifier.in_channels)
+
+
+def feature_stride(encoder: Encoder, decoder: nn.Module) -> int:
+    """Measure the pixels per cell of the feature map."""
+    image = encoder.example()
+    with torch.no_grad():
+        return max(1, image.shape[-1] // decoder.eval()(encoder.eval()(image), ()).shape[-1])
+
+
+def require(package: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        UserError: it is not installed; the message names the extra that contains it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"this network needs the package {error.name}, which is missing; pip install 'starseg[{extra}]'"
+        ) from error
