@@ -31,7 +31,7 @@ from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
-from starseg.methods import Method, Stage, StepContext
+from starseg.methods import Method, Stage, StepContext, prediction_rule
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
@@ -381,7 +381,8 @@ class Step:
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         task, loader = self.run.task, self.data.test_loader(self.number)
         batches = track(self.console, f"step {self.number} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum)
+        rule = prediction_rule(self.method, ctx.choices, self.data.dataset.background)
+        confusion = confusion_matrix(ctx.model, rule, batches, ctx.all_reduce_sum)
         confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
         choices = ctx.choices
         scores = summarize(
@@ -390,6 +391,7 @@ class Step:
             task.base,
             iou_epsilon=choices.iou_epsilon,
             absent_as_zero=choices.absent_as_zero,
+            background=self.data.dataset.background,
         )
         return {
             "step": self.number,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,8 @@ class PreparedStep:
         photos: images and their given masks.
         pixels: [N, 256] pixels of every dataset id in every mask.
         val: [N] bool, images for validation.
+        background: whether the model has a background.
+        mask_ids: ids in predicted masks by dataset id, the values in the user's masks; empty if they are the same.
     """
 
     names: tuple[str, ...]
@@ -118,6 +120,8 @@ class PreparedStep:
     photos: list[Photo]
     pixels: np.ndarray
     val: np.ndarray
+    background: bool = True
+    mask_ids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def new(self) -> list[int]:
@@ -223,6 +227,34 @@ def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str
     return tuple(names.get(i, f"unused-{i}") for i in range(max(names) + 1)), new, table
 
 
+def assign_mask_ids(classes: ClassList, table: np.ndarray, source: SourceStep | None) -> dict[int, int]:
+    """Assign an id in predicted masks to every dataset id, where they differ.
+
+    In a first step it is the value in the user's masks. In a later step, known classes keep theirs, and new ones have
+    the value in the new masks, or if it is taken, the one after the highest.
+
+    Args:
+        classes: the class list.
+        table: [256] uint8, dataset ids by class index.
+        source: the step to continue from.
+
+    Returns:
+        Ids in masks by dataset id, 255 for the background if there is none; empty if all are the same.
+    """
+    values = {index: value for value, index in classes.labels.classes.items()}
+    if source and source.info.mask_ids is None:
+        return {}
+    ids = dict(zip(source.info.dataset_ids, source.info.predicted_ids, strict=True)) if source else {}
+    if not source:
+        ids[BACKGROUND] = values.get(BACKGROUND, IGNORE)
+    for index in range(1, len(classes.names)):
+        taken = set(ids.values())
+        top = max(taken - {IGNORE}, default=-1)
+        free = (v for v in (values[index], *range(top + 1, IGNORE), *range(IGNORE)) if v not in taken)
+        ids.setdefault(int(table[index]), next(free))
+    return {} if all(number == value for number, value in ids.items()) else ids
+
+
 def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path, console: Console) -> PreparedStep:
     """Read the user's folders and write the prepared data set (:mod:`starseg.data.datasets.folder`) into ``folder``.
 
@@ -255,6 +287,8 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
         photos,
         pixels,
         val,
+        source.info.background if source else classes.background,
+        assign_mask_ids(classes, table, source),
     )
     if prepared_step.training.sum() < 2 or not shown[val].any():
         raise UserError(
@@ -346,4 +380,8 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
     if classes.values is not None or classes.ignored:
         values = {str(value): classes.names[index] for value, index in classes.labels.classes.items()}
         about |= {"values": values, "ignored": sorted(classes.ignored)}
+    if not prepared_step.background:
+        about |= {"background": False}
+    if prepared_step.mask_ids:
+        about |= {"mask_ids": {str(number): value for number, value in prepared_step.mask_ids.items()}}
     write_json(folder / "learn.json", about)

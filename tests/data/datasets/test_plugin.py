@@ -225,7 +225,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones(miniature: Path, tmp
     ("change", "message"),
     [
         ({"key": "voc"}, "data set 'voc' is registered already: PASCAL VOC 2012"),
-        ({"background": False}, "without a background class are not supported yet"),
+        ({"background": False}, "without a background, test_fill must be 255"),
         ({"test_fill": 1}, "test_fill must be 0 or 255, got 1"),
         ({"label_map": {256: 1}}, r"ids on disk must be 0 to 255, got \[256\]"),
         ({"label_map": {7: 21}}, r"label_map gives class ids \[21\], names has 0 to 20"),

@@ -22,9 +22,11 @@ class DatasetSpec:
         root: default of `data.root`.
         open: function that reads the layout of a folder and returns the result of :meth:`dataset`, or raises a
             UserError that describes the expected layout.
-        names: class names by class id, the background first; numbers or empty if ``open`` reads the names.
-        background: whether class id 0 is a background class; data sets without one are not supported yet.
-        label_map: class ids by id on disk; None if they are the same.
+        names: class names by class id, the background first; numbers or empty if ``open`` reads the names. Without a
+            background, the first name is that of class id 1.
+        background: whether class id 0 is a background class. If not, all pixels are of a class or ignored, class ids
+            begin at 1, and predictions are always a class.
+        label_map: class ids by id on disk; None if they are the same, or without a background, one more.
         ignored: ids on disk whose pixels are ignored, in addition to 255.
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
@@ -48,19 +50,22 @@ class DatasetSpec:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.background:
-            raise ValueError(f"data set {self.key!r}: data sets without a background class are not supported yet")
         if self.test_fill not in (BACKGROUND, IGNORE):
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
+        if not self.background and self.test_fill != IGNORE:
+            raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
         if wrong := sorted(i for i in on_disk if i not in range(256)):
             raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to 255, got {wrong}")
         if twice := sorted(mapped.keys() & {IGNORE, *self.ignored}):
             raise ValueError(f"data set {self.key!r}: label_map gives classes to the ignored ids {twice}")
-        known = range(len(self.names) or IGNORE)
+        first = BACKGROUND if self.background else 1
+        known = range(first, first + len(self.names) if self.names else IGNORE)
         if wrong := sorted(class_ids - set(known)):
-            raise ValueError(f"data set {self.key!r}: label_map gives class ids {wrong}, names has 0 to {known[-1]}")
+            raise ValueError(
+                f"data set {self.key!r}: label_map gives class ids {wrong}, names has {first} to {known[-1]}"
+            )
 
     def dataset(
         self,
@@ -82,7 +87,13 @@ class DatasetSpec:
             published: whether the classes are the published ones, so that the published numbers of images apply.
             unlabelled: ids of classes that the masks always label as background.
         """
-        names = tuple(self.names if names is None else names)
+        names, label_map = tuple(self.names if names is None else names), self.label_map
+        mask_ids = {}
+        if not self.background:
+            names = ("background", *names)
+            if label_map is None:
+                label_map = {i: i + 1 for i in range(len(names) - 1) if i not in self.ignored}
+            mask_ids = {BACKGROUND: IGNORE} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
         return Dataset(
             self.key,
             root,
@@ -90,9 +101,11 @@ class DatasetSpec:
             train,
             test,
             self.test_fill,
-            LabelMap.make(len(names), self.label_map, self.ignored),
+            LabelMap.make(len(names), label_map, self.ignored),
             frozenset(unlabelled),
             self.images if published else {},
+            self.background,
+            mask_ids,
         )
 
     def task(
