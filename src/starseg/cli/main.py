@@ -10,6 +10,7 @@ import typer
 
 from starseg import __version__
 from starseg.cli.help import complete_methods, examples, show_method, show_methods
+from starseg.cli.tasks import tasks
 from starseg.errors import UserError
 from starseg.utils.terminal import make_console, reporting_errors, resumable
 
@@ -349,6 +350,7 @@ def methods(
         show_methods(console)
 
 
+app.command(epilog=examples("tasks"))(tasks)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 app.add_typer(data_app, name="data")
 

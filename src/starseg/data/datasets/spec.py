@@ -30,6 +30,7 @@ class DatasetSpec:
         ignored: ids on disk whose pixels are ignored, in addition to 255.
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
+        aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
         images: published number of images by split ("training", "test").
         sources: where to download the data set, as lines of text.
@@ -45,6 +46,7 @@ class DatasetSpec:
     ignored: Collection[int] = ()
     test_fill: int = BACKGROUND
     tasks: Mapping[str, Steps] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = SETTINGS
     images: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -54,6 +56,8 @@ class DatasetSpec:
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
         if not self.background and self.test_fill != IGNORE:
             raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
+        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.tasks}):
+            raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
         if wrong := sorted(i for i in on_disk if i not in range(256)):
@@ -66,6 +70,10 @@ class DatasetSpec:
             raise ValueError(
                 f"data set {self.key!r}: label_map gives class ids {wrong}, names has {first} to {known[-1]}"
             )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the class names by class id, with "background" for id 0 if there is no background."""
+        return self.names if self.background else ("background", *self.names)
 
     def dataset(
         self,
@@ -119,7 +127,7 @@ class DatasetSpec:
 
         Args:
             names: class names by class id, as in the opened data set.
-            name: name of a published task, "joint", or, with ``steps``, any label.
+            name: name or alias of a published task, "joint", or, with ``steps``, any label.
             steps: class ids or names of each step.
             setting: one of ``settings``.
 
@@ -131,6 +139,8 @@ class DatasetSpec:
             raise UserError(
                 f"task.setting: {self.title} has no setting {setting!r}; give one of: {', '.join(self.settings)}"
             )
+        if steps is None and name is not None:
+            name = self.aliases.get(name, name)
         return make_task(self.tasks, names, name, steps, setting)
 
 

@@ -102,6 +102,7 @@ _15_1_ORDERS = {
     "w": (1, 2, 12, 14, 13, 19, 18, 7, 11, 20, 8, 4, 9, 16, 10, 3, 15, 6, 5, 17),
 }
 _ORDER = range(1, len(VOC_NAMES))
+_SIZES = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "4-2", "2-2")
 
 VOC = register_dataset(
     DatasetSpec(
@@ -112,10 +113,12 @@ VOC = register_dataset(
         names=VOC_NAMES,
         tasks={
             "joint": (tuple(_ORDER),),
-            **{n: split_classes(_ORDER, n) for n in ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")},
+            **{n: split_classes(_ORDER, n) for n in _SIZES},
             **{f"15-1_{letter}": split_classes(order, "15-1") for letter, order in _15_1_ORDERS.items()},
             "1-1": ((1,), (2,), (3,), (4,), (5,), (6, 7, 8, 9, 10)),
         },
+        # As MiB's and PLOP's code name them: "s" is for sequential, one class in each step.
+        aliases={"offline": "joint", "15-5s": "15-1"},
         images={"training": 10_582, "test": 1_449},
         sources=(
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
