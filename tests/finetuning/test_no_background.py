@@ -115,7 +115,17 @@ def test_a_second_step(
     assert info.predicted_ids == [255, 0, 1, 2, 3, 4, 5]
     iou = read_json(tmp_path / "next" / "step_1" / "metrics.json")["iou"]
     assert list(iou) == [*NAMES, "tree"] and {n for n, v in iou.items() if v is not None} <= set(classes)
-    assert _run(monkeypatch, "predict", tmp_path / "next" / "step_1", tmp_path / "first" / "photos", "--out", "f") == 0
+    assert (
+        _run(
+            monkeypatch,
+            "predict",
+            tmp_path / "next" / "step_1",
+            tmp_path / "first" / "photos",
+            "--out",
+            tmp_path / "found",
+        )
+        == 0
+    )
     assert _run(monkeypatch, "report", tmp_path / "next", "--out", tmp_path / "report") == 0
 
 
