@@ -46,11 +46,12 @@ def _values(folder: Path) -> set[int]:
 
 
 @pytest.fixture
-def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Path:
     """A first step of five classes 0 to 4, with void 5."""
     scenes = _scenes(tmp_path / "first", range(6))
     options = ["--classes", ",".join(NAMES), "--no-background", "--ignore", "5", *TINY, "--out", tmp_path / "run"]
     assert _run(monkeypatch, "learn", "--new", *scenes, *options) == 0
+    assert "ids in predicted masks: 0 sky, 1 building, 2 pole, 3 road, 4 car\n" in capsys.readouterr().out
     return tmp_path / "run" / "step_0"
 
 
