@@ -44,7 +44,7 @@ class ConstellationOptions(Strict):
 
     base: Literal["auto", "frozen", "trained"] = "auto"
     """Whether step 0 trains the network: `auto` trains it unless it starts from pretrained weights."""
-    epochs: int = Field(10, gt=0)
+    epochs: int = Field(6, gt=0)
     """Epochs of the classifier over the computed features."""
     lr: float = Field(0.1, gt=0)
     """Learning rate of the classifier."""
@@ -54,17 +54,17 @@ class ConstellationOptions(Strict):
     """Feature channels after the projection."""
     window: int = Field(5, gt=0)
     """Side of the window, in cells, over which the deepest map is averaged."""
-    floor: float = Field(0.01, ge=0)
-    """Lower bound of the variance by which a component is scaled to unit variance."""
-    modes: int = Field(4, gt=0)
+    floor: float = Field(0.015, ge=0)
+    """Share of the total variance up to which components keep their relative variances; those above get the same."""
+    modes: int = Field(8, gt=0)
     """Gaussians of a class."""
     background_modes: int = Field(16, gt=0)
     """Gaussians of the background."""
-    factors: int = Field(16, ge=0)
+    factors: int = Field(4, ge=0)
     """Factors of the covariance of a Gaussian, beside its diagonal."""
     pseudo: float = Field(0.5, ge=0, le=1)
     """Probability from which a prediction of the previous classifier labels a background pixel."""
-    balance: float = Field(0.0, ge=0, le=1)
+    balance: float = Field(0.2, ge=0, le=1)
     """Exponent of the inverse frequency by which classes are weighted: 0 for none, 1 for equal weights."""
     draws: int = Field(2048, gt=0)
     """Features replayed in an iteration, over all processes."""

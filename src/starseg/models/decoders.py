@@ -131,7 +131,7 @@ class Descriptor(nn.Module):
         """Standardise and project by the principal components of raw descriptions.
 
         Each channel is divided by its standard deviation, at least a tenth of the channels' mean, and each component by
-        the square root of its variance, at least ``floor``.
+        the square root of its variance, at least ``floor`` times the total variance.
 
         Args:
             mean: [raw_width] float64 mean of the raw descriptions.
@@ -141,11 +141,12 @@ class Descriptor(nn.Module):
         deviation = covariance.diagonal().clamp_min(0).sqrt()
         inverse = 1 / deviation.clamp_min(_LEAST * float(deviation.mean()) + 1e-12)
         values, vectors = torch.linalg.eigh(covariance * inverse[:, None] * inverse)
+        least = max(floor * float(values.sum()), 1e-12)
         values, vectors = values[-self.width :].flip(0), vectors[:, -self.width :].flip(1)
         # The sign of an eigenvector is arbitrary: its largest entry is made positive.
         vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         weight = torch.zeros(self.width, self.raw_width, dtype=torch.float64, device=mean.device)
-        weight[: len(values)] = (vectors * inverse[:, None] * values.clamp_min(floor).rsqrt()).T
+        weight[: len(values)] = (vectors * inverse[:, None] * values.clamp_min(least).rsqrt()).T
         self.project.weight.copy_(weight[:, :, None, None])
         self.norm.reset_parameters()
         self.norm.running_mean.copy_(weight @ mean)  # type: ignore[union-attr]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from starseg.replay.record import TensorRecord
 
 Norms = Literal["channel", "vector"]
 
@@ -17,7 +18,7 @@ B = TypeVar("B", bound="ClassBank")
 
 
 @dataclass(frozen=True)
-class ClassBank:
+class ClassBank(TensorRecord):
     """Tensors of every class seen so far, for K classes and D feature channels, all float32.
 
     Attributes:
@@ -32,11 +33,6 @@ class ClassBank:
         return len(self.prototypes)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the stored numbers in bytes."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
-
-    @property
     def present(self) -> Tensor:
         """[K] bool: classes with at least one cell; the others are not replayed and take no part in SAD."""
         return self.prototypes.abs().sum(1) > 0
@@ -48,24 +44,6 @@ class ClassBank:
         Cached, because counting these classes synchronises with the GPU.
         """
         return self.prototypes[self.present]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name, as stored in bank.safetensors."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def fits(cls, state: Mapping[str, Tensor]) -> bool:
-        """Return whether a mapping has all tensors of a bank."""
-        return all(f.name in state for f in fields(cls))
-
-    @classmethod
-    def from_state_dict(cls: type[B], state: Mapping[str, Tensor]) -> B:
-        """Return the bank with copies of the tensors that :meth:`state_dict` returned."""
-        return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
-
-    def to(self: B, device: torch.device) -> B:
-        """Return the bank on a device."""
-        return type(self)(**{k: v.to(device) for k, v in self.state_dict().items()})
 
     def extend(self: B, new: B, counts: Tensor) -> B:
         """Return a bank of the old classes followed by the new ones.

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from starseg.replay.record import TensorRecord
+
 RESERVOIR = 4096
 """Cells of a class on which the modes are clustered."""
 _ROUNDS, _FACTOR_ROUNDS = 20, 5
@@ -21,7 +23,7 @@ Cells = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
-class GaussianBank:
+class GaussianBank(TensorRecord):
     """A mixture of Gaussians for the background and for each class, each mode N(mean, diag(deviation^2) + F F^T).
 
     Attributes:
@@ -41,24 +43,6 @@ class GaussianBank:
 
     def __len__(self) -> int:
         return len(self.counts) - 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name, as stored in bank.safetensors."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def fits(cls, state: Mapping[str, Tensor]) -> bool:
-        """Return whether a mapping has all tensors of a bank."""
-        return all(f.name in state for f in fields(cls))
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> GaussianBank:
-        """Return the bank with copies of the tensors that :meth:`state_dict` returned."""
-        return cls(**{f.name: state[f.name].clone() for f in fields(cls)})
-
-    def to(self, device: torch.device) -> GaussianBank:
-        """Return the bank on a device."""
-        return GaussianBank(**{name: value.to(device) for name, value in self.state_dict().items()})
 
     def draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw features.

@@ -5,13 +5,14 @@ Shape letters: M feature cells, F features, K classes, and one column for the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starseg.replay.record import TensorRecord
 from starseg.tasks import IGNORE
 
 # Cells whose features are held in float64 at a time.
@@ -19,7 +20,7 @@ _CHUNK = 4096
 
 
 @dataclass
-class RidgeStatistics:
+class RidgeStatistics(TensorRecord):
     """Sums over all cells seen so far, from which the classifier follows exactly; float64.
 
     Attributes:
@@ -68,21 +69,3 @@ class RidgeStatistics:
         system = self.products.clone()
         system.diagonal().add_(gamma)
         return torch.cholesky_solve(self.targets, torch.linalg.cholesky(system))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return {"products": self.products, "targets": self.targets}
-
-    @classmethod
-    def fits(cls, state: Mapping[str, Tensor]) -> bool:
-        """Return whether a mapping has the tensors of the statistics."""
-        return {"products", "targets"} <= state.keys()
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> RidgeStatistics:
-        """Return the statistics with copies of the tensors that :meth:`state_dict` returned."""
-        return cls(state["products"].clone(), state["targets"].clone())
-
-    def to(self, device: torch.device) -> RidgeStatistics:
-        """Return the statistics on a device."""
-        return RidgeStatistics(self.products.to(device), self.targets.to(device))
