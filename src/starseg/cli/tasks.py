@@ -46,11 +46,11 @@ def _sizes(steps: Steps) -> str:
 
 def _print_tasks(spec: DatasetSpec, console: Console) -> None:
     table = Table("task", "also", "steps", "classes of each step", box=None, pad_edge=False)
-    for name, steps in spec.tasks.items():
+    for name, steps in spec.all_tasks.items():
         also = ", ".join(alias for alias, target in spec.aliases.items() if target == name)
         table.add_row(Text(name, "bold"), also, str(len(steps)), _sizes(steps))
     console.print(Text(f"{spec.title} ({spec.key}), {' and '.join(spec.settings)}"))
-    if spec.tasks:
+    if spec.all_tasks:
         console.print(table)
     else:
         console.print("no published tasks; task.steps lists classes of each step, and `joint` is all in one step")

@@ -30,6 +30,7 @@ class DatasetSpec:
         ignored: ids on disk whose pixels are ignored, in addition to 255.
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
+        later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
         aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
         images: published number of images by split ("training", "test").
@@ -46,6 +47,7 @@ class DatasetSpec:
     ignored: Collection[int] = ()
     test_fill: int = BACKGROUND
     tasks: Mapping[str, Steps] = field(default_factory=dict)
+    later_tasks: Mapping[str, Steps] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = SETTINGS
     images: Mapping[str, int] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class DatasetSpec:
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
         if not self.background and self.test_fill != IGNORE:
             raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
-        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.tasks}):
+        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks}):
             raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
@@ -70,6 +72,11 @@ class DatasetSpec:
             raise ValueError(
                 f"data set {self.key!r}: label_map gives class ids {wrong}, names has {first} to {known[-1]}"
             )
+
+    @property
+    def all_tasks(self) -> dict[str, Steps]:
+        """Steps of every named task."""
+        return {**self.tasks, **self.later_tasks}
 
     def class_names(self) -> tuple[str, ...]:
         """Return the class names by class id, with "background" for id 0 if there is no background."""
@@ -141,7 +148,7 @@ class DatasetSpec:
             )
         if steps is None and name is not None:
             name = self.aliases.get(name, name)
-        return make_task(self.tasks, names, name, steps, setting)
+        return make_task(self.all_tasks, names, name, steps, setting)
 
 
 DATASETS: dict[str, DatasetSpec] = {}

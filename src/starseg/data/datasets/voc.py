@@ -102,7 +102,6 @@ _15_1_ORDERS = {
     "w": (1, 2, 12, 14, 13, 19, 18, 7, 11, 20, 8, 4, 9, 16, 10, 3, 15, 6, 5, 17),
 }
 _ORDER = range(1, len(VOC_NAMES))
-_SIZES = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "4-2", "2-2")
 
 VOC = register_dataset(
     DatasetSpec(
@@ -113,10 +112,11 @@ VOC = register_dataset(
         names=VOC_NAMES,
         tasks={
             "joint": (tuple(_ORDER),),
-            **{n: split_classes(_ORDER, n) for n in _SIZES},
+            **{n: split_classes(_ORDER, n) for n in ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")},
             **{f"15-1_{letter}": split_classes(order, "15-1") for letter, order in _15_1_ORDERS.items()},
             "1-1": ((1,), (2,), (3,), (4,), (5,), (6, 7, 8, 9, 10)),
         },
+        later_tasks={n: split_classes(_ORDER, n) for n in ("4-2", "2-2")},
         # As MiB's and PLOP's code name them: "s" is for sequential, one class in each step.
         aliases={"offline": "joint", "15-5s": "15-1"},
         images={"training": 10_582, "test": 1_449},
