@@ -130,7 +130,10 @@ def test_masks_without_a_background_get_advice(request_for: LearnRequest, tmp_pa
     assert (
         "no mask shows ceiling; the masks hold the values 0, 1, 2, where 0 is the background and 1 is wall" in message
     )
-    assert "do not shorten the list, but add 1 to their values (255 stays as it is)" in message
+    commands = [line.strip() for line in message.splitlines() if line.strip().startswith("starseg learn --new ")]
+    assert "--classes wall,floor,ceiling --no-background --out" in commands[0]
+    assert "--classes background,wall,floor --out" in commands[1]
+    assert "--classes wall,floor --ignore 0 --out" in commands[2] and len(commands) == 3
     _values(request_for, 1, 2, 3)
     prepared = prepare_step(_with(request_for, classes="wall,floor,ceiling"), None, tmp_path / "prepared", QUIET)
     assert prepared.pixels[:, :4].tolist() == [[0, 768, 768, 768]] * 4

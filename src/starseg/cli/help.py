@@ -72,6 +72,10 @@ EXAMPLES = {
     "demo": ("starseg demo", "starseg demo --out /tmp/demo"),
     "bench": ("starseg bench --json bench.json", "starseg bench --quick"),
     "methods": ("starseg methods", "starseg methods star"),
+    "tasks": (
+        "starseg tasks voc",
+        "starseg tasks voc 15-5s --root /data/PascalVOC2012 --setting disjoint",
+    ),
     "index": ("starseg data index configs/voc/15-1.yaml",),
     "check": (
         "starseg data check configs/voc/15-1.yaml data.root=/data/PascalVOC2012",

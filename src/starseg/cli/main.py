@@ -10,6 +10,7 @@ import typer
 
 from starseg import __version__
 from starseg.cli.help import complete_methods, examples, show_method, show_methods
+from starseg.cli.tasks import tasks
 from starseg.errors import UserError
 from starseg.utils.terminal import make_console, reporting_errors, resumable
 
@@ -113,9 +114,17 @@ def learn(
     classes: Annotated[
         str | None,
         typer.Option(
-            help="File (a class a line, background first; CVAT's labelmap.txt) or names; by default COCO's categories.",
+            help="File (a class a line, background first, or with values; YAML; CVAT's labelmap.txt) or names; by "
+            "default COCO's categories.",
             show_default=False,
         ),
+    ] = None,
+    no_background: Annotated[
+        bool, typer.Option("--no-background", help="The masks have none: value 0 is the first name.")
+    ] = False,
+    ignore: Annotated[
+        list[int] | None,
+        typer.Option(help="Value of ignored pixels, besides 255; may be repeated.", show_default=False),
     ] = None,
     new: Annotated[bool, typer.Option("--new", help="Train a first step instead.")] = False,
     backbone: Annotated[str | None, typer.Option(help="With --new: a timm model.", show_default=False)] = None,
@@ -146,7 +155,7 @@ def learn(
         raise UserError(f"--method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     known = {"yes": True, "no": False, None: None}
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
-    options = (method, backbone, weights, crop, epochs, lr, val_share, seed)
+    options = (method, backbone, weights, crop, epochs, lr, val_share, seed, not no_background, tuple(ignore or []))
     with resumable():
         run(LearnRequest(step_dir, images, masks, classes, out, *options), console, dry_run)
 
@@ -388,6 +397,7 @@ def methods(
         show_methods(console)
 
 
+app.command(epilog=examples("tasks"))(tasks)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 app.add_typer(data_app, name="data")
 

@@ -215,6 +215,16 @@ def is_jpeg(path: Path) -> bool:
         return image.format in _JPEG
 
 
+def has_values(path: Path) -> bool:
+    """Whether an image file has one 8-bit channel, palette or grey, which can be read as class ids.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    with _opened(path, "mask") as image:
+        return image.mode in ("P", "L")
+
+
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     """Return height and width of an image in upright orientation.
 

@@ -79,6 +79,8 @@ class StepInfo:
         crop: side of the training crops in pixels.
         test_fill: label of classes not learnt yet in test labels.
         lead, conv_heads, hidden: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
+        background: whether training id 0 is a background, which can be predicted.
+        mask_ids: ids in predicted masks by training id; None if they are the class ids.
     """
 
     architecture: Architecture
@@ -98,6 +100,19 @@ class StepInfo:
     lead: list[str] = field(default_factory=list)
     conv_heads: bool = False
     hidden: int = 0
+    background: bool = True
+    mask_ids: list[int] | None = None
+
+    @property
+    def predicted_ids(self) -> list[int]:
+        """Ids in predicted masks by training id; without a background, 255 for training id 0."""
+        return self.dataset_ids if self.mask_ids is None else self.mask_ids
+
+    @property
+    def predictable(self) -> dict[int, str]:
+        """Names of the classes that can be predicted, by id in predicted masks."""
+        pairs = [*zip(self.predicted_ids, self.names, strict=True)]
+        return dict(pairs if self.background else pairs[1:])
 
     @property
     def layout(self) -> HeadLayout:

@@ -26,6 +26,7 @@ from starseg.engine.run_data import RunData, workers_for
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum, identity
+from starseg.methods import prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
 from starseg.tasks import IGNORE, TaskSequence
@@ -107,11 +108,16 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
     loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
     choices = choices_for(info.compat)
-    rule = make_method(config, info.method).rule(choices)
+    rule = prediction_rule(make_method(config, info.method), choices, info.background)
     batches = track(console, "test", loader, len(loader))
     confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
     confusion = dataset.scored(confusion, info.dataset_ids)
     scores = summarize(
-        confusion, info.names, info.base, iou_epsilon=choices.iou_epsilon, absent_as_zero=choices.absent_as_zero
+        confusion,
+        info.names,
+        info.base,
+        iou_epsilon=choices.iou_epsilon,
+        absent_as_zero=choices.absent_as_zero,
+        background=info.background,
     )
     return {**scores, "confusion": confusion.tolist()}

@@ -26,6 +26,7 @@ def summarize(
     *,
     iou_epsilon: float = 0.0,
     absent_as_zero: bool = False,
+    background: bool = True,
 ) -> dict[str, Any]:
     """Compute IoU and accuracies in percent; a class without pixels is None and left out of the means.
 
@@ -35,6 +36,7 @@ def summarize(
         base: number of classes that count as old, in addition to the background; all others are new.
         iou_epsilon: added to the intersection in the IoU's denominator.
         absent_as_zero: whether absent classes count as 0 in the means.
+        background: whether id 0 is scored; without a background, it only stands for pixels that are not labelled.
 
     Returns:
         {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "miou_foreground" (without id 0: the
@@ -46,7 +48,8 @@ def summarize(
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = hit / rows * 100
         iou = hit / (rows + columns - hit - iou_epsilon) * 100
-    groups = {"old": slice(0, 1 + base), "new": slice(1 + base, None), "all": slice(None)}
+    scored = 0 if background else 1
+    groups = {"old": slice(scored, 1 + base), "new": slice(1 + base, None), "all": slice(scored, None)}
 
     def means(values: np.ndarray, first: int = 0) -> dict[str, float | None]:
         filled = np.nan_to_num(values) if absent_as_zero else values
@@ -55,12 +58,13 @@ def summarize(
 
     def pixels() -> dict[str, float | None]:
         figures = {g: 100 * hit[s].sum() / rows[s].sum() if rows[s].sum() else None for g, s in groups.items()}
-        figures["all"] = 100 * hit.sum() / matrix.sum() if matrix.sum() else None
+        total = matrix[scored:].sum()
+        figures["all"] = 100 * hit[scored:].sum() / total if total else None
         figures = {g: None if v is None else float(v) for g, v in figures.items()}
         return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
 
     def by_name(values: np.ndarray) -> dict[str, float | None]:
-        return {n: None if np.isnan(v) else float(v) for n, v in zip(names, values, strict=True)}
+        return {n: None if np.isnan(v) else float(v) for n, v in [*zip(names, values, strict=True)][scored:]}
 
     return {
         "iou": by_name(iou),

@@ -16,14 +16,15 @@ from starseg.utils.files import read_json, write_json
 
 def step_info(run: PreparedRun, step: int, architecture: Architecture, head_sizes: list[int]) -> checkpoint.StepInfo:
     """Return the content of model.json for a step of a run."""
-    config, task = run.config, run.task
+    config, task, dataset = run.config, run.task, run.data.dataset
+    ids = list(task.dataset_ids(step))
     return checkpoint.StepInfo(
         architecture=architecture,
         head_sizes=head_sizes,
         names=list(task.class_names(step)),
-        dataset_ids=list(task.dataset_ids(step)),
+        dataset_ids=ids,
         method=config.method,
-        dataset=run.data.dataset.key,
+        dataset=dataset.key,
         task=task.name,
         setting=task.setting,
         step=step,
@@ -31,10 +32,12 @@ def step_info(run: PreparedRun, step: int, architecture: Architecture, head_size
         compat=config.compat,
         base=task.base,
         crop=config.data.crop,
-        test_fill=run.data.dataset.test_fill,
+        test_fill=dataset.test_fill,
         lead=list(run.method.layout.lead),
         conv_heads=run.method.layout.conv,
         hidden=run.method.layout.hidden,
+        background=dataset.background,
+        mask_ids=[dataset.mask_ids.get(i, i) for i in ids] if dataset.mask_ids else None,
     )
 
 
@@ -61,6 +64,7 @@ def write_results(run: PreparedRun, fabric: Fabric) -> dict[str, Any]:
             "compat": run.config.compat,
             "crop": run.config.data.crop,
             "precision": str(fabric._precision.precision),
+            **({} if run.data.dataset.background else {"background": False}),
             "notes": run.notes,
             "steps": len(run.task),
         },

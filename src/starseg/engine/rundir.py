@@ -222,7 +222,7 @@ def refuse_to_adopt(source: Path, mine: checkpoint.StepInfo) -> None:
     """
     info = checkpoint.load_info(source)
     network = ("architecture", "lead", "conv_heads", "hidden")
-    same = (*network, "dataset_ids", "names", "dataset", "setting", "crop", "compat")
+    same = (*network, "dataset_ids", "names", "dataset", "setting", "crop", "compat", "background")
     if changed := [k for k in same if getattr(info, k) != getattr(mine, k)]:
         raise UserError(f"start_from: {source} differs from this run in {', '.join(changed)}")
     if not checkpoint.is_finished(source):

@@ -111,12 +111,15 @@ def make_method(config: RunConfig, name: str | None = None) -> Method:
 
 
 def resolve_config(config: RunConfig) -> tuple[RunConfig, Method]:
-    """Fill in the values of the method's recipe; return the resolved configuration and the method.
+    """Fill in the values of the method's recipe and the task's own name; return the configuration and the method.
 
     Raises:
         UserError: :func:`check_method` rejects the configuration, or a value is neither given nor in a recipe.
     """
     check_method(config)
+    aliases = find_dataset(config.data.dataset).aliases
+    if config.task.steps is None and (name := aliases.get(config.task.name or "")):
+        config = config.model_copy(update={"task": config.task.model_copy(update={"name": name})})
     try:
         resolved = resolve(config)
     except UserError as error:

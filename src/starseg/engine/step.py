@@ -31,7 +31,7 @@ from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
-from starseg.methods import Method, Stage, StepContext
+from starseg.methods import Method, Stage, StepContext, prediction_rule
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
@@ -223,15 +223,13 @@ class Step:
             if self.features is None:
                 epochs = [f"crop {i}" for i in range(stage.crops)]
                 loader = self.data.train_loader(step, epochs, drop_last=False, exemplars=memory.files)
-                batches, seed = self._scan(ctx.model, loader, f"step {step} features"), self._seed("features", ctx.rank)
+                batches = self._scan(ctx.model, loader, f"step {step} features")
+                seed = sample_seed(self.config.seed, step, "features", ctx.rank)
                 autocast = features_autocast(self.config.eval.precision, self.fabric)
                 self.features = compute_features(ctx.model, batches, samples // ctx.world, autocast, seed)
             return self.features.ordered(size, ctx.device)
 
         return replace(ctx, stage=stage, iterations=samples // size, cached=cached if stage.crops else None)
-
-    def _seed(self, *parts: int | str) -> int:
-        return sample_seed(self.config.seed, self.number, *parts)
 
     def _schedule(self, stage: Stage) -> tuple[int, float]:
         """Return the number of epochs and the base learning rate of a stage."""
@@ -382,7 +380,8 @@ class Step:
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
         task, loader, bf16 = self.run.task, self.data.test_loader(self.number), self.config.eval.bf16
         batches = track(self.console, f"step {self.number} test", loader, len(loader))
-        confusion = confusion_matrix(ctx.model, self.method.rule(ctx.choices), batches, ctx.all_reduce_sum, bf16)
+        rule = prediction_rule(self.method, ctx.choices, self.data.dataset.background)
+        confusion = confusion_matrix(ctx.model, rule, batches, ctx.all_reduce_sum, bf16)
         confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
         choices = ctx.choices
         scores = summarize(
@@ -391,6 +390,7 @@ class Step:
             task.base,
             iou_epsilon=choices.iou_epsilon,
             absent_as_zero=choices.absent_as_zero,
+            background=self.data.dataset.background,
         )
         return {
             "step": self.number,

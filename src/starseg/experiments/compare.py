@@ -198,9 +198,10 @@ def train_runs(plan: Plan, console: Console) -> dict[str, UserError]:
 
 def figures(run: Path) -> dict[str, Any]:
     """Return one run's metrics in percent, seconds per later step, and bytes; None where a metric does not apply."""
-    steps = read_json(run / "results.json")["steps"]
+    results = read_json(run / "results.json")
+    steps, background = results["steps"], results["run"].get("background", True)
     last, later = steps[-1], steps[1:]
-    lost = [f.lost for f in forgetting(steps) if f.name != next(iter(last["iou"]))]
+    lost = [f.lost for f in forgetting(steps) if not background or f.name != next(iter(last["iou"]))]
     learnt = [s["iou"][name] for s in later for name in s["new_classes"] if s["iou"][name] is not None]
     return {
         **{group: last["miou"][group] for group in GROUPS},

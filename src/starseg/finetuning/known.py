@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize as resize_image
 from starseg.data.images import read_image
 from starseg.engine import checkpoint
 from starseg.errors import UserError
-from starseg.inference.predictor import fitted_size, prediction_rule
+from starseg.inference.predictor import fitted_size, step_rule
 from starseg.utils.files import read_json
 
 _MOST_IMAGES = 64
@@ -67,7 +67,7 @@ def known_classes(folder: Path, images: Sequence[Path]) -> KnownClasses | None:
     if figures is None:
         return None
     model, info = checkpoint.load_model(folder)
-    rule, cells = prediction_rule(info), torch.zeros(len(info.names), dtype=torch.int64)
+    rule, cells = step_rule(info), torch.zeros(len(info.names), dtype=torch.int64)
     chosen = np.unique(np.linspace(0, len(images) - 1, _MOST_IMAGES).astype(int)).tolist()
     for index in chosen:
         image = read_image(images[index])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from starseg.config import RunConfig, explain, load_config
 from starseg.data.annotations.classlist import ClassList, read_classes
 from starseg.data.annotations.coco import Coco, read_coco
-from starseg.data.annotations.photos import Photo, convert_masks, pair_files
+from starseg.data.annotations.photos import Photo, UnknownValues, convert_masks, pair_files
 from starseg.data.datasets.folder import write_list
 from starseg.data.samples import sample_seed
 from starseg.data.validation import split_images
@@ -23,6 +23,7 @@ from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.finetuning.defaults import replay_share
 from starseg.finetuning.known import check_background
+from starseg.finetuning.question import describe_values, doubt, mismatch, values_in_masks
 from starseg.inference.hub import is_export
 from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
@@ -42,6 +43,8 @@ class LearnRequest:
         classes: a file or names, see :func:`~starseg.data.annotations.classlist.read_classes`; None: the
             categories of a COCO file.
         out: run directory.
+        background: whether the masks have a background; if not, value 0 is the first class.
+        ignored: values of ignored pixels in the masks, in addition to 255.
         method: a registered method that can continue from the source.
         backbone, pretrained, crop: of a first step.
         epochs, lr: of the new step.
@@ -62,6 +65,8 @@ class LearnRequest:
     lr: float | None = None
     val_share: float = 0.15
     seed: int = 0
+    background: bool = True
+    ignored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class PreparedStep:
         photos: images and their given masks.
         pixels: [N, 256] pixels of every dataset id in every mask.
         val: [N] bool, images for validation.
+        background: whether the model has a background.
+        mask_ids: ids in predicted masks by dataset id, the values in the user's masks; empty if they are the same.
     """
 
     names: tuple[str, ...]
@@ -114,6 +121,8 @@ class PreparedStep:
     photos: list[Photo]
     pixels: np.ndarray
     val: np.ndarray
+    background: bool = True
+    mask_ids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def new(self) -> list[int]:
@@ -183,10 +192,14 @@ def _can_continue(name: str, info: checkpoint.StepInfo, state: dict[str, Tensor]
 
 
 def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:
-    """Assign a dataset id to every class: known classes keep theirs, new ones follow the highest.
+    """Assign a dataset id to every class.
+
+    Known classes keep theirs, new ones follow the highest. In a first step, ids are the values in the masks, or these
+    plus 1 if 0 is the value of a class.
 
     Returns:
-        Names by dataset id, the new dataset ids, and [256] uint8 dataset ids by index in the masks.
+        Names by dataset id, the new dataset ids, and [256] uint8 dataset ids by class index, with 255 for index 0 if
+        there is no background.
 
     Raises:
         UserError: nothing is new, or there are too many classes.
@@ -195,10 +208,14 @@ def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str
     ids = {name.casefold(): number for number, name in known.items() if number}
     names, first = dict(known), max(known) + 1
     table = np.arange(256, dtype=np.uint8)
+    if not classes.background:
+        table[BACKGROUND] = IGNORE
+    values = {index: value for value, index in classes.labels.classes.items() if index}
+    shift = 1 if BACKGROUND in values.values() else 0
     for index, name in enumerate(classes.names[1:], 1):
         number = ids.get(name.casefold())
         if number is None:
-            number = max(names) + 1
+            number = max(names) + 1 if source else values[index] + shift
             names[number] = name
         if number > _HIGHEST_ID:
             raise UserError(f"--classes {classes.source}: more than {_HIGHEST_ID} classes in all; masks have 8 bits")
@@ -210,6 +227,34 @@ def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str
             f"{', '.join(classes.names[1:])}; name a new class"
         )
     return tuple(names.get(i, f"unused-{i}") for i in range(max(names) + 1)), new, table
+
+
+def assign_mask_ids(classes: ClassList, table: np.ndarray, source: SourceStep | None) -> dict[int, int]:
+    """Assign an id in predicted masks to every dataset id, where they differ.
+
+    In a first step it is the value in the user's masks. In a later step, known classes keep theirs, and new ones have
+    the value in the new masks, or if it is taken, the one after the highest.
+
+    Args:
+        classes: the class list.
+        table: [256] uint8, dataset ids by class index.
+        source: the step to continue from.
+
+    Returns:
+        Ids in masks by dataset id, 255 for the background if there is none; empty if all are the same.
+    """
+    values = {index: value for value, index in classes.labels.classes.items()}
+    if source and source.info.mask_ids is None:
+        return {}
+    ids = dict(zip(source.info.dataset_ids, source.info.predicted_ids, strict=True)) if source else {}
+    if not source:
+        ids[BACKGROUND] = values.get(BACKGROUND, IGNORE)
+    for index in range(1, len(classes.names)):
+        taken = set(ids.values())
+        top = max(taken - {IGNORE}, default=-1)
+        free = (v for v in (values[index], *range(top + 1, IGNORE), *range(IGNORE)) if v not in taken)
+        ids.setdefault(int(table[index]), next(free))
+    return {} if all(number == value for number, value in ids.items()) else ids
 
 
 def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path, console: Console) -> PreparedStep:
@@ -229,12 +274,13 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
         photos = coco.photos(request.images, classes)
     else:
         photos = pair_files(request.images, request.masks, classes)
-    pixels = convert_masks(photos, table, folder / "masks", console)
+    try:
+        pixels = convert_masks(photos, table, folder / "masks", console)
+    except UnknownValues as error:
+        found = values_in_masks(classes, table, error.others) + error.pixels
+        raise UserError(f"{error}{mismatch(request, classes, found, ())}") from error
     shown = pixels[:, new] > 0
-    if absent := [names[c] for c in new if not pixels[:, c].any()]:
-        raise UserError(
-            f"--masks {request.masks}: no mask shows {', '.join(absent)}; {_remedy(pixels, classes, table, absent)}"
-        )
+    _check_shown(request, classes, photos, pixels.sum(0), table, [names[c] for c in new if not pixels[:, c].any()])
     val = split_images(shown, request.val_share, np.random.default_rng(sample_seed(request.seed, "validation")))
     prepared_step = PreparedStep(
         names,
@@ -243,50 +289,67 @@ def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path,
         photos,
         pixels,
         val,
+        source.info.background if source else classes.background,
+        assign_mask_ids(classes, table, source),
     )
     if prepared_step.training.sum() < 2 or not shown[val].any():
         raise UserError(
             f"--images {request.images}: {shown.any(1).sum()} images show a new class; expected at least 3, two to "
             "train on and one for validation"
         )
-    _write_prepared(folder, prepared_step, request)
+    _write_prepared(folder, prepared_step, request, classes)
     return prepared_step
 
 
-def _remedy(pixels: np.ndarray, classes: ClassList, table: np.ndarray, absent: Sequence[str]) -> str:
-    """Suggest what to do about classes that no mask shows.
+def _check_shown(
+    request: LearnRequest,
+    classes: ClassList,
+    photos: Sequence[Photo],
+    pixels: np.ndarray,
+    table: np.ndarray,
+    absent: Sequence[str],
+) -> None:
+    """Refuse new classes that no mask shows, and a list of names that may be one off.
 
     Args:
-        pixels: [N, 256] of every dataset id in every mask.
+        request: the arguments.
         classes: the class list.
+        photos: images and masks.
+        pixels: [256] of every dataset id.
         table: [256] uint8, dataset ids by class index.
-        absent: names of the classes.
+        absent: names of new classes that no mask shows.
+
+    Raises:
+        UserError: there is such a class, or the list is doubtful; the message asks what is right.
     """
+    found = values_in_masks(classes, table, pixels)
+    by_value = classes.colours is None and not any(p.mask and p.mask.suffix.lower() == ".json" for p in photos)
+    if not absent:
+        if by_value and request.source is None and (question := doubt(request, classes, found)):
+            raise UserError(question)
+        return
     them = "it" if len(absent) == 1 else "them"
-    remedy = f"add images of {them}, or take {them} out of --classes"
-    if classes.colours is not None:
-        return remedy
-    occurs = pixels.sum(0) > 0
-    values = np.flatnonzero(occurs[table[: len(classes.names)]]).tolist()
-    if values == [BACKGROUND] and occurs[IGNORE]:
-        return (
+    remedy, question = f"add images of {them}, or take {them} out of --classes", ""
+    values = [int(v) for v in np.flatnonzero(found) if v != IGNORE]
+    if by_value and values == [BACKGROUND] and found[IGNORE]:
+        remedy = (
             "the masks hold only 0 and 255, and 255 is ignored; if they are black and white, give a file as --classes "
             f"with the lines 'background #000000' and '{absent[0]} #ffffff'"
         )
-    first, last = classes.names[1], len(classes.names) - 1
-    held = f"the masks hold the values {', '.join(map(str, values))}, where 0 is the background and 1 is {first}"
-    if values == list(range(last)):
-        return (
-            f"{held}. If 0 is {first} because the masks have no background, do not shorten the list, but add 1 to "
-            f"their values (255 stays as it is); otherwise {remedy}"
-        )
-    return f"{held}; {remedy}, whose order is the order of the values"
+    elif by_value:
+        listed, meanings = ", ".join(map(str, values)), describe_values(classes)
+        order = "" if classes.numbered else ", whose order is the order of the values"
+        remedy = f"the masks hold the values {listed}, where {meanings}; {remedy}{order}"
+        question = mismatch(request, classes, found, absent)
+    raise UserError(f"--masks {request.masks}: no mask shows {', '.join(absent)}; {remedy}{question}")
 
 
 def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> ClassList:
     """Return the given classes, by default those of the COCO file."""
+    if coco and request.ignored:
+        raise UserError(f"--ignore: {request.masks} is a COCO file, which has no values; leave the option out")
     if request.classes:
-        classes = read_classes(request.classes)
+        classes = read_classes(request.classes, request.background, request.ignored)
         if coco and (rest := coco.left_out(classes)):
             text = f"note: annotations of {', '.join(rest)} count as background, they are not in --classes"
             console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -295,10 +358,10 @@ def _classes(request: LearnRequest, coco: Coco | None, console: Console) -> Clas
         raise UserError(
             "--classes: give a file or names such as cat,dog; only a COCO file as --masks names its classes"
         )
-    return coco.classes
+    return replace(coco.classes, background=request.background)
 
 
-def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnRequest) -> None:
+def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnRequest, classes: ClassList) -> None:
     write_lines(folder / "classes.txt", prepared_step.names)
     for name, chosen in (("train.txt", ~prepared_step.val), ("val.txt", prepared_step.val)):
         prepared_step.write_list(folder / name, chosen)
@@ -307,7 +370,7 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
     for path in dict.fromkeys(files):
         stat = path.stat()
         digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    about = {
+    about: dict[str, object] = {
         "source": str(request.source.resolve()) if request.source else None,
         "step": len(prepared_step.steps) - 1,
         "labelled": prepared_step.labelled,
@@ -316,4 +379,11 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
         "seed": request.seed,
         "files": digest.hexdigest(),
     }
+    if classes.values is not None or classes.ignored:
+        values = {str(value): classes.names[index] for value, index in classes.labels.classes.items()}
+        about |= {"values": values, "ignored": sorted(classes.ignored)}
+    if not prepared_step.background:
+        about |= {"background": False}
+    if prepared_step.mask_ids:
+        about |= {"mask_ids": {str(number): value for number, value in prepared_step.mask_ids.items()}}
     write_json(folder / "learn.json", about)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from starseg.config import RunConfig
 from starseg.report.tables import percent
+from starseg.tasks import IGNORE
 
 if TYPE_CHECKING:
     from starseg.finetuning.known import KnownClasses
@@ -99,6 +100,11 @@ def print_preview(
         f"{len(prepared_step.photos) - train - int(prepared_step.val.sum())} without a new class are not used"
     )
     console.print(_classes_table(prepared_step))
+    if prepared_step.mask_ids:
+        ids = {
+            value: prepared_step.names[number] for number, value in prepared_step.mask_ids.items() if value != IGNORE
+        }
+        say(f"ids in predicted masks: {', '.join(f'{value} {name}' for value, name in sorted(ids.items()))}")
     for number in prepared_step.new:
         if not prepared_step.pixels[prepared_step.val, number].any():
             say(f"note: {prepared_step.names[number]} is in no validation image, so it is not scored; add images of it")

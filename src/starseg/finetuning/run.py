@@ -178,7 +178,10 @@ def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfi
         figures = evaluate_model(model, info, config, console)
     else:
         nothing = np.zeros([len(info.names)] * 2, np.int64)
-        figures = {**summarize(nothing, info.names, info.base), "confusion": nothing.tolist()}
+        figures = {
+            **summarize(nothing, info.names, info.base, background=info.background),
+            "confusion": nothing.tolist(),
+        }
     bank = checkpoint.load_bank(source.folder)
     checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
 
@@ -227,6 +230,7 @@ def before_after(run: Path) -> dict[str, Any]:
             test.task.base,
             iou_epsilon=choices.iou_epsilon,
             absent_as_zero=choices.absent_as_zero,
+            background=test.dataset.background,
         )
         for name, matrix in confusions.items()
     }

@@ -109,7 +109,7 @@ def segment(image: Path, folder: Path) -> tuple[Prediction, Path]:
     if done.error:
         raise done.error
     file = Path(mkdtemp(dir=image.parent)) / f"{image.stem}.png"
-    file.write_bytes(mask_png(done.mask))
+    file.write_bytes(mask_png(done.mask, _predictor(folder).palette))
     return done, file
 
 
@@ -121,10 +121,11 @@ def view(side: Side, image: Path, number: int, wanted: Sequence[str]) -> View:
     """
     folder, info = side.at(number)
     done, file = segment(image, folder)
-    names = dict(zip(info.dataset_ids, info.names, strict=True))
+    names, background = info.predictable, info.predicted_ids[0]
     shown = [i for i, name in names.items() if name in wanted]
-    mask = np.where(np.isin(done.mask, shown), done.mask, 0).astype(np.uint8)
-    overlay = draw_overlay(done.image.permute(1, 2, 0).numpy(), mask, names)
+    mask = np.where(np.isin(done.mask, shown), done.mask, background).astype(np.uint8)
+    image_hwc, palette = done.image.permute(1, 2, 0).numpy(), _predictor(folder).palette
+    overlay = draw_overlay(image_hwc, mask, names, palette, background)
     learnt = ", ".join(info.names[-info.head_sizes[-1] :])
     return View(f"{side.label}, step {info.step}: {learnt}", overlay, file, class_shares(done.mask, names))
 

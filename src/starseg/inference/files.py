@@ -20,9 +20,10 @@ from rich.console import Console
 
 from starseg.data.folders import list_files, some
 from starseg.data.images import PREDICTED, SUFFIXES, is_image, is_predicted, note_unread
-from starseg.data.palette import paint, voc_palette
+from starseg.data.palette import voc_palette
 from starseg.errors import UserError
 from starseg.inference.predictor import Options, Prediction, Predictor
+from starseg.tasks import BACKGROUND
 from starseg.utils.files import LONGEST_NAME, write_atomic, write_json
 from starseg.utils.progress import bar
 from starseg.utils.terminal import labelled, print_note
@@ -132,10 +133,10 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def mask_png(mask: np.ndarray) -> bytes:
-    """Encode ids [H, W] uint8 as a palette PNG in VOC's colours, marked as written by starseg."""
+def mask_png(mask: np.ndarray, palette: np.ndarray | None = None) -> bytes:
+    """Encode ids [H, W] uint8 as a palette PNG, marked as written by starseg; by default in VOC's colours."""
     image, about = Image.fromarray(mask), PngInfo()
-    image.putpalette(voc_palette().tobytes())
+    image.putpalette((voc_palette() if palette is None else palette).tobytes())
     about.add_text("Software", PREDICTED)
     return _encoded(image, format="PNG", optimize=True, pnginfo=about)
 
@@ -158,16 +159,26 @@ def _legend(width: int, entries: Sequence[tuple[str, tuple[int, ...]]], size: in
     return strip
 
 
-def draw_overlay(image: np.ndarray, mask: np.ndarray, names: dict[int, str]) -> Image.Image:
+def draw_overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    names: dict[int, str],
+    palette: np.ndarray | None = None,
+    background: int = BACKGROUND,
+) -> Image.Image:
     """Draw the image with coloured classes and a legend below.
 
     Args:
         image: [H, W, 3] uint8.
-        mask: [H, W] uint8 dataset ids; 0 is left as it is.
-        names: by dataset id.
+        mask: [H, W] uint8 ids.
+        names: by id in the mask.
+        palette: [256, 3] uint8 colours by id in the mask; by default VOC's.
+        background: id whose pixels are left as they are.
     """
-    tinted = np.where(mask[..., None] > 0, (image.astype(np.uint16) + paint(mask)) // 2, image).astype(np.uint8)
-    shown = [(names[i], tuple(voc_palette()[i].tolist())) for i in np.unique(mask).tolist() if i]
+    colours = voc_palette() if palette is None else palette
+    blended = (image.astype(np.uint16) + colours[mask]) // 2
+    tinted = np.where(mask[..., None] != background, blended, image).astype(np.uint8)
+    shown = [(names[i], tuple(colours[i].tolist())) for i in np.unique(mask).tolist() if i != background]
     if not shown:
         return Image.fromarray(tinted)
     height, width = mask.shape
@@ -184,11 +195,13 @@ def class_shares(mask: np.ndarray, names: dict[int, str]) -> dict[str, float]:
     return {name: 100 * int(counts[i]) / mask.size for i, name in names.items()}
 
 
-def _write(done: Prediction, target: Target, names: dict[int, str]) -> dict[str, Any]:
+def _write(done: Prediction, target: Target, predictor: Predictor) -> dict[str, Any]:
     """Write one image's files and return its entry of the JSON file."""
-    write_atomic(target.mask, mask_png(done.mask))
+    write_atomic(target.mask, mask_png(done.mask, predictor.palette))
+    names = predictor.info.predictable
     if target.overlay:
-        drawn = draw_overlay(done.image.permute(1, 2, 0).numpy(), done.mask, names)
+        image, background = done.image.permute(1, 2, 0).numpy(), predictor.dataset_ids[0]
+        drawn = draw_overlay(image, done.mask, names, predictor.palette, background)
         write_atomic(target.overlay, _encoded(drawn, format="JPEG", quality=90, comment=PREDICTED))
     height, width = done.mask.shape
     return {
@@ -236,7 +249,6 @@ def predict_files(
         (out / "overlays" if overlays else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be made a folder ({error.strerror}); give another one") from error
-    names = dict(zip(predictor.dataset_ids, predictor.classes, strict=True))
     entries: list[tuple[int, dict[str, Any]]] = []
     failed, start = [], time.monotonic()
     with bar(console, "predict", len(images)) as shown:
@@ -245,12 +257,12 @@ def predict_files(
                 failed.append({"image": str(images[done.index]), "error": str(done.error)})
                 console.print(labelled("failed:", "red", str(done.error)), soft_wrap=True)
             else:
-                entries.append((done.index, _write(done, targets[done.index], names)))
+                entries.append((done.index, _write(done, targets[done.index], predictor)))
             shown.advance()
     seconds = time.monotonic() - start
     if json_file:
         ordered = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
-        write_json(json_file, {"classes": predictor.classes, "images": ordered, "failed": failed})
+        write_json(json_file, {"classes": [*predictor.info.predictable.values()], "images": ordered, "failed": failed})
     rest = f", {len(failed)} of {len(images)} images failed" if failed else ""
     speed = f"{seconds:.1f} s, {len(images) / seconds:.1f} images/s"
     drawn = f", overlays in {out / 'overlays'}" if overlays else ""

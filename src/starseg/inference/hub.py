@@ -55,7 +55,7 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
     metrics = read_json(step_dir / "metrics.json")
     card = template("model_card.md.j2").render(
         info=info,
-        classes=zip(info.names, info.dataset_ids, strict=True),
+        classes=[(name, i) for i, name in info.predictable.items()],
         metrics=metrics,
         steps=_earlier_steps(step_dir, info.step),
         parameters=sum(p.numel() for p in model.parameters()),

@@ -22,10 +22,11 @@ from torchvision.transforms.v2.functional import resize as resize_image
 
 from starseg.config import choices_for
 from starseg.data.images import image_tensor, read_image
+from starseg.data.palette import mask_palette
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.formats import open_network
 from starseg.errors import UserError
-from starseg.methods import METHODS
+from starseg.methods import METHODS, prediction_rule
 from starseg.models import Segmenter
 from starseg.ops.bilinear import resize
 from starseg.utils.precision import Precision, is_bf16_fast
@@ -149,7 +150,7 @@ def _starts(length: int, window: int) -> list[int]:
     return [int(x) for x in np.linspace(0, length - window, count)]
 
 
-def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
+def step_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
     """Return the prediction rule of a step's method: training ids [N, ...] from logits [N, C, ...].
 
     Raises:
@@ -161,7 +162,7 @@ def prediction_rule(info: StepInfo) -> Callable[[Tensor], Tensor]:
             "import it first"
         )
     method = METHODS[info.method]
-    return method(method.Options()).rule(choices_for(info.compat))
+    return prediction_rule(method(method.Options()), choices_for(info.compat), info.background)
 
 
 class Predictor:
@@ -174,16 +175,19 @@ class Predictor:
 
     Attributes:
         classes: names, the background first.
-        dataset_ids: what each class is in a mask, in the same order.
+        dataset_ids: what each class is in a mask, in the same order; without a background, 255 for the first entry,
+            which is never predicted.
         crop: side of the training crops in pixels.
         bf16: whether the network computes in bf16.
+        palette: [256, 3] uint8 colours of masks.
     """
 
     def __init__(self, model: Segmenter, info: StepInfo, precision: Precision = "auto") -> None:
-        self.model, self.info, self.rule = model, info, prediction_rule(info)
-        self.classes, self.dataset_ids, self.crop = list(info.names), list(info.dataset_ids), info.crop
+        self.model, self.info, self.rule = model, info, step_rule(info)
+        self.classes, self.dataset_ids, self.crop = list(info.names), list(info.predicted_ids), info.crop
         self.bf16 = precision == "bf16" or (precision == "auto" and is_bf16_fast(model.mean.device))
-        self._table = torch.tensor(info.dataset_ids, dtype=torch.uint8)
+        self.palette = mask_palette(self.dataset_ids, info.dataset_ids)
+        self._table = torch.tensor(self.dataset_ids, dtype=torch.uint8)
 
     @overload
     def predict(self, images: ImageSource, **options: Any) -> np.ndarray: ...

@@ -10,7 +10,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from starseg.methods.protocol import METHODS, Method, Stage, StepContext, method_options, register_method
+from starseg.methods.protocol import (
+    METHODS,
+    Method,
+    Stage,
+    StepContext,
+    method_options,
+    prediction_rule,
+    register_method,
+)
 from starseg.methods.recipes import Recipe, StepSchedule, from_recipe, register_recipe
 from starseg.methods.sigmoid import SigmoidMethod
 from starseg.methods.softmax import SoftmaxMethod
@@ -29,6 +37,7 @@ __all__ = [
     "StepSchedule",
     "from_recipe",
     "method_options",
+    "prediction_rule",
     "register_method",
     "register_recipe",
 ]

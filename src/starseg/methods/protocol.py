@@ -23,6 +23,7 @@ from starseg.losses.reduction import identity
 from starseg.methods.recipes import Recipe, Recipes, StepSchedule, recipe_options
 from starseg.models import Architecture, Output, Segmenter
 from starseg.models.classifiers import SIGMOID, HeadLayout
+from starseg.models.prediction import LargestClass
 from starseg.replay.memory import MemoryRule
 from starseg.tasks import TaskSequence
 
@@ -341,3 +342,12 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned."""
+
+
+def prediction_rule(method: Method, choices: Choices, background: bool) -> Callable[[Tensor], Tensor]:
+    """Return the prediction rule for a method's networks, a function from logits [N, C, ...] to training ids [N, ...].
+
+    Without a background, it is the class of the largest logit for every method: leading channels and the threshold of
+    sigmoids only stand for what is not learnt yet.
+    """
+    return method.rule(choices) if background else LargestClass(len(method.layout.lead))

@@ -61,6 +61,21 @@ class LargestLogit:
         return torch.where(best > (0.5 if self.argmax_of_sigmoids else 0), winner + 1, 0)
 
 
+@dataclass(frozen=True)
+class LargestClass:
+    """Prediction rule without a background: the class of the largest logit.
+
+    Attributes:
+        lead: number of leading channels, which are ignored.
+    """
+
+    lead: int = 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the int64 training ids [N, ...] of logits [N, C, ...]; channel lead + c has training id c + 1."""
+        return logits[:, self.lead :].argmax(1) + 1
+
+
 def predict_upsampled(rule: Callable[[Tensor], Tensor], logits: Tensor, size: Sequence[int]) -> Tensor:
     """Apply a prediction rule to logits [N, C, h, w] resized to ``size``, by its ``upsampled`` method if it has one.
 

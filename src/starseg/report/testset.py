@@ -21,7 +21,7 @@ from starseg.engine.run_data import RunData, dataset_and_task
 from starseg.engine.rundir import load_run_config
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
-from starseg.methods import Method
+from starseg.methods import Method, prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
 from starseg.tasks import TaskSequence
@@ -82,7 +82,8 @@ class TestSet:
     def predict(self, folder: Path, images: Tensor) -> Tensor:
         """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
         model = self.network(folder)
-        rule, bf16 = self.method.rule(choices_for(self.config.compat)), self.config.eval.bf16
+        rule = prediction_rule(self.method, choices_for(self.config.compat), self.dataset.background)
+        bf16 = self.config.eval.bf16
         parts = []
         for batch in images.split(_BATCH):
             parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).byte().cpu())

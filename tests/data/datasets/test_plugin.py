@@ -213,8 +213,9 @@ def test_ids_that_are_class_ids_cost_nothing() -> None:
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones(miniature: Path, tmp_path: Path) -> None:
     settings = _settings(miniature, tmp_path / "run")
-    settings["data"]["dataset"] = "camvid"
-    message = "data.dataset: unknown data set 'camvid'; known: ade, city, cityscapes, folder, voc; .* STARSEG_DATASETS"
+    settings["data"]["dataset"] = "nosuch"
+    known = "ade, camvid, city, cityscapes, folder, voc"
+    message = f"data.dataset: unknown data set 'nosuch'; known: {known}; .* STARSEG_DATASETS"
     for action in (check_data, lambda config, console: starseg.train(config, console=console)):
         with pytest.raises(UserError, match=message):
             action(parse_config(settings), QUIET)
@@ -225,7 +226,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones(miniature: Path, tmp
     ("change", "message"),
     [
         ({"key": "voc"}, "data set 'voc' is registered already: PASCAL VOC 2012"),
-        ({"background": False}, "without a background class are not supported yet"),
+        ({"background": False}, "without a background, test_fill must be 255"),
         ({"test_fill": 1}, "test_fill must be 0 or 255, got 1"),
         ({"label_map": {256: 1}}, r"ids on disk must be 0 to 255, got \[256\]"),
         ({"label_map": {7: 21}}, r"label_map gives class ids \[21\], names has 0 to 20"),

@@ -22,6 +22,7 @@ from starseg.data.annotations.labelme import draw_labelme
 from starseg.data.folders import list_files, some
 from starseg.data.images import (
     SUFFIXES,
+    has_values,
     image_size,
     is_image,
     is_jpeg,
@@ -33,7 +34,6 @@ from starseg.data.images import (
     transparent_pixels,
 )
 from starseg.data.index import pixels_per_id
-from starseg.data.labels import LabelMap
 from starseg.data.palette import IGNORE_COLOUR, voc_palette
 from starseg.errors import UserError, raise_together
 from starseg.tasks import IGNORE
@@ -163,6 +163,19 @@ def _pair(name: str, image: Path, given: Sequence[Path], classes: ClassList) -> 
     return Photo(name, image, mask, draw)
 
 
+class UnknownValues(UserError):
+    """Values in masks that are not in the class list.
+
+    Attributes:
+        pixels: [256] number of pixels of every value in these masks.
+        others: [256] number of pixels of every dataset id in the other masks.
+    """
+
+    def __init__(self, message: str, pixels: np.ndarray, others: np.ndarray | None = None) -> None:
+        super().__init__(message)
+        self.pixels, self.others = pixels, np.zeros(256, np.int64) if others is None else others
+
+
 def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.ndarray:
     """Read a mask as indices into ``classes``, [H, W] uint8, 255 ignored.
 
@@ -172,24 +185,26 @@ def read_indices(mask: Path, size: tuple[int, int], classes: ClassList) -> np.nd
         classes: the class list.
 
     Raises:
-        UserError: the mask is unreadable, its size differs from the image's, or an index, colour or label is not in the
-            class list.
+        UnknownValues: the mask is read by value, and values are not in the class list.
+        UserError: the mask is unreadable, its size differs from the image's, or a colour or label is not in the class
+            list.
     """
     if mask.suffix.lower() == ".json":
         return draw_labelme(mask, size, classes.names)
-    if classes.colours is not None:
-        ids = _from_colours(mask, classes.colours, classes.source)
-    else:
-        ids = read_mask(mask, f"; masks in colour (RGB, RGBA) are read by {_BY_COLOUR}")
-        unknown = LabelMap.make(len(classes.names)).unknown(pixels_per_id(ids))
-        if unknown.any():
-            raise UserError(
-                f"{mask}: indices {np.flatnonzero(unknown).tolist()} are no lines of {classes.source} (0 to "
-                f"{len(classes.names) - 1}, 255 for ignored pixels); name these classes, or give {_BY_COLOUR} if "
-                "the mask is to be read by colour"
-            )
-    refuse_other_size(size, ids.shape, mask)
-    return ids
+    if classes.colours is not None and not (classes.numbered and has_values(mask)):
+        ids = _from_colours(mask, classes.colours, classes)
+        refuse_other_size(size, ids.shape, mask)
+        return ids
+    values = read_mask(mask, f"; masks in colour (RGB, RGBA) are read by {_BY_COLOUR}")
+    refuse_other_size(size, values.shape, mask)
+    pixels, labels = pixels_per_id(values), classes.labels
+    if (unknown := labels.unknown(pixels)).any():
+        raise UnknownValues(
+            f"{mask}: indices {np.flatnonzero(unknown).tolist()} are no lines of {classes.source} ({labels}); name "
+            f"these classes, or give {_BY_COLOUR} if the mask is to be read by colour",
+            pixels,
+        )
+    return labels.compose(np.arange(256, dtype=np.uint8))[values]
 
 
 def _packed(colours: np.ndarray) -> np.ndarray:
@@ -205,9 +220,11 @@ def _nearest(colours: Sequence[Colour]) -> int:
     return int(distances[~np.eye(len(values), dtype=bool)].min())
 
 
-def _from_colours(mask: Path, colours: Sequence[Colour], source: str) -> np.ndarray:
-    ids = {colour: index for index, colour in reversed(list(enumerate(colours)))}
-    ids.setdefault(IGNORE_COLOUR, IGNORE)
+def _from_colours(mask: Path, colours: Sequence[Colour], classes: ClassList) -> np.ndarray:
+    first, source = 0 if classes.background else 1, classes.source
+    ids = {colour: index for index, colour in reversed(list(enumerate(colours))) if index >= first}
+    for colour in (IGNORE_COLOUR, *classes.ignored_colours):
+        ids.setdefault(colour, IGNORE)
     if is_jpeg(mask) and (near := _nearest(list(ids))) < _JPEG_ERROR:
         raise UserError(
             f"{mask}: JPEG compression may turn one colour of {source} into another, as two are only {near} apart; "
@@ -247,6 +264,7 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
         [N, 256] int64, number of pixels of every dataset id in every mask.
 
     Raises:
+        UnknownValues: nothing else is wrong than values that are not in the class list.
         UserError: masks are rejected, see :func:`read_indices`, or images are unreadable; the message names them all.
     """
     errors: list[UserError] = []
@@ -264,5 +282,11 @@ def convert_masks(photos: Sequence[Photo], table: np.ndarray, folder: Path, cons
 
     with ThreadPoolExecutor(cores()) as pool:
         counts = list(track(console, "reading masks", pool.map(convert, photos), len(photos), "masks"))
-    raise_together(sorted(errors, key=str), "photos cannot be used")
+    errors.sort(key=str)
+    unknown = [error for error in errors if isinstance(error, UnknownValues)]
+    if unknown and len(unknown) == len(errors):
+        rest = f"; so it is with {len(errors) - 1} more masks" if len(errors) > 1 else ""
+        pixels = np.sum([error.pixels for error in unknown], axis=0)
+        raise UnknownValues(f"{errors[0]}{rest}", pixels, np.sum(counts, axis=0))
+    raise_together(errors, "photos cannot be used")
     return np.stack(counts).astype(np.int64)

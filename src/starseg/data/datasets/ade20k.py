@@ -100,6 +100,8 @@ ADE = register_dataset(
             "joint": (tuple(_ORDER),),
             **{name: split_classes(_ORDER, name) for name in ("100-50", "100-10", "100-5", "50-50")},
         },
+        # As MiB's and PLOP's code name them.
+        aliases={"offline": "joint", "50": "50-50"},
         images={"training": 20_210, "test": 2_000},
         sources=(
             "http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",

@@ -54,6 +54,8 @@ class Dataset:
         labels: mapping from ids on disk to class ids.
         unlabelled: ids of classes that the masks always label as background; they are not scored.
         published: published number of images by split; empty if the classes are not the published ones.
+        background: whether class id 0 is a background. If not, it stands for pixels of no class that the masks label.
+        mask_ids: ids in predicted masks by class id; class ids that are not in it are written as they are.
     """
 
     key: str
@@ -65,6 +67,8 @@ class Dataset:
     labels: LabelMap
     unlabelled: frozenset[int] = frozenset()
     published: Mapping[str, int] = field(default_factory=dict)
+    background: bool = True
+    mask_ids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Split]:

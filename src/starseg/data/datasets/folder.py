@@ -3,17 +3,20 @@
 classes.txt            one class name per line in order of class ids, the background first
 train.txt, val.txt     per line an image, a tab and its mask; paths are relative to the prepared folder, or absolute
 masks/**/*.png         palette PNGs of class ids
-learn.json             origin of the data, and the ids of the classes labelled in the masks ("labelled")
+learn.json             origin of the data, the ids of the classes labelled in the masks ("labelled"), and where they
+                       are not the defaults, whether there is a background and the ids in predicted masks ("mask_ids")
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from starseg.data.datasets.base import Dataset, Split, distinct, read_lines
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
 from starseg.errors import UserError
+from starseg.tasks import IGNORE
 from starseg.utils.files import read_json, write_lines
 
 _EXPECTED = "data.root must be a folder prepared by `starseg learn`: classes.txt, train.txt, val.txt (docs/learn.md)"
@@ -49,11 +52,15 @@ def open_folder(root: Path) -> Dataset:
     """
     names = distinct(read_lines(root / "classes.txt", _EXPECTED), root / "classes.txt")
     about = root / "learn.json"
-    labelled = read_json(about)["labelled"] if about.is_file() else range(len(names))
+    told = read_json(about) if about.is_file() else {}
+    labelled = told.get("labelled", range(len(names)))
     unlabelled = frozenset(range(1, len(names))) - frozenset(labelled)
-    return FOLDER.dataset(
-        root, _read_split(root, "train.txt"), _read_split(root, "val.txt"), names, unlabelled=unlabelled
-    )
+    train, val = _read_split(root, "train.txt"), _read_split(root, "val.txt")
+    dataset = FOLDER.dataset(root, train, val, names, unlabelled=unlabelled)
+    mask_ids = {int(class_id): value for class_id, value in told.get("mask_ids", {}).items()}
+    if told.get("background", True):
+        return replace(dataset, mask_ids=mask_ids)
+    return replace(dataset, mask_ids=mask_ids, background=False, test_fill=IGNORE)
 
 
 FOLDER = register_dataset(DatasetSpec(key="folder", title="prepared folder", root=Path("./learn"), open=open_folder))

@@ -22,12 +22,16 @@ class DatasetSpec:
         root: default of `data.root`.
         open: function that reads the layout of a folder and returns the result of :meth:`dataset`, or raises a
             UserError that describes the expected layout.
-        names: class names by class id, the background first; numbers or empty if ``open`` reads the names.
-        background: whether class id 0 is a background class; data sets without one are not supported yet.
-        label_map: class ids by id on disk; None if they are the same.
+        names: class names by class id, the background first; numbers or empty if ``open`` reads the names. Without a
+            background, the first name is that of class id 1.
+        background: whether class id 0 is a background class. If not, all pixels are of a class or ignored, class ids
+            begin at 1, and predictions are always a class.
+        label_map: class ids by id on disk; None if they are the same, or without a background, one more.
         ignored: ids on disk whose pixels are ignored, in addition to 255.
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
+        later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
+        aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
         images: published number of images by split ("training", "test").
         sources: where to download the data set, as lines of text.
@@ -43,24 +47,40 @@ class DatasetSpec:
     ignored: Collection[int] = ()
     test_fill: int = BACKGROUND
     tasks: Mapping[str, Steps] = field(default_factory=dict)
+    later_tasks: Mapping[str, Steps] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = SETTINGS
     images: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.background:
-            raise ValueError(f"data set {self.key!r}: data sets without a background class are not supported yet")
         if self.test_fill not in (BACKGROUND, IGNORE):
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
+        if not self.background and self.test_fill != IGNORE:
+            raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
+        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks}):
+            raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
         if wrong := sorted(i for i in on_disk if i not in range(256)):
             raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to 255, got {wrong}")
         if twice := sorted(mapped.keys() & {IGNORE, *self.ignored}):
             raise ValueError(f"data set {self.key!r}: label_map gives classes to the ignored ids {twice}")
-        known = range(len(self.names) or IGNORE)
+        first = BACKGROUND if self.background else 1
+        known = range(first, first + len(self.names) if self.names else IGNORE)
         if wrong := sorted(class_ids - set(known)):
-            raise ValueError(f"data set {self.key!r}: label_map gives class ids {wrong}, names has 0 to {known[-1]}")
+            raise ValueError(
+                f"data set {self.key!r}: label_map gives class ids {wrong}, names has {first} to {known[-1]}"
+            )
+
+    @property
+    def all_tasks(self) -> dict[str, Steps]:
+        """Steps of every named task."""
+        return {**self.tasks, **self.later_tasks}
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the class names by class id, with "background" for id 0 if there is no background."""
+        return self.names if self.background else ("background", *self.names)
 
     def dataset(
         self,
@@ -82,7 +102,13 @@ class DatasetSpec:
             published: whether the classes are the published ones, so that the published numbers of images apply.
             unlabelled: ids of classes that the masks always label as background.
         """
-        names = tuple(self.names if names is None else names)
+        names, label_map = tuple(self.names if names is None else names), self.label_map
+        mask_ids = {}
+        if not self.background:
+            names = ("background", *names)
+            if label_map is None:
+                label_map = {i: i + 1 for i in range(len(names) - 1) if i not in self.ignored}
+            mask_ids = {BACKGROUND: IGNORE} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
         return Dataset(
             self.key,
             root,
@@ -90,9 +116,11 @@ class DatasetSpec:
             train,
             test,
             self.test_fill,
-            LabelMap.make(len(names), self.label_map, self.ignored),
+            LabelMap.make(len(names), label_map, self.ignored),
             frozenset(unlabelled),
             self.images if published else {},
+            self.background,
+            mask_ids,
         )
 
     def task(
@@ -106,7 +134,7 @@ class DatasetSpec:
 
         Args:
             names: class names by class id, as in the opened data set.
-            name: name of a published task, "joint", or, with ``steps``, any label.
+            name: name or alias of a published task, "joint", or, with ``steps``, any label.
             steps: class ids or names of each step.
             setting: one of ``settings``.
 
@@ -118,7 +146,9 @@ class DatasetSpec:
             raise UserError(
                 f"task.setting: {self.title} has no setting {setting!r}; give one of: {', '.join(self.settings)}"
             )
-        return make_task(self.tasks, names, name, steps, setting)
+        if steps is None and name is not None:
+            name = self.aliases.get(name, name)
+        return make_task(self.all_tasks, names, name, steps, setting)
 
 
 DATASETS: dict[str, DatasetSpec] = {}

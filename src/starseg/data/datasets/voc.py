@@ -116,6 +116,9 @@ VOC = register_dataset(
             **{f"15-1_{letter}": split_classes(order, "15-1") for letter, order in _15_1_ORDERS.items()},
             "1-1": ((1,), (2,), (3,), (4,), (5,), (6, 7, 8, 9, 10)),
         },
+        later_tasks={n: split_classes(_ORDER, n) for n in ("4-2", "2-2")},
+        # As MiB's and PLOP's code name them: "s" is for sequential, one class in each step.
+        aliases={"offline": "joint", "15-5s": "15-1"},
         images={"training": 10_582, "test": 1_449},
         sources=(
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
