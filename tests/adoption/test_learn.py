@@ -15,7 +15,7 @@ from starseg.data.images import read_mask
 from starseg.engine.checkpoint import load_bank, load_info, load_model
 from starseg.errors import UserError
 from starseg.finetuning.run import LearnRequest, learn
-from starseg.inference.predictor import prediction_rule
+from starseg.inference.predictor import step_rule
 from starseg.models.classifiers import last_layer, linear_classifier
 from starseg.models.foreign import torchvision as tv
 from starseg.replay.bank import PrototypeBank
@@ -90,7 +90,7 @@ def test_star_continues_with_a_bank_from_unlabelled_photos(
     pixels = images((64, 64), 4)
     expected = softmax.predict(pixels).argmax(1)
     assert expected.unique().numel() > 1
-    assert (prediction_rule(info)(model.predict(pixels)) == expected).float().mean() > 0.9999
+    assert (step_rule(info)(model.predict(pixels)) == expected).float().mean() > 0.9999
     assert PrototypeBank.fits(load_bank(step))
     learnt = learn(LearnRequest(step, *hearts, "heart", tmp_path / "out", epochs=1), console)
     assert learnt is not None and load_info(learnt).head_sizes == [3, 1]

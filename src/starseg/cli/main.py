@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from starseg import __version__
+from starseg.cli.arguments import ConfigFile, JsonFile, Overrides
+from starseg.cli.data import app as data_app
 from starseg.cli.help import complete_methods, examples, show_method, show_methods
 from starseg.cli.tasks import tasks
 from starseg.errors import UserError
@@ -23,22 +25,7 @@ app = typer.Typer(
 )
 console = make_console()
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, see configs/.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.base.epochs=5", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory.", show_default=False)]
-
-
-def _in_a_folder(path: Path | None) -> Path | None:
-    """Refuse an output file that cannot be written, before the work starts."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--json {path}: expected a file in a folder that exists; give another one")
-    return path
-
-
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", help="Also write the results to this file.", callback=_in_a_folder, show_default=False),
-]
 
 
 def _steps(text: str | None) -> range | None:
@@ -398,41 +385,7 @@ def methods(
 
 
 app.command(epilog=examples("tasks"))(tasks)
-data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 app.add_typer(data_app, name="data")
-
-
-@data_app.command(epilog=examples("index"))
-def index(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Scan the class index (or take it from the cache) and list the images of each step."""
-    from starseg.config import load_config
-    from starseg.engine.run_data import open_data
-    from starseg.engine.setup import make_method
-
-    settings = load_config(config, overrides or [])
-    data = open_data(settings, make_method(settings), console)
-    for step in range(len(data.task)):
-        names = data.task.list_names(data.task.new(step))
-        counts = len(data.positions(step, "train")), len(data.positions(step, "test"))
-        console.print(f"step {step}: {counts[0]} training, {counts[1]} test images: {names}", highlight=False)
-
-
-@data_app.command(epilog=examples("check"))
-def check(config: ConfigFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Read every image and mask, list broken files, count classes.
-
-    Exit code 0: usable; 1: a file is broken; 2: another layout, or a task that cannot be trained on it.
-    """
-    from starseg.config import load_config
-    from starseg.report.data_check import check_data, print_report
-    from starseg.utils.files import write_json
-
-    report = check_data(load_config(config, overrides or []), console)
-    print_report(report, console)
-    if json_file:
-        write_json(json_file, report.as_data())
-    if report.broken or report.task_problem:
-        raise typer.Exit(1 if report.broken else 2)
 
 
 def main() -> None:
