@@ -110,3 +110,12 @@ def test_it_continues_from_its_own_steps_only(shapes: Path, tmp_path: Path) -> N
     other = settings(shapes, tmp_path / "run") | {"start_from": str(tmp_path / "star" / "step_0")}
     with pytest.raises(UserError, match="differs from this run in architecture, lead, hidden"):
         train(parse_config(other), console=QUIET)
+
+
+def test_the_time_of_a_step_is_measured_in_its_own_stage(shapes: Path, tmp_path: Path) -> None:
+    with Runner(parse_config(settings(shapes, tmp_path / "run")), QUIET, range(1)) as runner:
+        runner.run()
+        method = runner.prepared.method
+        for step, stage in ((0, "network"), (1, "classifier")):
+            assert runner.seconds_per_iteration(step) > 0
+            assert method.ctx.stage.name == stage

@@ -183,7 +183,7 @@ class Step:
         return memory
 
     def _context(self) -> tuple[StepContext, Memory]:
-        """Create the context that the method receives, and the step's exemplar memory."""
+        """Create the context of the step's first stage, and the step's exemplar memory."""
         fabric, step, seed = self.fabric, self.number, self.config.seed
         seed_everything(sample_seed(seed, step) % 2**32, verbose=False)
         model, old = self._models()
@@ -211,7 +211,7 @@ class Step:
             world=fabric.world_size,
             pretrained=bool(self.config.model.pretrained),
         )
-        return context, memory
+        return replace(context, stage=next(iter(self.method.stages(context)), context.stage)), memory
 
     def _stage_context(self, ctx: StepContext, memory: Memory, stage: Stage) -> StepContext:
         """Return the context of a stage; its cached features are computed when they are first asked for."""

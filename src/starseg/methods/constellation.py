@@ -151,6 +151,7 @@ class Constellation(Method):
             self._plan(ctx)
 
     def _fit_descriptor(self, ctx: StepContext) -> None:
+        """Fit the descriptor to the mean and covariance of raw descriptions, over all processes."""
         decoder = ctx.model.decoder
         assert isinstance(decoder, Descriptor)
         shift: Tensor | None = None
@@ -158,8 +159,7 @@ class Constellation(Method):
         cells = 0
         for batch in ctx.scan("before"):
             output = ctx.model(batch.images, maps=True)
-            raw = decoder.raw(output.maps, output.features.shape[2:]).movedim(1, -1).flatten(0, 2)
-            raw = raw.float()
+            raw = decoder.raw(output.maps, output.features.shape[2:]).movedim(1, -1).flatten(0, 2).float()
             if shift is None:  # Keeps the sums of products accurate in single precision.
                 shift = ctx.all_reduce_sum(raw.mean(0)) / ctx.world
             raw = raw - shift
@@ -183,18 +183,17 @@ class Constellation(Method):
             found += count_ids(self._labels(ctx, features, labels), classes)
         found = ctx.all_reduce_sum(found) / ctx.stage.crops
         per_pass = ctx.iterations / ctx.stage.crops
-        totals = found
+        totals = found.clone()
         if self.bank:
             self.bank = self.bank.to(ctx.device)
-            stored = self.bank.counts.double()
-            missing = stored.clone()
+            missing = self.bank.counts.double()
             if ctx.task.setting == "overlap":
                 missing[1:] -= found[1 : ctx.first_new]
-            owed = (missing.clamp_min(0) / per_pass).float()
+            missing = missing.clamp_min(0)
+            owed = (missing / per_pass).float()
             self.amounts = self.options.draws * owed.sqrt() / owed.sqrt().sum().clamp_min(1e-12)
             self.draw_weights = owed / self.amounts.clamp_min(1e-12)
-            totals = found.clone()
-            totals[: ctx.first_new] += missing.clamp_min(0)
+            totals[: ctx.first_new] += missing
         share = totals.clamp_min(1) / totals.sum()
         self.class_weights = share.pow(-self.options.balance).float()
 
@@ -269,7 +268,6 @@ class Constellation(Method):
 
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and that of the background to both old draws and new cells."""
-        ctx = self.ctx  # the context of the last stage, as begin_step received it
         new = range(ctx.first_new, ctx.first_new + ctx.new_classes)
         modes = {BACKGROUND: self.options.background_modes} | dict.fromkeys(new, self.options.modes)
         background = float(self.bank.counts[0]) * ctx.stage.crops if self.bank else 0.0
