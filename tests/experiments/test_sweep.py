@@ -161,7 +161,7 @@ CHANGED = {
     "star": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5},
     "ssul": {"threshold": 0.5},
     "dkd": {"kd": 1, "dkd": 1, "later_pos_weight": 2},
-    "constellation": {"pseudo": 0.9, "draws": 100, "shift": 0.5},
+    "constellation": {"pseudo": 0.9, "draws": 100, "reject": False, "shift": 0.5, "refit": False, "warm_start": False},
     "adapter": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5, "adc": False},
     "star-basic": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "replay": 0.5},
     "segacil": {"uncertainty": 0.1},
