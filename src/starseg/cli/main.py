@@ -119,14 +119,29 @@ def learn(
         str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
     ] = None,
     method: Annotated[
-        str,
-        typer.Option(help="See `starseg methods`; finetune forgets the old classes.", autocompletion=complete_methods),
-    ] = "star",
+        str | None,
+        typer.Option(
+            help="See `starseg methods`; by default star, or constellation-extend for an adopted network.",
+            autocompletion=complete_methods,
+            show_default=False,
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     crop: Annotated[int | None, typer.Option(min=32, help="With --new: pixels.", show_default=False)] = None,
     val_share: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.15,
     seed: Annotated[int, typer.Option(min=0, help="Of training and the validation split.")] = 0,
+    photos: Annotated[
+        str | None,
+        typer.Option(help="Adopted network: unlabelled photos that show its own classes.", show_default=False),
+    ] = None,
+    part_of: Annotated[
+        str | None,
+        typer.Option(help="Adopted network: the class that the new ones were part of.", show_default=False),
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Adopted network: calibrate the old logits as well.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
 ) -> None:
     """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
@@ -138,13 +153,14 @@ def learn(
         raise UserError("learn: give a step directory to continue from, or --new for a first step")
     if step_dir and (backbone or pretrained):
         raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
-    if method not in METHODS:
+    if method and method not in METHODS:
         raise UserError(f"--method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     known = {"yes": True, "no": False, None: None}
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
     options = (method, backbone, weights, crop, epochs, lr, val_share, seed, not no_background, tuple(ignore or []))
     with resumable():
-        run(LearnRequest(step_dir, images, masks, classes, out, *options), console, dry_run)
+        request = LearnRequest(step_dir, images, masks, classes, out, *options, photos, part_of, refine)
+        run(request, console, dry_run)
 
 
 @app.command(epilog=examples("adopt"))

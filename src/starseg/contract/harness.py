@@ -104,17 +104,17 @@ class MethodHarness:
             The method, its context and an optimizer, of the last stage; None in a step that trains nothing.
         """
         method, new, old = self.method(), len(self.task.new(step)), None
-        architecture = method.architecture(self.architecture)
         with _SEEDING:
             torch.manual_seed(step)
             if self.model is None:
-                model = make_network(architecture, [new], method.layout)
+                model = make_network(method.architecture(self.architecture), [new], method.layout)
             else:
-                model, old = (make_network(architecture, self.model.head_sizes, method.layout) for _ in range(2))
+                like = (self.model.architecture, self.model.head_sizes, self.model.layout)
+                model, old = (make_network(*like) for _ in range(2))
                 for network in (model, old):
                     network.load_state_dict(self.model.state_dict())
                 method.load_state_dict(through_a_file(self.state))
-                model.add_head(new)
+                model = method.grow(model, new)
         ctx = StepContext(
             task=self.task,
             step=step,

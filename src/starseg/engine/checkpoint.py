@@ -117,7 +117,7 @@ class StepInfo:
     @property
     def layout(self) -> HeadLayout:
         """Layout of the heads."""
-        return HeadLayout(tuple(self.lead), self.conv_heads, self.hidden)
+        return HeadLayout(tuple(self.lead), self.conv_heads, self.hidden, self.architecture.extension is not None)
 
 
 def save_step(folder: Path, model: Segmenter, info: StepInfo, bank: dict[str, Tensor], metrics: dict[str, Any]) -> None:

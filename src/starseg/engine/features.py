@@ -78,7 +78,7 @@ def compute_features(
     for batch in batches:
         with autocast():
             features = model(batch.images).features
-        labels = sample_at_stride(batch.labels, model.stride).flatten(1).cpu()
+        labels = sample_at_stride(batch.labels, model.feature_stride).flatten(1).cpu()
         vectors = features.to(torch.float16).flatten(2).cpu()
         cells = labels.shape[1]
         kept = max(1, MAX_CELLS // max(1, samples))

@@ -159,8 +159,7 @@ class Step:
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
         old = copy.deepcopy(model).requires_grad_(False)
-        model.add_head(new)
-        return model, old
+        return self.method.grow(model, new), old
 
     def _memory(self, old: Segmenter | None) -> Memory:
         """Choose the step's exemplar memory with the network of the previous step."""
@@ -210,6 +209,7 @@ class Step:
             rank=fabric.global_rank,
             world=fabric.world_size,
             pretrained=bool(self.config.model.pretrained),
+            crop=self.config.data.crop,
         )
         return replace(context, stage=next(iter(self.method.stages(context)), context.stage)), memory
 

@@ -16,6 +16,8 @@ RECIPE = "voc"
 BATCH = (2, 16)
 EPOCHS = (10, 100)
 CROP = (128, 512)
+EXTEND = "constellation-extend"
+"""Method that adds classes to a network whose predictions stay as they are."""
 OLD_SHARE = 5
 """Maximum number of replayed cells of old classes per cell of the new images."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torchvision.transforms.v2.functional import resize as resize_image
 from starseg.data.images import read_image
 from starseg.engine import checkpoint
 from starseg.errors import UserError
+from starseg.finetuning.defaults import EXTEND
 from starseg.inference.predictor import fitted_size, step_rule
+from starseg.replay.gaussians import GaussianBank
 from starseg.utils.files import read_json
 
 _MOST_IMAGES = 64
@@ -28,30 +31,45 @@ class KnownClasses:
         cells: [K] feature cells in the new images for which the network predicts each class.
         images: number of images looked at.
         derived: classes whose prototype is derived from the classifier's weights.
+        stored: [K] stored cells of each class, from which replayed features are drawn; None if there is no such bank.
     """
 
     names: list[str]
     cells: list[int]
     images: int
     derived: list[str]
+    stored: list[int] | None = None
 
 
-def adopted_figures(folder: Path) -> dict[str, object] | None:
-    """Return what `starseg adopt` has written about a step; None for a step that starseg trained."""
-    return read_json(folder / "metrics.json").get("adopted")
+def adopted_figures(folder: Path) -> dict[str, Any] | None:
+    """Return what `starseg adopt` has written about a network; None for one that starseg trained.
+
+    Args:
+        folder: step directory of the network, or of a later step that was learnt on top of it in the same run.
+    """
+    earlier = sorted(folder.resolve().parent.glob("step_*/metrics.json"), key=lambda path: path.stat().st_mtime)
+    for path in (folder / "metrics.json", *earlier):
+        if path.is_file() and (figures := read_json(path).get("adopted")):
+            return figures
+    return None
 
 
-def check_background(folder: Path) -> None:
-    """Check that an adopted network has a background, which new photos label everything else with.
+def has_background(folder: Path) -> bool:
+    """Return whether a network has a background; all have one but some adopted ones."""
+    figures = adopted_figures(folder)
+    return figures is None or bool(figures["background"])
+
+
+def check_background(folder: Path, method: str) -> None:
+    """Check that a method can continue from an adopted network without a background.
 
     Raises:
-        UserError: it has none.
+        UserError: it takes all other pixels of new photos for background.
     """
-    figures = adopted_figures(folder)
-    if figures and not figures["background"]:
+    if not has_background(folder) and method != EXTEND:
         raise UserError(
-            f"{folder}: this adopted network has no background class, and the masks of new photos label everything but "
-            "the new class as background; only predict, eval, report, export and app take it"
+            f"{folder}: this adopted network has no background class, and {method} takes everything but the new class "
+            f"in new photos for background; leave --method out ({EXTEND} keeps the network's predictions there)"
         )
 
 
@@ -75,7 +93,6 @@ def known_classes(folder: Path, images: Sequence[Path]) -> KnownClasses | None:
         size = fitted_size(height, width, info.crop, model.multiple)
         logits = model.predict(resize_image(image, list(size), antialias=True)[None])
         cells += torch.bincount(rule(logits).flatten(), minlength=len(cells))
-    derived = figures.get("derived")
-    return KnownClasses(
-        info.names[1:], cells[1:].tolist(), len(chosen), [str(n) for n in derived] if isinstance(derived, list) else []
-    )
+    state = checkpoint.load_bank(folder)
+    stored = state["counts"][1:].long().tolist() if GaussianBank.fits(state) else None
+    return KnownClasses(info.names[1:], cells[1:].tolist(), len(chosen), list(figures.get("derived", ())), stored)

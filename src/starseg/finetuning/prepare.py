@@ -45,11 +45,13 @@ class LearnRequest:
         out: run directory.
         background: whether the masks have a background; if not, value 0 is the first class.
         ignored: values of ignored pixels in the masks, in addition to 255.
-        method: a registered method that can continue from the source.
+        method: a registered method that can continue from the source; None: see
+            :func:`starseg.finetuning.extension.method_of`.
         backbone, pretrained, crop: of a first step.
         epochs, lr: of the new step.
         val_share: of the images, kept for validation.
         seed: of the run and the split.
+        photos, part_of, refine: only for an extended network, see :mod:`starseg.finetuning.extension`.
     """
 
     source: Path | None
@@ -57,7 +59,7 @@ class LearnRequest:
     masks: Path
     classes: str | None
     out: Path
-    method: str = "star"
+    method: str | None = None
     backbone: str | None = None
     pretrained: bool | Path | None = None
     crop: int | None = None
@@ -67,6 +69,9 @@ class LearnRequest:
     seed: int = 0
     background: bool = True
     ignored: tuple[int, ...] = ()
+    photos: str | None = None
+    part_of: str | None = None
+    refine: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def open_source_step(folder: Path, method: str) -> SourceStep:
         )
     if not checkpoint.is_finished(folder):
         raise UserError(f"{folder} is not finished (it holds no metrics.json); finish its run first")
-    check_background(folder)
+    check_background(folder, method)
     path = folder.resolve().parent / "config.yaml"
     config = load_config(path) if path.is_file() else None
     learner, state = default_method(method), checkpoint.load_bank(folder)
@@ -370,7 +375,8 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
     for path in dict.fromkeys(files):
         stat = path.stat()
         digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    about: dict[str, object] = {
+    about: dict[str, object] = {"photos": request.photos} if request.photos else {}
+    about |= {
         "source": str(request.source.resolve()) if request.source else None,
         "step": len(prepared_step.steps) - 1,
         "labelled": prepared_step.labelled,

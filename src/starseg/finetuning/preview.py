@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from starseg.config import RunConfig
+from starseg.engine.setup import make_method
+from starseg.finetuning.defaults import EXTEND
 from starseg.report.tables import percent
 from starseg.tasks import IGNORE
 
@@ -51,25 +53,42 @@ def _never_stored(source: SourceStep) -> list[str]:
 
 
 def _known_table(known: KnownClasses) -> Table:
-    table = Table("old class", f"cells found in {known.images} new images", "prototype")
-    for name, cells in zip(known.names, known.cells, strict=True):
+    last = "prototype" if known.stored is None else "stored cells"
+    table = Table("old class", f"cells found in {known.images} new images", last)
+    for index, (name, cells) in enumerate(zip(known.names, known.cells, strict=True)):
         origin = "derived from the classifier" if name in known.derived else ""
+        if known.stored is not None:
+            origin = f"{known.stored[index]:,}" if known.stored[index] else "none"
         table.add_row(Text(name), f"{cells:,}" if cells else "none", origin)
     return table
 
 
-def _print_known(known: KnownClasses, console: Console, replayed: bool) -> None:
-    """Print what is known of the old classes of an adopted network, whose training images were never seen."""
-    console.print(_known_table(known))
-    absent = [name for name, cells in zip(known.names, known.cells, strict=True) if not cells]
-    if absent and not replayed:
-        console.print(
-            f"note: the new images show nothing of {', '.join(absent)} and nothing of it is stored, so that it may be "
-            "forgotten; add images that show it beside a new class, without labelling it",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
+def _print_known(known: KnownClasses, config: RunConfig, say: Callable[[str], None], replayed: bool) -> None:
+    """Print a note on old classes of an adopted network of which nothing is known, as no image of them was seen."""
+    stored = known.stored or [0] * len(known.names)
+    absent = [n for n, cells, more in zip(known.names, known.cells, stored, strict=True) if not cells + more]
+    if not absent or replayed:
+        return
+    if config.method == EXTEND:
+        say(
+            f"note: nothing is known of {', '.join(absent)}: the logits stay as they are, but the new class may be "
+            "predicted in their place; unlabelled photos that show them (--photos) prevent that"
         )
+    else:
+        say(
+            f"note: the new images show nothing of {', '.join(absent)} and nothing of it is stored, so that it may be "
+            "forgotten; add images that show it beside a new class, without labelling it"
+        )
+
+
+def _describe_extension(prepared_step: PreparedStep, config: RunConfig, names: Sequence[str]) -> str:
+    """Say what the extension of a network does to its earlier classes, with names by training id."""
+    options = make_method(config).options
+    new = ", ".join(prepared_step.names[number] for number in prepared_step.new)
+    rival = f"the part of {names[options.within]} that is {new}" if options.within > 0 else new
+    if options.refine:
+        return f"learns {rival}; --refine: a factor and an offset for each logit of the old classes are trained as well"
+    return f"learns {rival}; wherever {new} is not predicted, the predictions stay exactly as they were"
 
 
 def print_preview(
@@ -112,8 +131,11 @@ def print_preview(
         f"schedule: {phase.epochs} epochs of {iterations} iterations, batches of {config.train.batch_size}, crops of "
         f"{config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
     )
+    if config.method == EXTEND and source:
+        say(_describe_extension(prepared_step, config, source.info.names))
     if known:
-        _print_known(known, console, replayed=source is not None and source.stored is not None)
+        console.print(_known_table(known))
+        _print_known(known, config, say, replayed=source is not None and source.stored is not None)
     if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
         if lost := _never_stored(source):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from starseg.engine.runner import Runner
 from starseg.engine.setup import make_method, resolve_config
 from starseg.engine.state import begun
 from starseg.errors import UserError
-from starseg.finetuning.defaults import FIRST, LATER, RECIPE, batch_size, crop_size
-from starseg.finetuning.known import known_classes
+from starseg.finetuning.defaults import EXTEND, FIRST, LATER, RECIPE, batch_size, crop_size
+from starseg.finetuning.extension import extension_options, method_of, write_photos
+from starseg.finetuning.known import adopted_figures, known_classes
 from starseg.finetuning.prepare import (
     LearnRequest,
     PreparedStep,
@@ -82,8 +84,11 @@ def make_config(
         model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
         model |= {"backbone": request.backbone} if request.backbone else {}
     crop = _crop(request, source, prepared_step, multiple)
+    assert request.method, "chosen by learn()"
     section = METHODS[request.method].section
     options = source.config.method_section(section) if source and source.config else {}
+    if source and request.method == EXTEND:
+        options = {**options, "photos": None} | extension_options(request, source, root)
     if source and (share := source.replay_share(images, crop)) is not None:
         options |= default_method(request.method).scale_replay(share)
     tree = {
@@ -182,6 +187,8 @@ def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfi
             **summarize(nothing, info.names, info.base, background=info.background),
             "confusion": nothing.tolist(),
         }
+    if adopted := adopted_figures(source.folder):
+        figures["adopted"] = adopted
     bank = checkpoint.load_bank(source.folder)
     checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
 
@@ -256,7 +263,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
     Raises:
         UserError: anything in the input that must be corrected first.
     """
-    source = open_source_step(request.source, request.method) if request.source else None
+    info = checkpoint.load_info(request.source) if request.source else None
+    request = replace(request, method=(method := method_of(request, info)))
+    source = open_source_step(request.source, method) if request.source else None
     _refuse_out(request)
     multiple = _crop_multiple(request) if not source else source.info.architecture.stride
     out = request.out.resolve()
@@ -266,6 +275,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
             prepared = Path(temporary) / PREPARED
             prepared_step = prepare_step(request, source, prepared, console)
+            write_photos(request, prepared)
             config = make_config(request, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
             _check_same_data(config, prepared)
             photos = [prepared_step.photos[i].image for i in np.flatnonzero(prepared_step.training).tolist()]

@@ -6,7 +6,7 @@ docs/constellation.md has the method in formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -21,7 +21,7 @@ from starseg.data.samples import FEATURES, Batch
 from starseg.errors import UserError
 from starseg.methods.protocol import Group, Method, Network, Stage, StepContext, register_method
 from starseg.methods.recipes import Recipe, Recipes, StepSchedule
-from starseg.models import Architecture
+from starseg.models import Architecture, Segmenter
 from starseg.models.classifiers import BACKGROUND as BACKGROUND_HEAD
 from starseg.models.classifiers import HeadLayout
 from starseg.models.decoders import Descriptor
@@ -176,14 +176,12 @@ class Constellation(Method):
 
     def _fit_descriptor(self, ctx: StepContext) -> None:
         """Fit the descriptor to the mean and covariance of raw descriptions, over all processes."""
-        decoder = ctx.model.decoder
-        assert isinstance(decoder, Descriptor)
+        descriptor = self._descriptor(ctx.model)
         shift: Tensor | None = None
         sums: list[Tensor] = []
         cells = 0
         for batch in ctx.scan("before"):
-            output = ctx.model(batch.images, maps=True)
-            raw = decoder.raw(output.maps, output.features.shape[2:]).movedim(1, -1).flatten(0, 2).float()
+            raw = descriptor.raw(*self._maps(ctx.model, batch.images)).movedim(1, -1).flatten(0, 2).float()
             if shift is None:  # Keeps the sums of products accurate in single precision.
                 shift = ctx.all_reduce_sum(raw.mean(0)) / ctx.world
             raw = raw - shift
@@ -196,7 +194,18 @@ class Constellation(Method):
         count, total, products = (ctx.all_reduce_sum(part) for part in sums)
         mean = total / count
         covariance = products / count - mean[:, None] * mean
-        decoder.fit(shift.double() + mean, covariance, self.options.floor)
+        descriptor.fit(shift.double() + mean, covariance, self.options.floor)
+
+    def _descriptor(self, model: Segmenter) -> Descriptor:
+        """Return the descriptor of a network."""
+        assert isinstance(model.decoder, Descriptor)
+        return model.decoder
+
+    def _maps(self, model: Segmenter, images: Tensor) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Return the maps of images that the descriptor reads, and its grid."""
+        output = model(images, maps=True)
+        assert output.maps is not None
+        return output.maps, output.features.shape[2:]
 
     def _plan(self, ctx: StepContext) -> None:
         """Count the cells of each class in the images, and compute what is missing of the old classes."""
@@ -231,7 +240,7 @@ class Constellation(Method):
         else:
             with torch.no_grad():
                 features = ctx.model(batch.images).features
-            labels = sample_at_stride(batch.labels, ctx.model.stride)
+            labels = sample_at_stride(batch.labels, ctx.model.feature_stride)
         return features.float().movedim(1, -1).flatten(0, -2), labels.flatten().long()
 
     @torch.no_grad()
@@ -239,9 +248,14 @@ class Constellation(Method):
         """Return the labels [n], with the previous classifier's confident predictions for background cells."""
         if ctx.old_model is None:
             return labels
-        chance, winner = _classify(ctx.old_model.classify, features).softmax(1).max(1)
+        chance, winner = self._previous(ctx, features).softmax(1).max(1)
         seen = torch.where(chance > self.options.pseudo, winner, IGNORE)
         return torch.where(labels == BACKGROUND, seen, labels)
+
+    def _previous(self, ctx: StepContext, features: Tensor) -> Tensor:
+        """Return the previous classifier's logits [n, C] of features [n, D]."""
+        assert ctx.old_model is not None, "step 0 has no previous classifier"
+        return classify_cells(ctx.old_model.classify, features)
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         """Return the cross-entropy of the batch's cells, and in a later step of replayed features."""
@@ -251,7 +265,7 @@ class Constellation(Method):
             labels = sample_at_stride(batch.labels, ctx.model.stride).flatten().long()
             logits = output.logits.float().movedim(1, -1).flatten(0, -2)
             return {"ce": self._cross_entropy(logits, labels, torch.ones_like(logits[:, 0]))}
-        drawn, ids = self._draw(self.amounts, ctx.generator) if ctx.old_model else (None, batch.labels)
+        drawn, ids = self._draw(self.amounts, ctx.generator) if self.bank else (None, batch.labels)
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
         logits = output.logits.float()[0, :, :, 0].T
@@ -273,10 +287,9 @@ class Constellation(Method):
             ids: [n] class from whose mixture each was drawn.
             logits: [n, C] of the classifier that is being trained.
         """
-        assert ctx.old_model is not None, "only a later step draws features"
         left_out = (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
         if self.options.reject:
-            left_out |= _classify(ctx.old_model.classify, drawn).argmax(1) != ids
+            left_out |= self._previous(ctx, drawn).argmax(1) != ids
         return torch.where(left_out, IGNORE, ids)
 
     def _draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -336,7 +349,7 @@ class Constellation(Method):
 
     def _agreed(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
         """Return the labels [n], with background ignored where the classifier predicts a class."""
-        taken = _classify(ctx.model.classify, features).argmax(1) != BACKGROUND
+        taken = classify_cells(ctx.model.classify, features).argmax(1) != BACKGROUND
         return torch.where((labels == BACKGROUND) & taken, IGNORE, labels)
 
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
@@ -365,6 +378,6 @@ def _reset(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
-def _classify(classify: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+def classify_cells(classify: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Return the logits [n, C] of features [n, D]."""
     return classify(features.T[None, :, :, None])[0, :, :, 0].T.float()

@@ -136,6 +136,7 @@ class StepContext:
         stage: the current stage of the step.
         cached: starts one pass over the features that the engine holds in memory (:attr:`Stage.crops`), with batches as
             in training but without the order of an epoch; None if it holds none.
+        crop: side of the training crops in pixels.
     """
 
     task: TaskSequence
@@ -152,6 +153,7 @@ class StepContext:
     pretrained: bool = False
     stage: Stage = Stage("network")
     cached: Callable[[], Iterator[Batch]] | None = None
+    crop: int = 512
 
     @property
     def new_classes(self) -> int:
@@ -285,6 +287,11 @@ class Method(ABC):
     def scale_replay(self, share: float) -> dict[str, Any]:
         """Return options that replay this share of what the method replays with its current options."""
         return {}
+
+    def grow(self, model: Segmenter, classes: int) -> Segmenter:
+        """Return the network of a step after step 0: that of the previous step with a head for its new classes."""
+        model.add_head(classes)
+        return model
 
     def init_heads(self, ctx: StepContext) -> None:
         """Initialise the new head; called without gradients, with the old weights loaded.

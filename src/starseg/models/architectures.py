@@ -15,6 +15,24 @@ _FORMER = {"backbone.": "encoder.body.", "aspp.": "decoder."}
 
 
 @dataclass(frozen=True)
+class Extension:
+    """Classes added to a trained network (:class:`starseg.models.extended.ExtendedSegmenter`).
+
+    Attributes:
+        heads: number of the first heads, which are those of the network itself.
+        stride: pixels per cell of the descriptor.
+        width, window: of the descriptor.
+        within: for each further head, the channel of earlier logits that its classes belonged to before; -1 for any.
+    """
+
+    heads: int
+    stride: int
+    width: int
+    window: int
+    within: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The architecture of a network, without its weights and classifier heads.
 
@@ -24,6 +42,7 @@ class Architecture:
         stride: output stride, in pixels per feature cell.
         builder: key of :data:`starseg.models.builders.BUILDERS`.
         options: options of the builder, plain JSON values.
+        extension: what was added to the network afterwards.
     """
 
     encoder: str
@@ -31,6 +50,7 @@ class Architecture:
     stride: int = 16
     builder: str = "timm"
     options: dict[str, Any] = field(default_factory=dict)
+    extension: Extension | None = None
 
     @classmethod
     def of(cls, config: ModelConfig) -> Architecture:

@@ -13,6 +13,7 @@ from starseg.models.architectures import Architecture
 from starseg.models.classifiers import SIGMOID, HeadLayout
 from starseg.models.decoders import DECODERS
 from starseg.models.encoders import Encoder, make_encoder
+from starseg.models.extended import ExtendedSegmenter
 from starseg.models.segmenter import Segmenter
 
 
@@ -76,7 +77,8 @@ def make_network(
             f"architecture: no builder {architecture.builder!r} is registered here; known: {', '.join(BUILDERS)}"
         )
     encoder, decoder = BUILDERS[architecture.builder](architecture, pretrained)
-    return Segmenter(architecture, encoder, decoder, head_sizes, layout)
+    network = ExtendedSegmenter if architecture.extension else Segmenter
+    return network(architecture, encoder, decoder, head_sizes, layout)
 
 
 def check_crop(network: Segmenter, crop: int) -> None:

@@ -26,11 +26,13 @@ class HeadLayout:
             features.
         conv: whether every head is 3x3 conv-BN-ReLU and a 1x1 convolution instead of a 1x1 convolution alone.
         hidden: units of a hidden layer that all heads share; 0 for none.
+        extended: whether later heads read a descriptor (:class:`starseg.models.extended.ExtendedSegmenter`).
     """
 
     lead: tuple[str, ...] = ()
     conv: bool = False
     hidden: int = 0
+    extended: bool = False
 
 
 SIGMOID = HeadLayout()

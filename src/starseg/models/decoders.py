@@ -9,6 +9,7 @@ Shape letters: N images, C map channels, h w feature cells, D feature channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,19 @@ _LEAST = 0.1
 Grid = Sequence[int]
 
 
-def _ratios(encoder: Encoder, stride: int) -> list[int]:
+class MapSizes(Protocol):
+    """What a decoder needs to know of the maps that it is called with: the channels and the stride of each."""
+
+    channels: list[int]
+    strides: list[int]
+
+
+def _ratios(encoder: MapSizes, stride: int) -> list[int]:
     """Return, for each map, how many of its cells correspond to one grid cell along an axis (at least 1)."""
     return [max(1, stride // own) for own in encoder.strides]
 
 
-def _to_grid(maps: Tensor, ratio: int, grid: Grid) -> Tensor:
+def to_grid(maps: Tensor, ratio: int, grid: Grid) -> Tensor:
     """Average maps [N, C, *, *] over ``ratio`` x ``ratio`` cells and resize them to the grid if necessary."""
     if ratio > 1:
         maps = F.avg_pool2d(maps, ratio, ceil_mode=True)
@@ -55,7 +63,7 @@ class Aspp(ASPP):
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the feature map [N, D, h, w]."""
-        deepest = maps[-1] if self.on_grid else _to_grid(maps[-1], self.ratio, grid)
+        deepest = maps[-1] if self.on_grid else to_grid(maps[-1], self.ratio, grid)
         return self.last_conv(super().forward(deepest))
 
 
@@ -71,7 +79,7 @@ class Fpn(nn.Module):
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the feature map [N, D, h, w]."""
         parts = zip(self.lateral, maps, self.ratios, strict=True)
-        return self.last_conv(torch.stack([lateral(_to_grid(m, ratio, grid)) for lateral, m, ratio in parts]).sum(0))
+        return self.last_conv(torch.stack([lateral(to_grid(m, ratio, grid)) for lateral, m, ratio in parts]).sum(0))
 
 
 class Linear(nn.Module):
@@ -85,7 +93,7 @@ class Linear(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the feature map [N, D, h, w]."""
-        found = [_to_grid(m, ratio, grid) for m, ratio in zip(maps, self.ratios, strict=True)]
+        found = [to_grid(m, ratio, grid) for m, ratio in zip(maps, self.ratios, strict=True)]
         return self.norm(self.project(torch.cat(found, 1)))
 
 
@@ -97,7 +105,7 @@ class Descriptor(nn.Module):
     standardisation and principal component analysis.
 
     Args:
-        encoder: the encoder.
+        encoder: the encoder, or other maps.
         output_stride: pixels per feature cell.
         width: number of feature channels D.
         window: side of the window in cells, odd; 0 for no such average.
@@ -109,7 +117,7 @@ class Descriptor(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: MapSizes,
         output_stride: int,
         width: int = _WIDTH,
         window: int = 5,
@@ -127,7 +135,7 @@ class Descriptor(nn.Module):
 
     def raw(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the raw description [N, raw_width, h, w]."""
-        found = [_to_grid(m, r, grid) for m, r in zip(maps[-len(self.ratios) :], self.ratios, strict=True)]
+        found = [to_grid(m, r, grid) for m, r in zip(maps[-len(self.ratios) :], self.ratios, strict=True)]
         deepest = found[-1]
         if self.window:
             found.append(F.avg_pool2d(deepest, self.window, 1, self.window // 2, count_include_pad=False))

@@ -118,7 +118,12 @@ class Segmenter(nn.Module):
 
     @property
     def _head_width(self) -> int:
-        return self.layout.hidden or self.width
+        return self.layout.hidden or int(self.decoder.width)  # type: ignore[arg-type]
+
+    @property
+    def feature_stride(self) -> int:
+        """Pixels per cell of the features in :class:`Output`."""
+        return self.stride
 
     @property
     def classes(self) -> int:

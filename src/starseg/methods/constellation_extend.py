@@ -1,0 +1,197 @@
+"""Constellation on a network that stays as it is: a step adds classes, whose logits compete with the earlier ones.
+
+docs/adopt.md describes the method. It continues from any network with a softmax over background and classes, such as
+one that another library trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize as resize_image
+
+from starseg.data.images import read_image
+from starseg.methods.constellation import (
+    CLASSIFIER,
+    NETWORK,
+    Constellation,
+    ConstellationOptions,
+    classify_cells,
+)
+from starseg.methods.protocol import Group, Method, Stage, StepContext, register_method
+from starseg.methods.recipes import StepSchedule
+from starseg.models import Architecture, Segmenter
+from starseg.models.classifiers import SOFTMAX, HeadLayout
+from starseg.models.decoders import Descriptor
+from starseg.models.extended import ExtendedSegmenter, extend
+from starseg.replay.gaussians import Cells, GaussianBank, fit_mixtures
+from starseg.tasks import BACKGROUND, IGNORE
+from starseg.utils.files import read_text, split_lines
+
+if TYPE_CHECKING:
+    from starseg.engine.checkpoint import StepInfo
+
+
+class ExtendOptions(ConstellationOptions):
+    """Options of constellation-extend, beside those of constellation that concern later steps."""
+
+    within: int = Field(BACKGROUND, ge=-1)
+    """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
+    refine: bool = False
+    """Whether a factor and an offset for each logit of the network itself are trained as well."""
+    photos: Path | None = None
+    """List of unlabelled images, whose confident predictions of the network's own classes are replayed."""
+
+
+@register_method("constellation-extend")
+class ConstellationExtend(Constellation):
+    """Added classes on a descriptor of a frozen network, whose own logits stay as they are."""
+
+    summary = "frozen network with its own logits; each step adds classes that compete with them"
+    stores = "the network; a mixture of Gaussians per class"
+    later_options = frozenset(ExtendOptions.model_fields)
+    Options = ExtendOptions
+    options: ExtendOptions
+
+    def __init__(self, options: ExtendOptions) -> None:
+        super().__init__(options)
+        self.layout = SOFTMAX
+
+    def architecture(self, architecture: Architecture) -> Architecture:
+        """Return the configured architecture: step 0 trains it like fine-tuning with a softmax."""
+        return architecture
+
+    def grow(self, model: Segmenter, classes: int) -> Segmenter:
+        """Return the network with a head for new classes on its descriptor."""
+        return extend(model, classes, self.options.within, self.options.width, self.options.window)
+
+    def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
+        """Return the training of the network in step 0, and of the new head afterwards."""
+        options = self.options
+        if ctx.step == 0:
+            return (Stage(NETWORK),)
+        return (Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops),)
+
+    def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
+        """Return why the network of a finished step cannot be extended: it has no softmax with 1x1 heads."""
+        if info.layout not in (SOFTMAX, HeadLayout(SOFTMAX.lead, extended=True)):
+            return f"a step of {info.method} has other classifier heads than a softmax with a background"
+        return None
+
+    def freeze(self, ctx: StepContext) -> None:
+        """Freeze everything but the new head, except in step 0; the calibration is trained if that is allowed."""
+        if ctx.stage.name == NETWORK:
+            return
+        ctx.model.freeze_all_but([ctx.model.heads[-1]])
+        if self.options.refine:
+            _extended(ctx.model).calibration.requires_grad_(True)
+
+    def param_groups(self, ctx: StepContext) -> list[Group]:
+        """Return the parameters of the new head and of the calibration; in step 0, those of the network."""
+        if ctx.stage.name == NETWORK:
+            return super().param_groups(ctx)
+        model = _extended(ctx.model)
+        return [Group("new head", model.heads[-1]), Group("calibration", model.calibration, decay=False)]
+
+    def begin_step(self, ctx: StepContext) -> None:
+        """Fit the descriptor if the network has just got one, measure the photos, and plan the replay."""
+        Method.begin_step(self, ctx)
+        if ctx.stage.name == NETWORK:
+            return
+        if not isinstance(ctx.old_model, ExtendedSegmenter):
+            self._fit_descriptor(ctx)
+        if self.options.photos:
+            self._measure_photos(ctx, self.options.photos)
+        self._plan(ctx)
+
+    def _descriptor(self, model: Segmenter) -> Descriptor:
+        return _extended(model).descriptor
+
+    def _maps(self, model: Segmenter, images: Tensor) -> tuple[Sequence[Tensor], Sequence[int]]:
+        return _extended(model).describe(images)
+
+    def _previous(self, ctx: StepContext, features: Tensor) -> Tensor:
+        """Return the previous network's logits [n, C] of features [n, D + C0]."""
+        if isinstance(ctx.old_model, ExtendedSegmenter):
+            return super()._previous(ctx, features)
+        return features[:, self._descriptor(ctx.model).width :]
+
+    @torch.no_grad()
+    def _labels(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the labels [n], with the previous network's predictions for all background cells."""
+        return torch.where(labels == BACKGROUND, self._previous(ctx, features).argmax(1), labels)
+
+    def _confident(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the labels [n], with the previous network's predictions for background cells where it is confident.
+
+        Cells that the classifier in training takes for a new class are ignored.
+        """
+        chance, winner = self._previous(ctx, features).softmax(1).max(1)
+        new = classify_cells(ctx.model.classify, features).argmax(1) >= ctx.first_new
+        seen = torch.where((chance > self.options.pseudo) & ~new, winner, IGNORE)
+        return torch.where(labels == BACKGROUND, seen, labels)
+
+    def _measure_photos(self, ctx: StepContext, listed: Path) -> None:
+        """Add to the bank the classes that the previous network finds in listed photos."""
+        paths = [Path(line) for line in split_lines(read_text(listed, "surrogateescape")) if line]
+
+        def cells() -> Iterator[tuple[Tensor, Tensor]]:
+            for path in paths[ctx.rank :: ctx.world] or paths[:1]:
+                image = resize_image(read_image(path), [ctx.crop, ctx.crop], antialias=True)[None]
+                features = ctx.model(ctx.model.normalize(image)).features.float().movedim(1, -1).flatten(0, -2)
+                chance, winner = self._previous(ctx, features).softmax(1).max(1)
+                yield features, torch.where((chance > self.options.pseudo) & (winner != BACKGROUND), winner, IGNORE)
+
+        self._fit(ctx, cells, range(1, ctx.first_new), ctx.first_new, 1)
+
+    def end_step(self, ctx: StepContext) -> None:
+        """Fit the mixtures of the new classes, and of earlier classes that the bank does not hold yet."""
+        if ctx.stage.name == NETWORK:
+            return
+
+        def cells() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in self._batches(ctx):
+                features, labels = self._cells(ctx, batch)
+                yield features, self._confident(ctx, features, labels)
+
+        held = set(self.bank.owners.tolist()) if self.bank else set()
+        classes = ctx.first_new + ctx.new_classes
+        self._fit(ctx, cells, [c for c in range(classes) if c not in held], classes, ctx.stage.crops)
+
+    def _fit(self, ctx: StepContext, cells: Cells, classes: Sequence[int], total: int, crops: int) -> None:
+        """Fit mixtures of classes and put them into the bank, where those that have a cell replace earlier ones.
+
+        Args:
+            ctx: context of the step.
+            cells: features and training ids of this process.
+            classes: training ids of the classes to fit.
+            total: number of training ids that the bank has afterwards.
+            crops: how often each image is among the cells.
+        """
+        options = self.options
+        modes = {c: options.modes if c else options.background_modes for c in classes}
+        found, numbers = fit_mixtures(
+            cells, modes, options.factors, ctx.generator, ctx.all_reduce_sum, ctx.rank, ctx.world
+        )
+        counts = numbers.new_zeros(total)
+        if self.bank:
+            counts[: len(self.bank.counts)] = self.bank.counts.to(numbers)
+        counts[torch.tensor(classes)] = torch.where(numbers > 0, numbers / crops, counts[torch.tensor(classes)])
+        self.bank = self.bank.to(ctx.device).replace(found, counts) if self.bank else found.replace(found, counts)
+
+    def replay_counts(self) -> None:
+        """Return None: how much is replayed depends on the new images alone."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the bank, if the previous step left one of this kind."""
+        super().load_state_dict(state if GaussianBank.fits(state) else {})
+
+
+def _extended(model: Segmenter) -> ExtendedSegmenter:
+    assert isinstance(model, ExtendedSegmenter), "every step after step 0 grows its network"
+    return model

@@ -1,0 +1,186 @@
+"""A trained network with added classes, whose own logits stay as they are (docs/adopt.md).
+
+Shape letters: N images, C logit channels (C0 of them the network's own), D descriptor channels, H W cells of the
+logits, h w cells of the descriptor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from starseg.models.architectures import Architecture, Extension
+from starseg.models.classifiers import HeadLayout
+from starseg.models.decoders import Descriptor, to_grid
+from starseg.models.encoders import Encoder
+from starseg.models.segmenter import Output, Segmenter
+from starseg.ops.bilinear import resize
+
+ANY = -1
+"""Value of :attr:`Extension.within` for classes that may have belonged to any class."""
+# Units of the hidden layer of an added head, smallest stride of a descriptor, and number of maps that it reads: the two
+# deepest of the encoder and the network's own feature map.
+_HIDDEN, _FINEST, _MAPS = 256, 4, 3
+
+
+@dataclass
+class _Maps:
+    channels: list[int]
+    strides: list[int]
+
+
+class Calibration(nn.Module):
+    """A factor and an offset for each of C0 logits, at first 1 and 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Compute the calibrated logits [N, C0, *, *]."""
+        return logits * self.scale + self.bias
+
+
+class ExtendedSegmenter(Segmenter):
+    """A network with heads that were added later and read a descriptor instead of the network's own feature map.
+
+    The logit of an added class is the logit of what it belonged to before (:attr:`Extension.within`) plus the output
+    of its head, which is thus a log-odds. The other logits do not depend on it, so that every pixel that is not
+    predicted as an added class is predicted as before.
+
+    The features in :class:`Output` are [N, D + C0, h, w]: the descriptor's, and the network's own logits. The logits
+    have the resolution of the network's own.
+
+    Attributes:
+        descriptor: the descriptor of the network's maps.
+        calibration: of the network's own logits, which changes only in a step that is allowed to.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        encoder: Encoder,
+        decoder: nn.Module,
+        head_sizes: list[int],
+        layout: HeadLayout,
+    ) -> None:
+        super().__init__(architecture, encoder, decoder, head_sizes, layout)
+        like, stride, extension = next(encoder.parameters()), self.stride, self.extension
+        *channels, deepest = encoder.channels
+        *strides, coarsest = encoder.strides
+        maps = _Maps([*channels, super().width, deepest], [*strides, stride, coarsest])
+        self.descriptor = Descriptor(maps, extension.stride, extension.width, extension.window, _MAPS).to(like.device)
+        self.calibration = Calibration(self._own_channels).to(like.device)
+        self._ratio = max(1, extension.stride // stride)
+
+    @property
+    def extension(self) -> Extension:
+        """What was added to the network."""
+        assert self.architecture.extension is not None
+        return self.architecture.extension
+
+    @property
+    def width(self) -> int:
+        """Number of feature channels, D + C0."""
+        return self.extension.width + self._own_channels
+
+    @property
+    def feature_stride(self) -> int:
+        """Pixels per cell of the descriptor."""
+        return self.extension.stride
+
+    @property
+    def _own_channels(self) -> int:
+        return len(self.lead) + sum(self.head_sizes[: self.extension.heads])
+
+    def add_head(self, classes: int) -> None:
+        """Append a randomly initialised head for ``classes`` new classes."""
+        if len(self.heads) < self.extension.heads:
+            super().add_head(classes)
+            return
+        like, width = next(self.encoder.parameters()), self.extension.width
+        head = nn.Sequential(nn.Conv2d(width, _HIDDEN, 1), nn.ReLU(), nn.Conv2d(_HIDDEN, classes, 1))
+        self.heads.append(head.to(like.device))
+        self.head_sizes.append(classes)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute the logits [N, C, h, w] of features [N, D + C0, h, w]."""
+        width = self.extension.width
+        return self._extend(features[:, width:], features[:, :width])
+
+    def forward(
+        self,
+        images: Tensor,
+        extra_features: Tensor | None = None,
+        maps: bool = False,
+        features: Tensor | None = None,
+    ) -> Output:
+        """Run the network; see :meth:`Segmenter.forward`."""
+        if features is not None:
+            return super().forward(images, extra_features, maps, features)
+        found, grid = self.describe(images)
+        hidden = self.hidden(found[-2])
+        own = torch.cat([head(hidden) for head in (*self.lead.values(), *self.heads[: self.extension.heads])], 1)
+        described = self.descriptor(found, grid)
+        extra = None
+        if extra_features is not None and len(extra_features):
+            extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
+        features = torch.cat([described, to_grid(own, self._ratio, grid)], 1)
+        return Output(features, self._extend(own, described), extra, found if maps else None)
+
+    def describe(self, images: Tensor) -> tuple[list[Tensor], Sequence[int]]:
+        """Return the maps that the descriptor reads, the last but one of them the feature map, and its grid."""
+        images = self._fit(images)
+        maps = self.encoder(images)
+        features = self.decoder(maps, self._grid(maps, images))
+        stride, strides = self.extension.stride, self.encoder.strides
+        grid = maps[strides.index(stride)].shape[-2:] if stride in strides else [s // stride for s in images.shape[-2:]]
+        return [*maps[:-1], features, maps[-1]], grid
+
+    def _extend(self, own: Tensor, described: Tensor) -> Tensor:
+        """Append the logits of added classes to the network's own.
+
+        Args:
+            own: [N, C0, H, W].
+            described: [N, D, h, w].
+
+        Returns:
+            [N, C, H, W].
+        """
+        logits = self.calibration(own)
+        for head, within in zip(self.heads[self.extension.heads :], self.extension.within, strict=True):
+            odds = head(described)
+            if odds.shape[-2:] != own.shape[-2:] or torch.onnx.is_in_onnx_export():
+                odds = resize(odds, own.shape[-2:])
+            before = logits.logsumexp(1, keepdim=True) if within == ANY else logits[:, within : within + 1]
+            logits = torch.cat([logits, before + odds], 1)
+        return logits
+
+
+def extend(model: Segmenter, classes: int, within: int, width: int, window: int) -> ExtendedSegmenter:
+    """Return a network with a head for added classes, whose descriptor is still to be fitted if it is the first.
+
+    Args:
+        model: the trained network.
+        classes: number of added classes.
+        within: channel of the logits that they belonged to before; :data:`ANY` for any.
+        width: feature channels of the descriptor, if the network has none yet.
+        window: likewise, side in cells over which it averages.
+    """
+    before = model.architecture.extension or Extension(
+        len(model.heads), max(_FINEST, model.stride), width, window, within=[]
+    )
+    architecture = replace(model.architecture, extension=replace(before, within=[*before.within, within]))
+    layout = replace(model.layout, extended=True)
+    sizes = [*model.head_sizes, classes]
+    encoder: Any = model.encoder
+    extended = ExtendedSegmenter(architecture, encoder, model.decoder, sizes, layout)
+    added = extended.load_state_dict(model.state_dict(), strict=False)
+    assert not added.unexpected_keys, "an extension has all that the network has"
+    extended.train(model.training)
+    return extended

@@ -1,0 +1,95 @@
+"""`starseg learn` extends an adopted network by classes, and its own predictions stay as they were."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from adoption.originals import Original, images
+from starseg.adoption.adopt import AdoptRequest, adopt
+from starseg.data.images import read_mask
+from starseg.engine.checkpoint import load_bank, load_info, load_model
+from starseg.finetuning.run import LearnRequest, learn
+from starseg.inference.predictor import load, step_rule
+
+QUIET = Console(quiet=True)
+Make = Callable[[str], Original]
+
+
+@pytest.fixture
+def photos(shapes: Path, tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
+    """Photos that show a class of the shapes data set, and masks that label it alone, as 1."""
+
+    def make(class_id: int) -> tuple[Path, Path]:
+        folder = tmp_path / f"class{class_id}"
+        (folder / "photos").mkdir(parents=True)
+        (folder / "masks").mkdir()
+        for mask in sorted(shapes.glob("SegmentationClassAug/*.png")):
+            if (ids := np.asarray(read_mask(mask)) == class_id).any():
+                Image.fromarray(ids.astype(np.uint8)).save(folder / "masks" / mask.name)
+                (folder / "photos" / f"{mask.stem}.jpg").symlink_to(shapes / "JPEGImages" / f"{mask.stem}.jpg")
+        return folder / "photos", folder / "masks"
+
+    return make
+
+
+def _adopted(original: Original, out: Path, **options: object) -> Path:
+    request = AdoptRequest(original.source, out, original.weights, original.classes, crop=64)
+    return adopt(AdoptRequest(**{**request.__dict__, **options}), QUIET)
+
+
+def _check_kept(before: Path, after: Path, pixels: Tensor, photos: Path) -> None:
+    """Check the promise on logits, on their prediction, and on masks at the photos' own sizes."""
+    (old, info), (new, grown) = load_model(before), load_model(after)
+    with torch.inference_mode():
+        logits, more = old.predict(pixels), new.predict(pixels)
+    assert torch.equal(more[:, : logits.shape[1]], logits)
+    ids, now = step_rule(info)(logits), step_rule(grown)(more)
+    kept = now < len(info.names)
+    assert torch.equal(now[kept], ids[kept])
+    found = sorted(photos.iterdir())[:4]
+    for one, other in zip(load(before).predict(found), load(after).predict(found), strict=True):
+        same = np.isin(other, info.dataset_ids)
+        assert (one[same] == other[same]).all() and same.any()
+
+
+def _learn(step: Path, data: tuple[Path, Path], name: str, out: Path, **options: object) -> tuple[Path, str]:
+    console = Console(record=True, width=160)
+    learnt = learn(LearnRequest(step, *data, name, out, **options), console)
+    assert learnt is not None
+    return learnt, console.export_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision:lraspp_mobilenet_v3_large",
+        pytest.param("smp:Unet", marks=pytest.mark.slow),
+        "smp:FPN",
+        "transformers:Segformer",
+        pytest.param("transformers:Beit", marks=pytest.mark.slow),
+        pytest.param("torchvision:deeplabv3_mobilenet_v3_large", marks=pytest.mark.slow),
+    ],
+)
+def test_old_predictions_stay_bit_for_bit(
+    name: str, original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    step = _adopted(original(name), tmp_path / "run")
+    pixels = images((64, 64), 4)
+    hearts, stars = photos(5), photos(4)
+    first, shown = _learn(step, hearts, "heart", tmp_path / "first")
+    info = load_info(first)
+    assert info.method == "constellation-extend" and info.head_sizes[-1] == 1
+    assert "the predictions stay exactly as they were" in shown and "cells found in" in shown
+    _check_kept(step, first, pixels, hearts[0])
+    second, _ = _learn(first, stars, "star", tmp_path / "second")
+    assert load_info(second).names[-2:] == ["heart", "star"]
+    _check_kept(first, second, pixels, stars[0])
+    _check_kept(step, second, pixels, stars[0])
+    counts = load_bank(second)["counts"]
+    assert len(counts) == len(load_info(second).names) and (counts[-2:] > 0).all()
