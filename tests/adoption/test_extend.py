@@ -14,8 +14,10 @@ from adoption.originals import Original, images
 from starseg.adoption.adopt import AdoptRequest, adopt
 from starseg.data.images import read_mask
 from starseg.engine.checkpoint import load_bank, load_info, load_model
+from starseg.errors import UserError
 from starseg.finetuning.run import LearnRequest, learn
 from starseg.inference.predictor import load, step_rule
+from starseg.models.extended import ExtendedSegmenter
 
 QUIET = Console(quiet=True)
 Make = Callable[[str], Original]
@@ -93,3 +95,66 @@ def test_old_predictions_stay_bit_for_bit(
     _check_kept(step, second, pixels, stars[0])
     counts = load_bank(second)["counts"]
     assert len(counts) == len(load_info(second).names) and (counts[-2:] > 0).all()
+
+
+def test_a_network_without_background_learns(
+    original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    step = _adopted(
+        original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run", classes="d,a,b,c", background=False
+    )
+    hearts = photos(5)
+    with pytest.raises(UserError, match="has no background class, and mib takes everything but the new class"):
+        learn(LearnRequest(step, *hearts, "heart", tmp_path / "out", "mib"), QUIET)
+    learnt, _ = _learn(step, hearts, "heart", tmp_path / "out", method="constellation")
+    model = load_model(learnt)[0]
+    assert model.architecture.extension is not None and model.architecture.extension.within == [-1]
+    _check_kept(step, learnt, images((64, 64), 4), hearts[0])
+    masks = load(learnt).predict(sorted(hearts[0].iterdir()))
+    assert 0 not in np.unique(np.concatenate([m.flatten() for m in masks]))
+
+
+def test_unlabelled_photos_are_replayed_and_the_preview_says_what_is_known(
+    original: Make, photos: Callable[[int], tuple[Path, Path]], shapes: Path, tmp_path: Path
+) -> None:
+    step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
+    given = str(shapes / "JPEGImages")
+    learnt, _ = _learn(step, hearts, "heart", tmp_path / "out", photos=given)
+    counts = load_bank(learnt)["counts"]
+    assert (counts > 0).sum() >= 3
+    console = Console(record=True, width=160)
+    request = LearnRequest(learnt, *photos(4), "star", tmp_path / "more")
+    learn(request, console, dry_run=True)
+    assert "stored cells" in console.export_text()
+    with pytest.raises(UserError, match="--photos: only constellation-extend has this option, not mib"):
+        learn(LearnRequest(step, *hearts, "heart", tmp_path / "mib", "mib", photos=given), QUIET)
+
+
+def test_part_of_a_class(original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path) -> None:
+    step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
+    with pytest.raises(UserError, match=r"--part-of vehicle: .* knows no such class; expected one of a, b, c"):
+        learn(LearnRequest(step, *hearts, "heart", tmp_path / "out", part_of="vehicle"), QUIET)
+    learnt, shown = _learn(step, hearts, "heart", tmp_path / "out", part_of="B")
+    assert "learns the part of b that is heart" in shown
+    model = load_model(learnt)[0]
+    assert isinstance(model, ExtendedSegmenter) and model.extension.within == [2]
+    with torch.no_grad():
+        output = model(model.normalize(images((64, 64))))
+        odds = model.heads[1](output.features[:, : model.extension.width])
+    torch.testing.assert_close(output.logits[:, 4:], output.logits[:, 2:3] + odds)
+    _check_kept(step, learnt, images((64, 64), 4), hearts[0])
+
+
+def test_refining_calibrates_the_old_logits(
+    original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
+    learnt, shown = _learn(step, hearts, "heart", tmp_path / "out", refine=True)
+    assert "--refine: a factor and an offset for each logit" in shown
+    old, new = load_model(step)[0], load_model(learnt)[0]
+    assert isinstance(new, ExtendedSegmenter)
+    scale, bias = new.calibration.scale, new.calibration.bias
+    assert not torch.equal(scale, torch.ones_like(scale))
+    with torch.inference_mode():
+        before, after = (m.predict(images((64, 64))) for m in (old, new))
+    assert torch.equal(after[:, :4], before * scale + bias)
