@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,8 @@ class ConstellationOptions(Strict):
     """Exponent of the inverse frequency by which classes are weighted: 0 for none, 1 for equal weights."""
     draws: int = Field(2048, ge=0)
     """Features replayed in an iteration, over all processes; 0 for no replay."""
+    replay: float = Field(1.0, gt=0, le=1)
+    """Share of the stored counts that a later step replays. The counts carried on to the next step are not scaled."""
     reject: bool = True
     """Whether draws are left out that the previous classifier takes for another class."""
     shift: float = Field(0.2, ge=0, le=1)
@@ -100,7 +102,7 @@ class Constellation(Method):
     summary = "frozen features, mixtures of Gaussians per class, one classifier over all classes"
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
-    later_options = frozenset({"pseudo", "draws", "reject", "shift", "refit", "warm_start"})
+    later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
         "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4)),
@@ -124,12 +126,18 @@ class Constellation(Method):
         options = {k: v for k, v in given.items() if k in ("width", "window") or v != fields[k].default}
         return replace(architecture, decoder="descriptor", options=options)
 
+    def own_stage(self, step: int, pretrained: bool) -> Stage | None:
+        """Return the training of the classifier; None for a step 0 that trains the network before it."""
+        trained = self.options.base == "trained" or (self.options.base == "auto" and not pretrained)
+        return None if step == 0 and trained else self._classifier_stage()
+
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the classifier, after that of the network in a step 0 that trains it."""
-        options = self.options
-        classifier = Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops)
-        trained = options.base == "trained" or (options.base == "auto" and not ctx.pretrained)
-        return (Stage(NETWORK), classifier) if ctx.step == 0 and trained else (classifier,)
+        own = self.own_stage(ctx.step, ctx.pretrained)
+        return (own,) if own else (Stage(NETWORK), self._classifier_stage())
+
+    def _classifier_stage(self) -> Stage:
+        return Stage(CLASSIFIER, StepSchedule(self.options.epochs, self.options.lr), self.options.crops)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why constellation cannot continue from a finished step: another network, or no bank of Gaussians."""
@@ -210,7 +218,7 @@ class Constellation(Method):
         totals = found.clone()
         if self.bank:
             self.bank = self.bank.to(ctx.device)
-            missing = self.bank.counts.double()
+            missing = self.bank.counts.double() * self.options.replay
             if ctx.task.setting == "overlap":
                 missing[1:] -= found[1 : ctx.first_new]
             missing = missing.clamp_min(0)
@@ -354,6 +362,10 @@ class Constellation(Method):
     def replay_counts(self) -> Tensor | None:
         """Return the counts of the bank, [1 + K]; None if there is no bank."""
         return None if self.bank is None else self.bank.counts
+
+    def scale_replay(self, share: float) -> dict[str, Any]:
+        """Return the option ``replay`` multiplied by the share."""
+        return {"replay": self.options.replay * share}
 
 
 def _reset(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
