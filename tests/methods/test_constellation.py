@@ -173,10 +173,13 @@ def test_it_continues_from_its_own_steps_only(shapes: Path, tmp_path: Path) -> N
         train(parse_config(other), console=QUIET)
 
 
-def test_the_time_of_a_step_is_measured_in_its_own_stage(shapes: Path, tmp_path: Path) -> None:
+def test_the_time_of_every_stage_is_measured(shapes: Path, tmp_path: Path) -> None:
     with Runner(parse_config(settings(shapes, tmp_path / "run")), QUIET, range(1)) as runner:
+        network, classifier = runner.stage_times(0)
         runner.run()
-        method = runner.prepared.method
-        for step, stage in ((0, "network"), (1, "classifier")):
-            assert runner.seconds_per_iteration(step) > 0
-            assert method.ctx.stage.name == stage
+        assert (network.name, network.epochs, network.features) == ("network", 1, None)
+        assert (classifier.name, classifier.epochs, classifier.crops) == ("classifier", 2, 2)
+        assert network.total(10) == 10 * network.images * 2
+        assert [t.name for t in runner.stage_times(1)] == ["classifier"]
+    assert classifier.features is not None and 0 < classifier.features < classifier.images
+    assert classifier.total(10) == 10 * 2 * (classifier.images + 2 * classifier.features)

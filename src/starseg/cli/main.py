@@ -121,7 +121,8 @@ def learn(
     method: Annotated[
         str | None,
         typer.Option(
-            help="See `starseg methods`; by default star, or constellation-extend for an adopted network.",
+            help="See `starseg methods`; by default constellation (constellation-extend on an adopted network), or "
+            "star to continue from another method's step.",
             autocompletion=complete_methods,
             show_default=False,
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 from starseg.engine.checkpoint import StepInfo
 from starseg.errors import UserError
-from starseg.finetuning.defaults import EXTEND
+from starseg.finetuning.defaults import EXTEND, method_for
 from starseg.finetuning.known import has_background
 from starseg.finetuning.prepare import LearnRequest, SourceStep
 from starseg.inference.files import find_images
@@ -29,7 +29,7 @@ def method_of(request: LearnRequest, info: StepInfo | None) -> str:
         UserError: an option is given that only constellation-extend has.
     """
     extendable = info is not None and METHODS[EXTEND](METHODS[EXTEND].Options()).can_continue(info, {}) is None
-    method = request.method or (EXTEND if extendable else "star")
+    method = request.method or (EXTEND if extendable else method_for(info.method if info else None))
     if method == "constellation" and extendable:
         method = EXTEND
     given = [f"--{name.replace('_', '-')}" for name in ("photos", "part_of", "refine") if getattr(request, name)]

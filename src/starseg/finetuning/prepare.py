@@ -34,7 +34,7 @@ _HIGHEST_ID = 254
 
 @dataclass(frozen=True)
 class LearnRequest:
-    """Arguments of `starseg learn`; None: chosen from the data or the source's run.
+    """Arguments of `starseg learn`; None: chosen from the data, the source or its run.
 
     Attributes:
         source: step directory to continue from; None for a first step.

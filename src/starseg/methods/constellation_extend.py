@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,16 +16,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize as resize_image
 
 from starseg.data.images import read_image
-from starseg.methods.constellation import (
-    CLASSIFIER,
-    NETWORK,
-    Constellation,
-    ConstellationOptions,
-    classify_cells,
-)
+from starseg.methods.gaussian_replay import NETWORK, ClassifierOptions, GaussianReplay, classify_cells
 from starseg.methods.protocol import Group, Method, Stage, StepContext, register_method
-from starseg.methods.recipes import StepSchedule
-from starseg.models import Architecture, Segmenter
+from starseg.methods.recipes import Recipes
+from starseg.methods.softmax import SoftmaxMethod
+from starseg.models import Segmenter
 from starseg.models.classifiers import SOFTMAX, HeadLayout
 from starseg.models.decoders import Descriptor
 from starseg.models.extended import ExtendedSegmenter, extend
@@ -37,8 +32,8 @@ if TYPE_CHECKING:
     from starseg.engine.checkpoint import StepInfo
 
 
-class ExtendOptions(ConstellationOptions):
-    """Options of constellation-extend, beside those of constellation that concern later steps."""
+class ExtendOptions(ClassifierOptions):
+    """Options of constellation-extend."""
 
     within: int = Field(BACKGROUND, ge=-1)
     """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
@@ -49,33 +44,29 @@ class ExtendOptions(ConstellationOptions):
 
 
 @register_method("constellation-extend")
-class ConstellationExtend(Constellation):
+class ConstellationExtend(GaussianReplay):
     """Added classes on a descriptor of a frozen network, whose own logits stay as they are."""
 
     summary = "frozen network with its own logits; each step adds classes that compete with them"
+    source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
+    layout = SOFTMAX
+    recipes: ClassVar[Recipes] = SoftmaxMethod.recipes
     later_options = frozenset(ExtendOptions.model_fields)
     Options = ExtendOptions
     options: ExtendOptions
-
-    def __init__(self, options: ExtendOptions) -> None:
-        super().__init__(options)
-        self.layout = SOFTMAX
-
-    def architecture(self, architecture: Architecture) -> Architecture:
-        """Return the configured architecture: step 0 trains it like fine-tuning with a softmax."""
-        return architecture
 
     def grow(self, model: Segmenter, classes: int) -> Segmenter:
         """Return the network with a head for new classes on its descriptor."""
         return extend(model, classes, self.options.within, self.options.width, self.options.window)
 
+    def own_stage(self, step: int, pretrained: bool) -> Stage | None:
+        """Return the training of the new head; None for step 0."""
+        return self.classifier_stage() if step else None
+
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the network in step 0, and of the new head afterwards."""
-        options = self.options
-        if ctx.step == 0:
-            return (Stage(NETWORK),)
-        return (Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops),)
+        return (self.classifier_stage() if ctx.step else Stage(NETWORK),)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why the network of a finished step cannot be extended: it has no softmax with 1x1 heads."""
@@ -94,7 +85,7 @@ class ConstellationExtend(Constellation):
     def param_groups(self, ctx: StepContext) -> list[Group]:
         """Return the parameters of the new head and of the calibration; in step 0, those of the network."""
         if ctx.stage.name == NETWORK:
-            return super().param_groups(ctx)
+            return [Group("network", ctx.model)]
         model = _extended(ctx.model)
         return [Group("new head", model.heads[-1]), Group("calibration", model.calibration, decay=False)]
 
