@@ -64,6 +64,7 @@ def compute_features(
     samples: int,
     autocast: Callable[[], AbstractContextManager[object]],
     seed: int,
+    cells: int | None = None,
 ) -> FeatureCache:
     """Compute the features of crops.
 
@@ -73,6 +74,7 @@ def compute_features(
         samples: an upper bound of the number of their images.
         autocast: context manager for the forward passes.
         seed: seed of the choice of cells if there are more than :data:`MAX_CELLS`.
+        cells: number of cells to keep of a crop; all by default.
     """
     draw, parts = torch.Generator().manual_seed(seed), []
     for batch in batches:
@@ -80,10 +82,10 @@ def compute_features(
             features = model(batch.images).features
         labels = sample_at_stride(batch.labels, model.feature_stride).flatten(1).cpu()
         vectors = features.to(torch.float16).flatten(2).cpu()
-        cells = labels.shape[1]
-        kept = max(1, MAX_CELLS // max(1, samples))
-        if kept < cells:
-            chosen = torch.stack([torch.randperm(cells, generator=draw)[:kept] for _ in labels])
+        there = labels.shape[1]
+        kept = max(1, min(cells or there, MAX_CELLS // max(1, samples)))
+        if kept < there:
+            chosen = torch.stack([torch.randperm(there, generator=draw)[:kept] for _ in labels])
             labels = labels.gather(1, chosen)
             vectors = vectors.gather(2, chosen[:, None].expand(-1, vectors.shape[1], -1))
         parts.append((vectors[..., None], labels[..., None], batch.indices.cpu()))

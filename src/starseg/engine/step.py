@@ -211,7 +211,7 @@ class Step:
                 batches = self._scan(ctx.model, loader, f"step {step} features")
                 seed = sample_seed(self.config.seed, step, "features", ctx.rank)
                 autocast = features_autocast(self.config.eval.precision, self.fabric)
-                self.features = compute_features(ctx.model, batches, samples // ctx.world, autocast, seed)
+                self.features = compute_features(ctx.model, batches, samples // ctx.world, autocast, seed, stage.cells)
             return self.features.ordered(size, ctx.device)
 
         return replace(ctx, stage=stage, iterations=samples // size, cached=cached if stage.crops else None)

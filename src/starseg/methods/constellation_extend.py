@@ -7,6 +7,7 @@ one that another library trained.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +31,11 @@ from starseg.utils.files import read_text, split_lines
 
 if TYPE_CHECKING:
     from starseg.engine.checkpoint import StepInfo
+
+# Cells that are used of a crop: neighbours of a fine grid are nearly the same.
+_CELLS = 512
+# Unlabelled photos that are looked at.
+_PHOTOS = 512
 
 
 class ExtendOptions(ClassifierOptions):
@@ -62,11 +68,11 @@ class ConstellationExtend(GaussianReplay):
 
     def own_stage(self, step: int, pretrained: bool) -> Stage | None:
         """Return the training of the new head; None for step 0."""
-        return self.classifier_stage() if step else None
+        return replace(self.classifier_stage(), cells=_CELLS) if step else None
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the network in step 0, and of the new head afterwards."""
-        return (self.classifier_stage() if ctx.step else Stage(NETWORK),)
+        return (self.own_stage(ctx.step, ctx.pretrained) or Stage(NETWORK),)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why the network of a finished step cannot be extended: it has no softmax with 1x1 heads."""
@@ -128,17 +134,18 @@ class ConstellationExtend(GaussianReplay):
         return torch.where(labels == BACKGROUND, seen, labels)
 
     def _measure_photos(self, ctx: StepContext, listed: Path) -> None:
-        """Add to the bank the classes that the previous network finds in listed photos."""
+        """Add to the bank the classes that the previous network finds in listed photos, at most :data:`_PHOTOS`."""
         paths = [Path(line) for line in split_lines(read_text(listed, "surrogateescape")) if line]
-
-        def cells() -> Iterator[tuple[Tensor, Tensor]]:
-            for path in paths[ctx.rank :: ctx.world] or paths[:1]:
-                image = resize_image(read_image(path), [ctx.crop, ctx.crop], antialias=True)[None]
-                features = ctx.model(ctx.model.normalize(image)).features.float().movedim(1, -1).flatten(0, -2)
-                chance, winner = self._previous(ctx, features).softmax(1).max(1)
-                yield features, torch.where((chance > self.options.pseudo) & (winner != BACKGROUND), winner, IGNORE)
-
-        self._fit(ctx, cells, range(1, ctx.first_new), ctx.first_new, 1)
+        paths = paths[:: -(-len(paths) // _PHOTOS)]
+        draw, found = torch.Generator().manual_seed(ctx.rank), []
+        for path in paths[ctx.rank :: ctx.world] or paths[:1]:
+            image = resize_image(read_image(path), [ctx.crop, ctx.crop], antialias=True)[None]
+            features = ctx.model(ctx.model.normalize(image)).features.float().movedim(1, -1).flatten(0, -2)
+            features = features[torch.randperm(len(features), generator=draw)[:_CELLS].to(ctx.device)]
+            chance, winner = self._previous(ctx, features).softmax(1).max(1)
+            own = (chance > self.options.pseudo) & (winner != BACKGROUND)
+            found.append((features, torch.where(own, winner, IGNORE)))
+        self._fit(ctx, lambda: found, range(1, ctx.first_new), ctx.first_new, 1)
 
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and of earlier classes that the bank does not hold yet."""

@@ -109,11 +109,13 @@ class Stage:
         crops: number of augmented crops of each image that the stage trains on, if the feature map does not change in
             it. Their features are then computed once and held in memory: batches have no images, but the features as
             ``extras[FEATURES]`` and labels on their grid. 0 for a stage that computes features in each iteration.
+        cells: number of cells that are held of each crop, a random choice; None for all.
     """
 
     name: str
     schedule: StepSchedule | None = None
     crops: int = 0
+    cells: int | None = None
 
 
 @dataclass(frozen=True)
