@@ -51,7 +51,8 @@ def names(voc: Path, split: str) -> list[str]:
 
 def mask(voc: Path, name: str) -> np.ndarray:
     """Return the labels of an image."""
-    return np.array(Image.open(voc / f"SegmentationClassAug/{name}.png"))
+    files = (voc / f"{folder}/{name}.png" for folder in ("SegmentationClassAug", "SegmentationClass"))
+    return np.array(Image.open(next(file for file in files if file.exists())))
 
 
 def make_photos(voc: Path, work: Path) -> None:
@@ -88,7 +89,8 @@ def score(voc: Path, step: Path) -> dict[str, float]:
     for name in tested:
         truth, found = table[mask(voc, name)], ids[predictor.predict(voc / f"JPEGImages/{name}.jpg")]
         valid = truth != 255
-        np.add.at(matrix, (truth[valid], found[valid]), 1)
+        pairs = np.bincount(truth[valid] * len(known) + found[valid], minlength=matrix.size)
+        matrix += pairs.reshape(matrix.shape)
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     return dict(zip(known, (100 * matrix.diagonal() / np.maximum(union, 1)).tolist(), strict=True))
 

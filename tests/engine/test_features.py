@@ -61,6 +61,9 @@ def test_the_number_of_cells_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         whole = compute_features(model, batches, 6, nullcontext, 0)
         monkeypatch.setattr(module, "MAX_CELLS", 30)
         some = compute_features(model, batches, 6, nullcontext, 0)
+        monkeypatch.undo()
+        chosen = compute_features(model, batches, 6, nullcontext, 0, cells=5)
+    assert torch.equal(chosen.features, some.features)
     assert whole.features.shape == (6, 256, 16, 1) and some.features.shape == (6, 256, 5, 1)
     assert whole.indices.tolist() == list(range(6))
     for row in range(6):
