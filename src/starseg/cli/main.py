@@ -152,7 +152,8 @@ def adopt(
     source: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, smp:CLASS[:ENCODER], or a folder of save_pretrained.", show_default=False
+            help="torchvision:NAME, smp:CLASS[:ENCODER], model:NAME, or a folder of save_pretrained.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
@@ -176,10 +177,19 @@ def adopt(
         str | None,
         typer.Option(help="Unlabelled photos, from which STAR's prototypes are measured.", show_default=False),
     ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="model:NAME: a layer that becomes a further map.", show_default=False)
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option(min=1, help="model:NAME: divisor of the sides of images.", show_default=False)
+    ] = None,
+    bgr: Annotated[bool, typer.Option("--bgr", help="The network takes BGR images.")] = False,
 ) -> None:
     """Make a step directory of a network that another library trained (docs/adopt.md).
 
-    Its predictions are compared with those of the original.
+    model:NAME is a network of your own, which a Python file named by
+    STARSEG_MODELS registers. Predictions are compared with those of the
+    original.
     """
     from starseg.adoption.adopt import AdoptRequest
     from starseg.adoption.adopt import adopt as run
@@ -187,7 +197,8 @@ def adopt(
     normalisation = (mean and _numbers("--mean", mean), std and _numbers("--std", std))
     run(
         AdoptRequest(
-            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos)  # type: ignore[arg-type]
+            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos),  # type: ignore[arg-type]
+            *(features, multiple, bgr),
         ),
         console,
     )

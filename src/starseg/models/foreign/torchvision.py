@@ -89,17 +89,18 @@ def create(architecture: Architecture, outputs: int) -> nn.Module:
     return get_model(architecture.encoder, weights=None, weights_backbone=None, num_classes=outputs, **options)
 
 
-def multiple(network: nn.Module) -> int:
+def multiple(network: nn.Module, architecture: Architecture) -> int:
     """Return the divisor that the sides of images must have."""
     return 1
 
 
-def split(network: nn.Module, classifier: str | None = None) -> Split:
-    """Split a network in front of its classifier, or of the layer called ``classifier``.
+def split(network: nn.Module, architecture: Architecture) -> Split:
+    """Split a network in front of its classifier, or of the layer that the architecture's options name.
 
     Raises:
         UserError: there is no such layer.
     """
+    classifier = architecture.options.get("classifier")
     if classifier not in (None, CLASSIFIER):
         return split_at(network, classifier)
     body, head = _Maps(network.get_submodule("backbone")), network.get_submodule("classifier")
