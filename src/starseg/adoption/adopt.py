@@ -25,7 +25,7 @@ from starseg.errors import UserError
 from starseg.inference.files import find_images
 from starseg.models import Segmenter
 from starseg.models.classifiers import BACKGROUND, SOFTMAX, last_layer
-from starseg.models.foreign import LIBRARIES, huggingface, preprocess_of, split_network
+from starseg.models.foreign import LIBRARIES, NEVER, huggingface, preprocess_of, split_network
 from starseg.models.foreign.split import feature_stride, make_parts
 from starseg.ops.bilinear import resize
 from starseg.tasks import BACKGROUND as BACKGROUND_ID
@@ -35,8 +35,6 @@ METHOD = "lwf"
 """Method whose first step trains such a network: one softmax over the background and all classes."""
 WITH_BANK = "star"
 """Method whose state is the bank that is measured on photos."""
-NEVER = -1e4
-"""Logit of the background of a network that has none, which is therefore never predicted."""
 _CROP, _DERIVED = 512, "derived from the classifier"
 # Sides of the images on which both are compared, and smallest divisor of sides from which a square of it is taken.
 _SIDE, _WHOLE = 96, 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from starseg.errors import UserError
 from starseg.models.architectures import Architecture
 from starseg.models.foreign import queries
-from starseg.models.foreign.split import Split, find_classifier, logits_of, pointwise, require, split_at
+from starseg.models.foreign.split import Split, find_classifier, logits_of, merge_at, pointwise, require, split_at
 
 
 class _Body(nn.Module):
@@ -181,3 +181,19 @@ def split(network: nn.Module, architecture: Architecture) -> Split:
     setattr(head, family.classifier.split(".")[0], nn.Identity())
     body = _Body(network.get_submodule(family.backbone), family.read)
     return Split(body, _Head(head, family.last, before), joined, sides)
+
+
+def merge(
+    network: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the classifier that computes weight [K, D] and bias [K].
+
+    Raises:
+        UserError: the network classifies queries.
+    """
+    name = type(network).__name__
+    if name in queries.KINDS:
+        raise UserError(f"{name}: classifies queries, so it has no layer into which a new class of pixels would fit")
+    family = FAMILIES.get(name)
+    usual = f"{family.head}.{family.classifier}" if family else WHOLE.get(name, "")
+    return merge_at(network, architecture.options.get("classifier") or usual, weight, bias)

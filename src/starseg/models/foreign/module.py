@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from starseg.errors import UserError
 from starseg.models.architectures import Architecture
 from starseg.models.builders import FILES, load_plugins
-from starseg.models.foreign.split import Split, split_at
+from starseg.models.foreign.split import Split, merge_at, split_at
 
 MODELS: dict[str, Callable[..., nn.Module]] = {}
 """Functions that build a network, by name; the first argument is the number of outputs."""
@@ -132,3 +132,10 @@ def misfit(network: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     own = {key: value.shape for key, value in network.state_dict().items()}
     other = {key: value.shape for key, value in state.items()}
     return next((key for key in own | other if own.get(key) != other.get(key)), None)
+
+
+def merge(
+    network: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the classifier that computes weight [K, D] and bias [K]."""
+    return merge_at(network, architecture.options["classifier"], weight, bias)

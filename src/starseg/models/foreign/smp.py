@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from starseg.errors import UserError
 from starseg.models.architectures import Architecture
-from starseg.models.foreign.split import Split, pointwise, require, scored, split_at
+from starseg.models.foreign.split import Split, merge_at, pointwise, require, scored, split_at
 
 CLASSIFIER, DPT_CLASSIFIER = "segmentation_head.0", "segmentation_head.head.4"
 # Largest number of patch channels at full resolution, of which a map of 512 x 512 pixels takes 512 MB. A wider 3x3
@@ -115,3 +116,21 @@ def split(network: nn.Module, architecture: Architecture) -> Split:
     if joined.in_channels > _WIDEST and not isinstance(upsampling, nn.Identity):
         before, joined = scored(layer)
     return Split(_Encoder(model.encoder), _Head(model.decoder, before, upsampling), joined, sides)
+
+
+def merge(
+    network: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the classifier that computes weight [K, D] and bias [K]; ``state`` is the original's."""
+    model: Any = network
+    usual = DPT_CLASSIFIER if architecture.decoder == "DPT" else CLASSIFIER
+    name = architecture.options.get("classifier") or usual
+    layer = model.get_submodule(name)
+    outputs = int(architecture.options["outputs"])
+    if name == CLASSIFIER and weight.shape[1] == outputs + layer.in_channels:
+        # A combination of the old 3x3 kernels, and of the channels at the centre.
+        old = state[f"{name}.weight"].flatten(1)
+        kernels = (weight[:, :outputs] @ old).reshape(len(weight), *layer.weight.shape[1:])
+        kernels[:, :, 1, 1] += weight[:, outputs:]
+        return {f"{name}.weight": kernels, f"{name}.bias": bias}
+    return merge_at(network, name, weight, bias)

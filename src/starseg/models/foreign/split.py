@@ -220,6 +220,29 @@ def find_classifier(network: nn.Module, name: str) -> nn.Conv2d:
     return found
 
 
+def merge_at(network: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the convolution called ``name`` that compute what a 1x1 classifier of its input computes.
+
+    The inverse of :func:`pointwise`.
+
+    Args:
+        network: a network in its library's form.
+        name: of its classifier.
+        weight: [K, D] of the 1x1 classifier.
+        bias: [K].
+
+    Raises:
+        UserError: the convolution has no bias, and one is needed.
+    """
+    classifier = find_classifier(network, name)
+    tensors = {f"{name}.weight": weight.reshape(len(weight), *classifier.weight.shape[1:])}
+    if classifier.bias is not None:
+        tensors[f"{name}.bias"] = bias
+    elif bias.any():
+        raise UserError(f"{type(network).__name__}: its classifier {name} has no bias, which the new classes need")
+    return tensors
+
+
 def split_at(
     network: nn.Module, name: str, multiple: int = 1, after: nn.Module | None = None, features: str | None = None
 ) -> Split:
