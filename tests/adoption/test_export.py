@@ -32,7 +32,9 @@ Make = Callable[[str], Original]
 FAST = ["torchvision:lraspp_mobilenet_v3_large", "smp:Unet", "transformers:Segformer"]
 SLOW = ["torchvision:deeplabv3_mobilenet_v3_large", "torchvision:fcn_resnet50", "smp:FPN", "smp:PSPNet", "smp:DPT"]
 SLOW += ["smp:DeepLabV3Plus", "transformers:UperNet", "transformers:MobileNetV2", "transformers:MobileViT"]
-SLOW += ["transformers:Beit", "transformers:DPT"]
+SLOW += ["transformers:Beit", "transformers:DPT", "transformers:MobileViTV2", "transformers:Data2VecVision"]
+SLOW += ["transformers:UperNetSwin", "torchvision:deeplabv3_resnet50", "smp:UnetPlusPlus", "smp:MAnet", "smp:Linknet"]
+SLOW += ["smp:PAN", "smp:DeepLabV3", "smp:UPerNet", "smp:Segformer"]
 
 
 def _grown(step: Path, classes: int = 1, method: str = "lwf") -> Path:
