@@ -17,6 +17,7 @@ import starseg
 from adoption.nets import TwoBranches
 from adoption.originals import Original, images, logits_of, randomise
 from starseg.adoption.adopt import AdoptRequest, adopt
+from starseg.cli.main import main
 from starseg.engine.checkpoint import load_info, load_model, save_step
 from starseg.errors import UserError
 from starseg.inference.library import export_library
@@ -227,3 +228,22 @@ def test_a_network_of_queries_has_no_such_form(original: Make, tmp_path: Path) -
     pytest.importorskip("onnxruntime")
     found = export_onnx(step, tmp_path / "model.onnx", QUIET)
     assert found.masks > 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--to keras --out x", "--to: expected torchvision, smp, transformers, model or program, got 'keras'; ONNX"),
+        ("--to smp", "--to smp: give --out FOLDER"),
+        ("--to program", "--to program: give --out model.pt2"),
+        ("--to smp --out x --int8", "--to smp: takes no --int8, --images or --hub, which are for other forms"),
+    ],
+)
+def test_wrong_options_are_explained(
+    arguments: str, sentence: str, step_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["starseg", "export", str(step_dir), *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
