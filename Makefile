@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[dev,docs,lite,export,learn,app]'
+	$(BIN)/python -m pip install -e '.[dev,docs,lite,export,learn,app,smp,transformers]'
 	@touch $@
 
 $(OLDEST)/.installed: pyproject.toml scripts/oldest.py

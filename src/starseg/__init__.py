@@ -6,23 +6,27 @@ from typing import TYPE_CHECKING, Any
 from starseg.utils import deprecation
 
 if TYPE_CHECKING:
+    from starseg.adoption.api import adopt
     from starseg.config import load_config
     from starseg.experiments.train import train
     from starseg.inference.predictor import load
     from starseg.methods import Method, register_method
+    from starseg.models.foreign.module import register_model
 
 __version__ = "0.1.0"
-__all__ = ["Method", "load", "load_config", "register_method", "train"]
+__all__ = ["Method", "adopt", "load", "load_config", "register_method", "register_model", "train"]
 
 deprecation.install()
 
 # Loaded on first use, so that the command line answers before torch is imported.
 _API = {
+    "adopt": "starseg.adoption.api",
     "train": "starseg.experiments.train",
     "load_config": "starseg.config",
     "load": "starseg.inference.predictor",
     "Method": "starseg.methods",
     "register_method": "starseg.methods",
+    "register_model": "starseg.models.foreign.module",
 }
 
 

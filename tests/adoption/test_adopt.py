@@ -28,8 +28,10 @@ QUIET = Console(quiet=True)
 Make = Callable[[str], Original]
 FAST = ["torchvision:deeplabv3_mobilenet_v3_large", "torchvision:lraspp_mobilenet_v3_large", "smp:Unet", "smp:FPN"]
 FAST += ["smp:Segformer", "transformers:Segformer", "transformers:UperNet", "transformers:Beit", "transformers:DPT"]
+FAST += ["transformers:MobileViT", "transformers:Mask2Former", "transformers:Eomt"]
 SLOW = ["torchvision:deeplabv3_resnet50", "torchvision:fcn_resnet50", "smp:UnetPlusPlus", "smp:MAnet", "smp:Linknet"]
 SLOW += ["smp:PAN", "smp:DeepLabV3", "smp:DeepLabV3Plus", "smp:UPerNet", "transformers:MobileNetV2"]
+SLOW += ["smp:PSPNet", "smp:DPT", "transformers:MobileViTV2", "transformers:MaskFormer"]
 SLOW += [
     "transformers:Data2VecVision",
     "transformers:UperNetSwin",

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from adoption.originals import hugging_face
+from adoption.originals import hugging_face, images
 from starseg.adoption.adopt import AdoptRequest, adopt
+from starseg.engine.checkpoint import load_model
 from starseg.errors import UserError
 from starseg.models.foreign import torchvision as tv
 
@@ -41,7 +42,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "neither": {"hidden_size": 3},
         "smp_without_weights": {"_model_class": "Unet", "classes": 2},
         "detector": {"architectures": ["DetrForObjectDetection"], "model_type": "detr"},
-        "queries": {"architectures": ["Mask2FormerForUniversalSegmentation"], "model_type": "mask2former"},
+        "panoptic": {"architectures": ["OneFormerForUniversalSegmentation"], "model_type": "oneformer"},
+        "classifier": {"architectures": ["ViTForImageClassification"], "model_type": "vit"},
+        "queries": {"architectures": ["EomtForUniversalSegmentation"], "model_type": "eomt"},
+        "eight_bits": {
+            "architectures": ["SegformerForSemanticSegmentation"],
+            "model_type": "segformer",
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        },
         "grey": {"_model_class": "Unet", "classes": 2, "in_channels": 1},
     }.items():
         (folder / name).mkdir()
@@ -82,6 +90,25 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda request, files: replace(request, source=str(files / "good.pth")),
         "is a file of weights alone; give torchvision:NAME, .* as SOURCE, and the file as --weights",
     ),
+    "a detection network of torchvision": (
+        _with(source="torchvision:fasterrcnn_resnet50_fpn"),
+        "fasterrcnn_resnet50_fpn: is a classification or detection network; expected a segmentation network",
+    ),
+    "a TFLite file": (
+        _with(source="deeplab.tflite"),
+        r"deeplab.tflite: .tflite files hold a graph for prediction, often quantised; give the float network in",
+    ),
+    "an ONNX file": (_with(source="unet.onnx"), "unet.onnx: .onnx files hold a graph for prediction"),
+    "a model of no file": (
+        _with(source="model:mine"),
+        r"model:mine: no such model \(.*\); name the Python file that registers it in STARSEG_MODELS, as in "
+        r"STARSEG_MODELS=nets.py: @starseg.register_model",
+    ),
+    "features of a library's network": (
+        _with(features="classifier"),
+        "--features: torchvision:.* is split as its library demands; only model:NAME takes --features",
+    ),
+    "a divisor of a library's network": (_with(multiple=8), "--multiple: .* only model:NAME takes --multiple"),
     "neither weights nor classes": (
         _with(weights=None, classes=None),
         "give --weights FILE, or --classes for a network",
@@ -128,10 +155,10 @@ OPTIONAL: dict[str, tuple[str, Change, str]] = {
         _with(source="smp:Unet:resnet19", weights=None),
         "segmentation_models.pytorch cannot build it: .*resnet19",
     ),
-    "an architecture that is too wide": (
+    "an encoder that its class does not take": (
         "segmentation_models_pytorch",
-        _with(source="smp:PSPNet:resnet18", weights=None),
-        "its 3x3 classifier segmentation_head.0 .* 4608 channels .*take another architecture",
+        _with(source="smp:DPT:resnet18", weights=None),
+        "smp:DPT:resnet18: segmentation_models.pytorch cannot build it: Only Timm encoders are supported for DPT",
     ),
     "an smp folder without weights": (
         "segmentation_models_pytorch",
@@ -144,10 +171,25 @@ OPTIONAL: dict[str, tuple[str, Change, str]] = {
         _folder("detector"),
         "DetrForObjectDetection: expected a semantic segmentation network, one of Segformer",
     ),
-    "a network of queries": (
+    "a classification network of transformers": (
+        "transformers",
+        _folder("classifier"),
+        "ViTForImageClassification: expected a semantic segmentation network, one of Segformer",
+    ),
+    "a network that wants words": (
+        "transformers",
+        _folder("panoptic"),
+        "OneFormer.*: wants a task in words beside the image; take a network that wants the image alone, one of",
+    ),
+    "a folder without weights": (
         "transformers",
         _folder("queries"),
-        "Mask2Former.*: classifies queries instead of pixels, so no 1x1 convolution over classes can be found",
+        r"queries: transformers cannot load it: (Error no file named model.safetensors|.*scipy)",
+    ),
+    "a quantised network of transformers": (
+        "transformers",
+        _folder("eight_bits"),
+        r"its weights are quantised \(bitsandbytes\), which cannot be adopted; give the float network",
     ),
 }
 
@@ -182,13 +224,13 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, files: Path, 
         )
 
 
-def test_bgr_networks_and_missing_weights_are_refused(tmp_path: Path) -> None:
+def test_missing_and_doubled_weights_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "net"
     hugging_face("Segformer").save_pretrained(folder)
     request = AdoptRequest(str(folder), tmp_path / "run")
     processor = folder / "preprocessor_config.json"
-    processor.write_text('{"do_flip_channel_order": true}')
-    with pytest.raises(UserError, match="the network wants BGR images; only RGB networks can be adopted"):
+    processor.write_text("[1]")
+    with pytest.raises(UserError, match="expected the settings of an image processor, got a list"):
         adopt(request, Console(quiet=True))
     processor.unlink()
     with pytest.raises(UserError, match=r"--weights: the weights of .* lie in it; leave --weights out"):
@@ -196,6 +238,19 @@ def test_bgr_networks_and_missing_weights_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="net: transformers cannot load it: "):
         adopt(request, Console(quiet=True))
+
+
+def test_a_colour_order_is_not_guessed(tmp_path: Path) -> None:
+    """The same network as BGR and as RGB predicts differently; nothing but the user's word decides."""
+    folder = tmp_path / "net"
+    hugging_face("Segformer").save_pretrained(folder)
+    pixels = images((64, 64), 1)
+    rgb, bgr = (
+        load_model(adopt(AdoptRequest(str(folder), tmp_path / str(flag), bgr=flag), Console(quiet=True)))[0]
+        for flag in (False, True)
+    )
+    assert not torch.allclose(rgb.predict(pixels), bgr.predict(pixels))
+    assert rgb.mean.flatten().tolist() == bgr.mean.flatten().tolist()
 
 
 def test_a_step_directory_needs_no_adoption(step_dir: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from starseg.errors import UserError
 from starseg.inference.files import find_images
 from starseg.models import Segmenter
 from starseg.models.classifiers import BACKGROUND, SOFTMAX, last_layer
-from starseg.models.foreign import LIBRARIES, preprocess_of
-from starseg.models.foreign.split import Split, feature_stride, make_parts
+from starseg.models.foreign import LIBRARIES, NEVER, huggingface, preprocess_of, split_network
+from starseg.models.foreign.split import feature_stride, make_parts
 from starseg.ops.bilinear import resize
 from starseg.tasks import BACKGROUND as BACKGROUND_ID
 from starseg.utils.files import read_json, write_atomic, write_json
@@ -36,8 +35,6 @@ METHOD = "lwf"
 """Method whose first step trains such a network: one softmax over the background and all classes."""
 WITH_BANK = "star"
 """Method whose state is the bank that is measured on photos."""
-NEVER = -1e4
-"""Logit of the background of a network that has none, which is therefore never predicted."""
 _CROP, _DERIVED = 512, "derived from the classifier"
 # Sides of the images on which both are compared, and smallest divisor of sides from which a square of it is taken.
 _SIDE, _WHOLE = 96, 64
@@ -56,9 +53,12 @@ class AdoptRequest:
         classes: comma-separated names of the outputs, the background first.
         background: whether the first output is the background.
         classifier: name of the classifier, if it is not the library's usual one.
-        mean, std: three numbers for pixels in 0..1 that replace those of the source.
+        mean, std: three numbers for pixels in 0..1, in the order RGB, that replace those of the source.
         crop: side in pixels of the images at which the network predicts.
         photos: a folder or pattern of unlabelled images, from which a prototype bank is measured.
+        features: name of a layer whose output becomes a further map of the encoder; for `model:NAME`.
+        multiple: divisor that the sides of images must have; for `model:NAME`.
+        bgr: whether the network takes BGR images.
     """
 
     source: str
@@ -71,6 +71,9 @@ class AdoptRequest:
     std: tuple[float, ...] | None = None
     crop: int | None = None
     photos: str | None = None
+    features: str | None = None
+    multiple: int | None = None
+    bgr: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,21 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
     Raises:
         UserError: the network cannot be adopted, or does not predict what the original predicts.
     """
-    _check(request)
-    photos = find_images([request.photos]) if request.photos else []
+    check_request(request)
     classes = len(request.classes.split(",")) if request.classes else None
-    foreign = open_source(request.source, Options(request.weights, classes, request.classifier))
+    options = Options(request.weights, classes, request.classifier, request.features, request.multiple)
+    return adopt_network(open_source(request.source, options), request, console)
+
+
+def adopt_network(foreign: Foreign, request: AdoptRequest, console: Console) -> Path:
+    """Make a step directory from a network that is in memory; arguments and errors as in :func:`adopt`.
+
+    Args:
+        foreign: the network, which is changed.
+        request: its source is only shown.
+        console: where notes and the comparison with the original are printed.
+    """
+    photos = find_images([request.photos]) if request.photos else []
     outputs = name_outputs(
         request.classes, foreign.names, foreign.architecture.options["outputs"], request.background, request.source
     )
@@ -121,11 +135,12 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
             "out"
         )
     given = {key: list(value) for key in ("mean", "std") if (value := getattr(request, key))}
-    architecture = replace(foreign.architecture, options=foreign.architecture.options | given)
-    model, compared = convert(replace(foreign, architecture=architecture), outputs, request.classifier)
+    channels = {"bgr": True} if request.bgr else {}
+    architecture = replace(foreign.architecture, options=foreign.architecture.options | given | channels)
+    model, compared = convert(replace(foreign, architecture=architecture), outputs)
     for note in () if given else foreign.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    crop = _crop(request, foreign.crop, model.multiple)
+    crop = _crop(request, foreign.crop, model)
     measured = None
     if photos:
         model = to_sigmoid(model)
@@ -150,7 +165,12 @@ def _bank_table(measured: MeasuredBank, names: list[str]) -> Table:
     return table
 
 
-def _check(request: AdoptRequest) -> None:
+def check_request(request: AdoptRequest) -> None:
+    """Check the arguments that need no network.
+
+    Raises:
+        UserError: the place is taken, or numbers make no sense.
+    """
     out = request.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; give a free place")
@@ -162,13 +182,12 @@ def _check(request: AdoptRequest) -> None:
         raise UserError(f"--mean: expected numbers for pixels in 0..1, got {request.mean}; divide mean and std by 255")
 
 
-def convert(foreign: Foreign, outputs: Outputs, classifier: str | None = None) -> tuple[Segmenter, Comparison]:
+def convert(foreign: Foreign, outputs: Outputs) -> tuple[Segmenter, Comparison]:
     """Convert a network, which is taken apart, and compare the result with it.
 
     Args:
         foreign: the network.
         outputs: what its outputs are.
-        classifier: name of the classifier, if it is not the library's usual one.
 
     Raises:
         UserError: it cannot be split in front of its classifier, or the result differs from it.
@@ -176,11 +195,13 @@ def convert(foreign: Foreign, outputs: Outputs, classifier: str | None = None) -
     library = LIBRARIES[foreign.architecture.builder]
     network = foreign.network.eval()
     original, image = _original(network, library, foreign)
-    split: Split = library.split(network, classifier)
-    if split.classifier.out_channels != foreign.architecture.options["outputs"]:
+    split = split_network(network, foreign.architecture)
+    if not split.classifier.out_channels == foreign.architecture.options["outputs"] == original.shape[1]:
         raise UserError(
-            f"--classifier {classifier}: has {split.classifier.out_channels} outputs, the network has "
-            f"{foreign.architecture.options['outputs']}; name its last convolution"
+            f"{foreign.architecture.encoder}: looked for its classifier in "
+            f"{foreign.architecture.options.get('classifier') or 'its last convolution'}, which has "
+            f"{split.classifier.out_channels} outputs; the network has {original.shape[1]} and "
+            f"{foreign.architecture.options['outputs']} are named; name its last convolution with --classifier"
         )
     encoder, decoder = make_parts(split, preprocess_of(foreign.architecture))
     architecture = replace(foreign.architecture, stride=feature_stride(encoder, decoder))
@@ -198,7 +219,7 @@ def convert(foreign: Foreign, outputs: Outputs, classifier: str | None = None) -
 
 def _original(network: nn.Module, library: Any, foreign: Foreign) -> tuple[Tensor, Tensor]:
     """Return the original's logits [1, N, H, W] of a random image, and the image [1, 3, H, W]."""
-    multiple = library.multiple(network)
+    multiple = library.multiple(network, foreign.architecture)
     side = multiple if multiple >= _WHOLE else math.ceil(_SIDE / multiple) * multiple
     width = side if multiple >= _WHOLE else side + math.ceil(32 / multiple) * multiple
     coarse = torch.rand(1, 3, side // 8 + 1, width // 8 + 1, generator=torch.Generator().manual_seed(0))
@@ -208,16 +229,17 @@ def _original(network: nn.Module, library: Any, foreign: Foreign) -> tuple[Tenso
     image = (pixels / 255 - mean) / std
     try:
         with torch.no_grad():
-            result = network(image)
-    except (RuntimeError, ValueError) as error:
+            result = network(image.flip(1) if foreign.architecture.options.get("bgr") else image)
+    except UserError:
+        raise
+    except Exception as error:  # another person's code may raise anything
+        hint = "; name the divisor of its sides with --multiple" if library is LIBRARIES["module"] else ""
         raise UserError(
             f"{foreign.architecture.encoder}: cannot be run on images of {side} x {width} pixels: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}{hint}"
         ) from error
-    if isinstance(result, Mapping):
-        result = result["out"] if "out" in result else result["logits"]
-    logits = result[0] if isinstance(result, tuple) else result
-    return resize(logits, image.shape[-2:]), image
+    logits = huggingface.logits(network, result)
+    return resize(logits.float(), image.shape[-2:]), image
 
 
 @torch.no_grad()
@@ -263,11 +285,11 @@ def _compare(model: Segmenter, original: Tensor, image: Tensor, outputs: Outputs
     )
 
 
-def _crop(request: AdoptRequest, known: int | None, multiple: int) -> int:
+def _crop(request: AdoptRequest, known: int | None, model: Segmenter) -> int:
     """Return the side of the crops, a multiple of what the network and a run's configuration need."""
-    unit = math.lcm(multiple, 16)
+    unit = math.lcm(model.multiple, 16)
     if request.crop is None:
-        return max(1, round((known or _CROP) / unit)) * unit
+        return unit if model.encoder.fixed else max(1, round((known or _CROP) / unit)) * unit
     if request.crop % unit:
         least = max(1, request.crop // unit)
         raise UserError(

@@ -57,6 +57,8 @@ EXAMPLES = {
         "starseg export runs/my/step_3 --out model.onnx",
         "starseg export runs/my/step_3 --out small.onnx --int8 --images photos",
         "starseg export runs/my/step_3 --hub my_model",
+        "starseg export horse/step_1 --to transformers --out segformer_with_horse",
+        "starseg export runs/my/step_3 --to program --out model.pt2",
     ),
     "report": (
         "starseg report runs/my",

@@ -169,7 +169,8 @@ def adopt(
     source: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, smp:CLASS[:ENCODER], or a folder of save_pretrained.", show_default=False
+            help="torchvision:NAME, smp:CLASS[:ENCODER], model:NAME, or a folder of save_pretrained.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Run directory.", show_default=False)],
@@ -193,10 +194,19 @@ def adopt(
         str | None,
         typer.Option(help="Unlabelled photos, from which STAR's prototypes are measured.", show_default=False),
     ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="model:NAME: a layer that becomes a further map.", show_default=False)
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option(min=1, help="model:NAME: divisor of the sides of images.", show_default=False)
+    ] = None,
+    bgr: Annotated[bool, typer.Option("--bgr", help="The network takes BGR images.")] = False,
 ) -> None:
     """Make a step directory of a network that another library trained (docs/adopt.md).
 
-    Its predictions are compared with those of the original.
+    model:NAME is a network of your own, which a Python file named by
+    STARSEG_MODELS registers. Predictions are compared with those of the
+    original.
     """
     from starseg.adoption.adopt import AdoptRequest
     from starseg.adoption.adopt import adopt as run
@@ -204,7 +214,8 @@ def adopt(
     normalisation = (mean and _numbers("--mean", mean), std and _numbers("--std", std))
     run(
         AdoptRequest(
-            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos)  # type: ignore[arg-type]
+            *(source, out, weights, classes, not no_background, classifier, *normalisation, crop, photos),  # type: ignore[arg-type]
+            *(features, multiple, bgr),
         ),
         console,
     )
@@ -262,7 +273,18 @@ def predict(
 @app.command(epilog=examples("export"))
 def export(
     step_dir: Annotated[Path, typer.Argument(help="A run's step_<t> directory.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="Write ONNX here.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write ONNX, or what --to names, here.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="torchvision, smp, transformers or model: the form of the library that the network was adopted from; "
+            "program: a torch.export file (.pt2).",
+            show_default=False,
+        ),
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the convolutions of the ONNX file.")] = False,
     images: Annotated[
         list[str] | None,
@@ -272,7 +294,9 @@ def export(
         Path | None, typer.Option("--hub", help="Write weights and a model card here.", show_default=False)
     ] = None,
 ) -> None:
-    """Export to ONNX (compared with torch), or as a folder with weights and model card for a model hub."""
+    """Export to ONNX (compared with torch), to the library that the network was adopted from, or for a model hub."""
+    if to is not None:
+        return _export_to(to, step_dir, out, bool(int8 or images or hub))
     if out is None and hub is None:
         raise UserError("export: give --out model.onnx, or --hub FOLDER, or both")
     if not out and (int8 or images):
@@ -285,6 +309,23 @@ def export(
         from starseg.inference.hub import write_hub
 
         console.print(f"model card: {write_hub(step_dir, hub)}", highlight=False, soft_wrap=True)
+
+
+def _export_to(form: str, step_dir: Path, out: Path | None, others: bool) -> None:
+    """Export to a library's own form, or as a program of torch.export."""
+    from starseg.inference.library import BUILDERS, export_library
+    from starseg.inference.program import export_program
+
+    if form not in (*BUILDERS, "program"):
+        raise UserError(f"--to: expected {', '.join(BUILDERS)} or program, got {form!r}; ONNX needs no --to")
+    if out is None:
+        raise UserError(f"--to {form}: give --out {'model.pt2' if form == 'program' else 'FOLDER'}")
+    if others:
+        raise UserError(f"--to {form}: takes no --int8, --images or --hub, which are for other forms; leave them out")
+    if form == "program":
+        export_program(step_dir, out, console)
+    else:
+        export_library(step_dir, form, out, console)
 
 
 @app.command(name="app", epilog=examples("app"))

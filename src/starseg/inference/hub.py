@@ -8,6 +8,7 @@ from typing import Any
 from starseg import __version__
 from starseg.engine.checkpoint import is_finished, load_model
 from starseg.errors import UserError
+from starseg.inference.history import read_history
 from starseg.report.templating import template
 from starseg.utils.files import read_json, write_atomic
 
@@ -58,6 +59,7 @@ def write_hub(step_dir: Path, folder: Path) -> Path:
         classes=[(name, i) for i, name in info.predictable.items()],
         metrics=metrics,
         steps=_earlier_steps(step_dir, info.step),
+        history=read_history(step_dir, info),
         parameters=sum(p.numel() for p in model.parameters()),
         mean=[round(x, 4) for x in model.mean.flatten().tolist()],
         std=[round(x, 4) for x in model.std.flatten().tolist()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,20 @@ from starseg.models.decoders import DECODERS
 from starseg.models.encoders import Encoder, make_encoder
 from starseg.models.extended import ExtendedSegmenter
 from starseg.models.segmenter import Segmenter
+from starseg.utils.plugins import load_entry_points, load_files
+
+ENTRY_POINTS, FILES = "starseg.models", "STARSEG_MODELS"
+
+
+@cache
+def load_plugins() -> None:
+    """Import the packages and files that register builders and models; later calls do nothing.
+
+    Raises:
+        UserError: one of them cannot be imported.
+    """
+    load_entry_points(ENTRY_POINTS, "model")
+    load_files(FILES)
 
 
 class Parts(NamedTuple):
@@ -73,8 +88,11 @@ def make_network(
         UserError: an unknown builder, or an error of :func:`starseg.models.encoders.make_encoder`.
     """
     if architecture.builder not in BUILDERS:
+        load_plugins()
+    if architecture.builder not in BUILDERS:
         raise UserError(
-            f"architecture: no builder {architecture.builder!r} is registered here; known: {', '.join(BUILDERS)}"
+            f"architecture: no builder {architecture.builder!r} is registered here; known: {', '.join(BUILDERS)}; "
+            f"name the Python file that registers it in {FILES}"
         )
     encoder, decoder = BUILDERS[architecture.builder](architecture, pretrained)
     network = ExtendedSegmenter if architecture.extension else Segmenter

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from starseg.errors import UserError
 from starseg.models.architectures import Architecture
-from starseg.models.foreign.split import Split, find_classifier, pointwise, require, split_at
+from starseg.models.foreign import queries
+from starseg.models.foreign.split import Split, find_classifier, logits_of, merge_at, pointwise, require, split_at
 
 
 class _Body(nn.Module):
@@ -80,6 +81,12 @@ FAMILIES = {
     "MobileNetV2ForSemanticSegmentation": _Family(
         *("mobilenet_v2", "segmentation_head", "classifier.convolution"), _last_hidden_state, lambda c: 1, True
     ),
+    **{
+        f"{name}ForSemanticSegmentation": _Family(
+            *(name.lower(), "segmentation_head", "classifier.convolution"), _last_hidden_state, lambda c: 32
+        )
+        for name in ("MobileViT", "MobileViTV2")
+    },
 }
 # Networks that are run as a whole, up to their classifier, on square images of the size in their configuration.
 WHOLE = {
@@ -91,12 +98,11 @@ WHOLE = {
 _UPSAMPLING = {"DPTForSemanticSegmentation": "head.head.5"}
 # Divisor of the sides of images for a network of another class, whose classifier the user names.
 _MULTIPLE = 32
-_QUERIES = ("Mask2Former", "OneFormer", "MaskFormer", "Eomt")
 
 
 def known() -> list[str]:
     """Return the names of the classes that can be split."""
-    return [*FAMILIES, *WHOLE]
+    return [*FAMILIES, *WHOLE, *queries.KINDS]
 
 
 def library() -> Any:
@@ -116,10 +122,10 @@ def check_class(name: str, classifier: str | None = None) -> None:
     """
     if name in known() or (classifier and name.endswith("ForSemanticSegmentation")):
         return
-    if name.startswith(_QUERIES):
+    if name.startswith("OneFormer"):
         raise UserError(
-            f"{name}: classifies queries instead of pixels, so no 1x1 convolution over classes can be found; "
-            f"take a network of one of {', '.join(known())}"
+            f"{name}: wants a task in words beside the image; take a network that wants the image alone, one of "
+            f"{', '.join(known())}"
         )
     hint = "; name its last 1x1 convolution with --classifier" if name.endswith("ForSemanticSegmentation") else ""
     raise UserError(f"{name}: expected a semantic segmentation network, one of {', '.join(known())}{hint}")
@@ -139,28 +145,55 @@ def create(architecture: Architecture, outputs: int) -> nn.Module:
     return kind(config)
 
 
-def multiple(network: nn.Module) -> int:
+def multiple(network: nn.Module, architecture: Architecture) -> int:
     """Return the divisor that the sides of images must have."""
     name, config = type(network).__name__, cast(Any, network.config)
+    if name in queries.KINDS:
+        return queries.multiple(network)
     if name in FAMILIES:
         return FAMILIES[name].multiple(config)
     return int(config.image_size) if name in WHOLE else _MULTIPLE
 
 
-def split(network: nn.Module, classifier: str | None = None) -> Split:
-    """Split a network in front of its classifier, or of the layer called ``classifier``.
+def logits(network: nn.Module, result: Any) -> Tensor:
+    """Return the logits in what a network returns; of one that classifies queries, its semantic map."""
+    if type(network).__name__ in queries.KINDS:
+        return queries.semantic_map(result, queries.side(network))
+    return logits_of(result)
+
+
+def split(network: nn.Module, architecture: Architecture) -> Split:
+    """Split a network in front of its classifier, or of the layer that the architecture's options name.
 
     Raises:
         UserError: there is no such layer.
     """
-    name = type(network).__name__
-    family = FAMILIES.get(name)
+    name, classifier = type(network).__name__, architecture.options.get("classifier")
+    if name in queries.KINDS:
+        return queries.split(network)
+    sides, family = multiple(network, architecture), FAMILIES.get(name)
     if family is None or classifier not in (None, f"{family.head}.{family.classifier}"):
         after = network.get_submodule(_UPSAMPLING[name]) if name in _UPSAMPLING else None
-        found = split_at(network, classifier or WHOLE[name], multiple(network), after)
+        found = split_at(network, classifier or WHOLE[name], sides, after)
         return found._replace(fixed=name in WHOLE)
     head = network.get_submodule(family.head)
     before, joined = pointwise(find_classifier(head, family.classifier))
     setattr(head, family.classifier.split(".")[0], nn.Identity())
     body = _Body(network.get_submodule(family.backbone), family.read)
-    return Split(body, _Head(head, family.last, before), joined, multiple(network))
+    return Split(body, _Head(head, family.last, before), joined, sides)
+
+
+def merge(
+    network: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the classifier that computes weight [K, D] and bias [K].
+
+    Raises:
+        UserError: the network classifies queries.
+    """
+    name = type(network).__name__
+    if name in queries.KINDS:
+        raise UserError(f"{name}: classifies queries, so it has no layer into which a new class of pixels would fit")
+    family = FAMILIES.get(name)
+    usual = f"{family.head}.{family.classifier}" if family else WHOLE.get(name, "")
+    return merge_at(network, architecture.options.get("classifier") or usual, weight, bias)

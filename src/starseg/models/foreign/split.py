@@ -5,9 +5,10 @@ Shape letters: N images, H W pixels, C map channels, D feature channels, h w fea
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,36 @@ def pointwise(classifier: nn.Conv2d) -> tuple[nn.Module, nn.Conv2d]:
     return Patches(classifier.in_channels), joined
 
 
+class Scores(nn.Module):
+    """The scores of a 3x3 classifier as K channels, followed by the D channels that it reads at the centre.
+
+    Args:
+        classifier: the classifier; its bias is left out.
+    """
+
+    def __init__(self, classifier: nn.Conv2d) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.classifier.bias = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the scores and features [N, K + D, h, w] of features [N, D, h, w]."""
+        return torch.cat([self.classifier(features), features], 1)
+
+
+def scored(classifier: nn.Conv2d) -> tuple[nn.Module, nn.Conv2d]:
+    """Return a 3x3 classifier as a module that computes its scores, and a 1x1 convolution that picks them.
+
+    The features are far fewer than those of patches; a new class is a 1x1 convolution of old scores and centres.
+    """
+    outputs, bias = classifier.out_channels, classifier.bias
+    picking = nn.Conv2d(outputs + classifier.in_channels, outputs, 1)
+    with torch.no_grad():
+        picking.weight.zero_()[:, :outputs, 0, 0].fill_diagonal_(1)
+        nn.init.zeros_(picking.bias) if bias is None else picking.bias.copy_(bias)  # type: ignore[arg-type, union-attr]
+    return Scores(classifier), picking
+
+
 class _Tap(nn.Module):
     """Stand-in for a classifier, which keeps its input and passes on a single channel."""
 
@@ -119,9 +150,22 @@ class _Tap(nn.Module):
         self.kept.append(features)
         return features[:, :1]
 
+    def keep(self, layer: nn.Module, arguments: Any, output: Tensor) -> None:
+        """Keep the output of another layer (forward hook).
+
+        Raises:
+            UserError: it is no map.
+        """
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            what = f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise UserError(
+                f"--features: {type(layer).__name__} returns {what}; expected a layer that returns a map [N, C, h, w]"
+            )
+        self.kept.append(output)
+
 
 class _Tapped(nn.Module):
-    """A whole network, run for the input of one of its layers."""
+    """A whole network, run for the maps that a tap keeps."""
 
     def __init__(self, network: nn.Module, tap: _Tap) -> None:
         super().__init__()
@@ -130,7 +174,21 @@ class _Tapped(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         self.tap.kept.clear()
         self.network(images)
-        return [self.tap.kept.pop()]
+        maps = list(self.tap.kept)
+        self.tap.kept.clear()
+        return maps
+
+
+class Flipped(nn.Module):
+    """A body whose network takes BGR images, here given RGB images."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the maps of normalised RGB images [N, 3, H, W]."""
+        return self.body(images.flip(1))
 
 
 class _Last(nn.Module):
@@ -162,7 +220,32 @@ def find_classifier(network: nn.Module, name: str) -> nn.Conv2d:
     return found
 
 
-def split_at(network: nn.Module, name: str, multiple: int = 1, after: nn.Module | None = None) -> Split:
+def merge_at(network: nn.Module, name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the convolution called ``name`` that compute what a 1x1 classifier of its input computes.
+
+    The inverse of :func:`pointwise`.
+
+    Args:
+        network: a network in its library's form.
+        name: of its classifier.
+        weight: [K, D] of the 1x1 classifier.
+        bias: [K].
+
+    Raises:
+        UserError: the convolution has no bias, and one is needed.
+    """
+    classifier = find_classifier(network, name)
+    tensors = {f"{name}.weight": weight.reshape(len(weight), *classifier.weight.shape[1:])}
+    if classifier.bias is not None:
+        tensors[f"{name}.bias"] = bias
+    elif bias.any():
+        raise UserError(f"{type(network).__name__}: its classifier {name} has no bias, which the new classes need")
+    return tensors
+
+
+def split_at(
+    network: nn.Module, name: str, multiple: int = 1, after: nn.Module | None = None, features: str | None = None
+) -> Split:
     """Split any network in front of the convolution called ``name``; everything before it becomes the encoder.
 
     Args:
@@ -170,6 +253,7 @@ def split_at(network: nn.Module, name: str, multiple: int = 1, after: nn.Module 
         name: of its last convolution.
         multiple: divisor that the sides of images must have.
         after: what the network does to its outputs after the convolution, if it is linear and the same for each.
+        features: name of a layer whose output becomes a further map of the encoder.
 
     Raises:
         UserError: there is no such layer, or it is no classifier.
@@ -177,9 +261,27 @@ def split_at(network: nn.Module, name: str, multiple: int = 1, after: nn.Module 
     before, classifier = pointwise(find_classifier(network, name))
     parent, _, child = name.rpartition(".")
     tap = _Tap()
+    if features is not None:
+        find_layer(network, features).register_forward_hook(tap.keep)
     setattr(network.get_submodule(parent), child, tap)
     head = before if after is None else nn.Sequential(before, after)
     return Split(_Tapped(network, tap), _Last(head), classifier, multiple)
+
+
+def find_layer(network: nn.Module, name: str) -> nn.Module:
+    """Return the layer called ``name``.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    layers = dict(network.named_modules())
+    if not name or name not in layers:
+        close = difflib.get_close_matches(name, layers, 3) or list(layers)[-3:]
+        raise UserError(
+            f"--features {name}: {type(network).__name__} has no such layer; expected the name of a layer, such as "
+            f"{', '.join(close)}"
+        )
+    return layers[name]
 
 
 def last_map(after: nn.Module) -> nn.Module:
@@ -204,6 +306,26 @@ def feature_stride(encoder: Encoder, decoder: nn.Module) -> int:
     image = encoder.example()
     with torch.no_grad():
         return max(1, image.shape[-1] // decoder.eval()(encoder.eval()(image), ()).shape[-1])
+
+
+def logits_of(result: Any) -> Tensor:
+    """Return the logits [N, K, *, *] in what a network returns: a tensor, the first of a tuple, "out" or "logits".
+
+    Raises:
+        UserError: there are none.
+    """
+    found = result
+    if isinstance(result, Mapping):
+        found = result.get("out", result.get("logits"))
+    elif isinstance(result, tuple | list) and result:
+        found = result[0]
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(result).__name__}"
+        raise UserError(
+            f"the network returns {what}; expected the logits [N, outputs, height, width] of a semantic segmentation "
+            'network, alone, first in a tuple, or as "out" or "logits"'
+        )
+    return found
 
 
 def require(package: str, extra: str) -> Any:

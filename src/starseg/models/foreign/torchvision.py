@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torchvision.models.segmentation.lraspp import LRASPP, LRASPPHead
 
 from starseg.errors import UserError
 from starseg.models.architectures import Architecture
-from starseg.models.foreign.split import Split, last_map, split_at
+from starseg.models.foreign.split import Split, last_map, merge_at, split_at
 from starseg.ops.bilinear import resize
 
 CLASSIFIER = "classifier.4"
@@ -89,17 +90,18 @@ def create(architecture: Architecture, outputs: int) -> nn.Module:
     return get_model(architecture.encoder, weights=None, weights_backbone=None, num_classes=outputs, **options)
 
 
-def multiple(network: nn.Module) -> int:
+def multiple(network: nn.Module, architecture: Architecture) -> int:
     """Return the divisor that the sides of images must have."""
     return 1
 
 
-def split(network: nn.Module, classifier: str | None = None) -> Split:
-    """Split a network in front of its classifier, or of the layer called ``classifier``.
+def split(network: nn.Module, architecture: Architecture) -> Split:
+    """Split a network in front of its classifier, or of the layer that the architecture's options name.
 
     Raises:
         UserError: there is no such layer.
     """
+    classifier = architecture.options.get("classifier")
     if classifier not in (None, CLASSIFIER):
         return split_at(network, classifier)
     body, head = _Maps(network.get_submodule("backbone")), network.get_submodule("classifier")
@@ -113,3 +115,15 @@ def split(network: nn.Module, classifier: str | None = None) -> Split:
         joined.weight.copy_(torch.cat([low.weight, high.weight], 1))
         joined.bias.copy_(low.bias + high.bias)  # type: ignore[union-attr]
     return Split(body, _Lraspp(head), joined)
+
+
+def merge(
+    network: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], weight: Tensor, bias: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the classifier, or of the two of LR-ASPP, that compute weight [K, D] and bias [K]."""
+    if not isinstance(network, LRASPP) or architecture.options.get("classifier"):
+        return merge_at(network, architecture.options.get("classifier") or CLASSIFIER, weight, bias)
+    low = network.get_submodule(LOW).in_channels
+    parts = {LOW: weight[:, :low], HIGH: weight[:, low:]}
+    tensors = {f"{name}.weight": part[:, :, None, None] for name, part in parts.items()}
+    return tensors | {f"{LOW}.bias": torch.zeros_like(bias), f"{HIGH}.bias": bias}
