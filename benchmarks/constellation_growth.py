@@ -84,9 +84,9 @@ def one(method: str, data: Path, run: Path) -> None:
 
 
 def steps(work: Path) -> None:
-    """Print a later step of both methods, alternating."""
+    """Print the time and the memory of a later step of both methods."""
     print(
-        f"a later step with the evaluation of 32 images, {SIZE} px; STAR: {EPOCHS} epochs; constellation: {OPTIONS.crops} "
+        f"a later step and its evaluation, {SIZE} px; STAR: {EPOCHS} epochs; constellation: {OPTIONS.crops} "
         f"crops, {OPTIONS.epochs} epochs of the classifier\n\n| method | images | seconds | memory |\n|---|---|---|---|"
     )
     seconds = {}
