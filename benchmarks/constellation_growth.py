@@ -34,8 +34,7 @@ from starseg.replay.gaussians import GaussianBank
 from starseg.utils.files import read_json
 
 OPTIONS = ConstellationOptions()
-SIZE, BATCH, EPOCHS = 192, 16, 6
-IMAGES = 256
+BACKBONE, SIZE, BATCH, EPOCHS, IMAGES = "tf_efficientnet_lite0", 192, 16, 6, 256
 
 
 def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
         "out": str(out),
         "data": {"root": str(data), "crop": SIZE},
         "task": {"name": "growth", "steps": [["disc", "square"], ["triangle"]]},
-        "model": {"backbone": "tf_efficientnet_lite0", "pretrained": False},
+        "model": {"backbone": BACKBONE, "pretrained": False},
         "train": {
             "batch_size": BATCH,
             "base": {"epochs": 1, "lr": 0.01},
@@ -56,16 +55,21 @@ def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def measure(method: str, work: Path, images: int) -> dict[str, float]:
-    """Train a later step on about half as many images, which show its class, in a process of its own.
-
-    Returns:
-        The images, the seconds of the step without evaluation, and the largest memory of the process in bytes.
-    """
+def prepare(method: str, work: Path, images: int) -> tuple[Path, Path]:
+    """Write images and train step 0 on them; return the folders of the data and of the run."""
     data = write_shapes(work / f"data_{images}", train=images, val=2 * BATCH, size=SIZE, classes=3)
     run = work / f"{method}_{images}"
-    config = parse_config(settings(method, data, run))
-    train(config, range(1), Console(quiet=True))
+    train(parse_config(settings(method, data, run)), range(1), Console(quiet=True))
+    return data, run
+
+
+def measure(method: str, work: Path, images: int) -> dict[str, float]:
+    """Train a later step, on those of the images that show its class, in a process of its own.
+
+    Returns:
+        The number of its images, its seconds with the evaluation, and the largest memory of the process in bytes.
+    """
+    data, run = prepare(method, work, images)
     command = [sys.executable, __file__, "one", "--work", str(run), "--data", str(data), "--method", method]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
