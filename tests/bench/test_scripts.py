@@ -74,7 +74,7 @@ def test_the_growth_of_constellation_is_measured(
         monkeypatch.setitem(space, name, value)
     script["one"]("constellation", *script["prepare"]("constellation", tmp_path, 24))
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == {"images", "seconds", "memory"} and figures["images"] > 0
+    assert set(figures) == {"images", "seconds", "cpu", "memory"} and figures["images"] > 0
 
 
 def test_the_bank_grows_linearly_with_the_classes() -> None:
