@@ -408,7 +408,7 @@ def compare(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
-    """Run STAR, fine-tuning and joint training on a small synthetic data set: minutes on a CPU, no downloads."""
+    """Run STAR, constellation, fine-tuning and joint training on a small synthetic data set; no downloads."""
     from starseg.experiments.demo import run_demo
 
     with resumable():
