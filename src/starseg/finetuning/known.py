@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import resize as resize_image
 
-from starseg.data.images import read_image
+from starseg.data.images import read_image, read_mask
 from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.finetuning.defaults import EXTEND
@@ -28,7 +29,8 @@ class KnownClasses:
 
     Attributes:
         names: names of the classes, without the background.
-        cells: [K] feature cells in the new images for which the network predicts each class.
+        cells: [K] feature cells in the new images, outside of the new classes, for which the network predicts each
+            class.
         images: number of images looked at.
         derived: classes whose prototype is derived from the classifier's weights.
         stored: [K] stored cells of each class, from which replayed features are drawn; None if there is no such bank.
@@ -74,25 +76,30 @@ def check_background(folder: Path, method: str) -> None:
 
 
 @torch.inference_mode()
-def known_classes(folder: Path, images: Sequence[Path]) -> KnownClasses | None:
+def known_classes(folder: Path, photos: Sequence[tuple[Path, Path]], new: Sequence[int]) -> KnownClasses | None:
     """Predict new images with an adopted network; None for a step that starseg trained.
+
+    Cells of new classes are left out, because the network can only be wrong there.
 
     Args:
         folder: the step directory.
-        images: new images, of which up to 64 are looked at.
+        photos: new images and their masks of dataset ids, of which up to 64 are looked at.
+        new: dataset ids of the new classes.
     """
     figures = adopted_figures(folder)
     if figures is None:
         return None
     model, info = checkpoint.load_model(folder)
     rule, cells = step_rule(info), torch.zeros(len(info.names), dtype=torch.int64)
-    chosen = np.unique(np.linspace(0, len(images) - 1, _MOST_IMAGES).astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(photos) - 1, _MOST_IMAGES).astype(int)).tolist()
     for index in chosen:
-        image = read_image(images[index])
+        image, mask = read_image(photos[index][0]), np.asarray(read_mask(photos[index][1]))
         height, width = image.shape[1:]
         size = fitted_size(height, width, info.crop, model.multiple)
         logits = model.predict(resize_image(image, list(size), antialias=True)[None])
-        cells += torch.bincount(rule(logits).flatten(), minlength=len(cells))
+        fresh = torch.from_numpy(np.isin(mask, new)).float()[None, None]
+        rest = interpolate(fresh, logits.shape[-2:], mode="nearest")[:, 0] == 0
+        cells += torch.bincount(rule(logits)[rest], minlength=len(cells))
     state = checkpoint.load_bank(folder)
     stored = state["counts"][1:].long().tolist() if GaussianBank.fits(state) else None
     return KnownClasses(info.names[1:], cells[1:].tolist(), len(chosen), list(figures.get("derived", ())), stored)
