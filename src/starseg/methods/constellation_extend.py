@@ -22,7 +22,7 @@ from starseg.methods.protocol import Group, Method, Stage, StepContext, register
 from starseg.methods.recipes import Recipes
 from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Segmenter
-from starseg.models.classifiers import SOFTMAX, HeadLayout
+from starseg.models.classifiers import SOFTMAX, HeadLayout, last_layer
 from starseg.models.decoders import Descriptor
 from starseg.models.extended import ExtendedSegmenter, extend
 from starseg.replay.gaussians import Cells, GaussianBank, fit_mixtures
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Cells that are used of a crop: neighbours of a fine grid are nearly the same.
 _CELLS = 512
+# Share of the new classes' number of cells from which an earlier class counts as known.
+_KNOWN = 0.5
 # Unlabelled photos that are looked at.
 _PHOTOS = 512
 
@@ -45,6 +47,8 @@ class ExtendOptions(ClassifierOptions):
     """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
     refine: bool = False
     """Whether a factor and an offset for each logit of the network itself are trained as well."""
+    margin: float = Field(4.0, ge=0)
+    """Subtracted from the log-odds of new classes if nothing is known of the earlier ones; less, if of some."""
     photos: Path | None = None
     """List of unlabelled images, whose confident predictions of the network's own classes are replayed."""
 
@@ -152,6 +156,10 @@ class ConstellationExtend(GaussianReplay):
         if ctx.stage.name == NETWORK:
             return
 
+        bias = last_layer(ctx.model.heads[-1]).bias
+        assert bias is not None
+        bias -= self.options.margin * self._unknown(ctx)
+
         def cells() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self._batches(ctx):
                 features, labels = self._cells(ctx, batch)
@@ -160,6 +168,15 @@ class ConstellationExtend(GaussianReplay):
         held = set(self.bank.owners.tolist()) if self.bank else set()
         classes = ctx.first_new + ctx.new_classes
         self._fit(ctx, cells, [c for c in range(classes) if c not in held], classes, ctx.stage.crops)
+
+    def _unknown(self, ctx: StepContext) -> float:
+        """Return the share of the earlier classes of which the step knew nothing, 0..1.
+
+        A class with n cells, in the images or replayed, is known by n / (:data:`_KNOWN` times the new classes' cells),
+        at most 1.
+        """
+        new = self.totals[ctx.first_new :].sum()
+        return 1 - float((self.totals[1 : ctx.first_new] / (_KNOWN * new)).clamp_max(1).mean())
 
     def _fit(self, ctx: StepContext, cells: Cells, classes: Sequence[int], total: int, crops: int) -> None:
         """Fit mixtures of classes and put them into the bank, where those that have a cell replace earlier ones.

@@ -77,6 +77,7 @@ class GaussianReplay(Method):
 
     Attributes:
         bank: the mixtures; None before the first are fitted.
+        totals: [C] cells of each training id in the step's images and in what is replayed.
     """
 
     options: ClassifierOptions
@@ -84,6 +85,7 @@ class GaussianReplay(Method):
     def __init__(self, options: ClassifierOptions) -> None:
         super().__init__(options)
         self.bank: GaussianBank | None = None
+        self.totals: Tensor
         self.amounts: Tensor
         self.draw_weights: Tensor
         self.class_weights: Tensor
@@ -145,6 +147,7 @@ class GaussianReplay(Method):
             self.amounts = self.options.draws * owed.sqrt() / owed.sqrt().sum().clamp_min(1e-12)
             self.draw_weights = owed / self.amounts.clamp_min(1e-12)
             totals[: ctx.first_new] += missing
+        self.totals = totals
         share = totals.clamp_min(1) / totals.sum()
         self.class_weights = share.pow(-self.options.balance).float()
 
