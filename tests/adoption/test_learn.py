@@ -67,16 +67,13 @@ def test_a_class_is_learnt(method: str, weights: Path, hearts: tuple[Path, Path]
     assert "cells found in" in shown and "backbone lraspp_mobilenet_v3_large" in shown
 
 
-def test_a_network_without_background_is_refused(weights: Path, hearts: tuple[Path, Path], tmp_path: Path) -> None:
-    step = _adopted(weights, tmp_path / "run", "d,a,b,c", background=False)
-    with pytest.raises(UserError, match="this adopted network has no background class, and the masks of new photos"):
-        learn(LearnRequest(step, *hearts, "heart", tmp_path / "out", "mib"), QUIET)
-
-
 def test_methods_that_need_a_bank_name_others(weights: Path, hearts: tuple[Path, Path], tmp_path: Path) -> None:
     step = _adopted(weights, tmp_path / "run")
-    with pytest.raises(UserError, match=r"star cannot continue .*; or give --method ewf or ilt or lwf or mib or plop"):
-        learn(LearnRequest(step, *hearts, "heart", tmp_path / "out"), QUIET)
+    with pytest.raises(
+        UserError,
+        match=r"star cannot continue .*; or give --method constellation-extend or ewf or ilt or lwf or mib or plop",
+    ):
+        learn(LearnRequest(step, *hearts, "heart", tmp_path / "out", "star"), QUIET)
 
 
 def test_star_continues_with_a_bank_from_unlabelled_photos(

@@ -17,7 +17,7 @@ from starseg.methods import METHODS
 CONTINUE_FROM = {
     "star": {"adapter", "finetune", "star", "star-lite", "star-m"},
     "finetune": {"finetune"},
-    "mib": {"ewf", "ilt", "lwf", "mib", "plop"},
+    "mib": {"constellation-extend", "ewf", "ilt", "lwf", "mib", "plop"},
     "ssul": {"ssul", "ssul-m"},
     "dkd": {"dkd", "dkd-m"},
 }
@@ -67,7 +67,7 @@ def test_mib_continues_where_lwf_began(shapes: Path, tmp_path: Path) -> None:
     request = LearnRequest(None, *folders, str(tmp_path / "all.txt"), tmp_path / "first", "lwf", "test_resnet", False)
     first = learn(LearnRequest(**{**vars(request), "crop": 64, "epochs": 1}), quiet)
     assert first is not None and load_info(first).lead == ["background"]
-    with pytest.raises(UserError, match=r"star cannot continue from it: .* --method ewf or ilt or lwf or mib or plop"):
+    with pytest.raises(UserError, match=r"star cannot continue from it: .* or ewf or ilt or lwf or mib or plop"):
         open_source_step(first, "star")
     (tmp_path / "more.txt").write_text("background\ndisc\nsquare\ntriangle\nhexagon\nstar\n")
     request = LearnRequest(first, *folders, str(tmp_path / "more.txt"), tmp_path / "run", "mib", epochs=1)

@@ -1,0 +1,86 @@
+"""constellation-extend: earlier logits stay bit for bit, also over several steps and with draws of earlier classes."""
+
+import pytest
+import torch
+
+from starseg.contract import MethodHarness
+from starseg.engine.checkpoint import StepInfo
+from starseg.finetuning.prepare import default_method
+from starseg.methods import METHODS
+from starseg.models.classifiers import last_layer
+from starseg.models.extended import ANY, ExtendedSegmenter, extend
+
+PIXELS = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _predict(harness: MethodHarness) -> torch.Tensor:
+    assert harness.model is not None
+    with torch.no_grad():
+        return harness.model.predict(PIXELS)
+
+
+def test_earlier_logits_stay_in_every_step() -> None:
+    harness = MethodHarness("constellation-extend")
+    harness.walk(1)
+    assert harness.model is not None and not isinstance(harness.model, ExtendedSegmenter) and not harness.state
+    before = [_predict(harness)]
+    for step in (2, 3):
+        harness.walk(step)
+        logits = _predict(harness)
+        for earlier in before:
+            assert torch.equal(logits[:, : earlier.shape[1]], earlier)
+            kept = logits.argmax(1) < earlier.shape[1]
+            assert torch.equal(logits.argmax(1)[kept], earlier.argmax(1)[kept]) and kept.any()
+        before.append(logits)
+    assert harness.state["counts"][-1] > 0
+
+
+@pytest.mark.parametrize("within", [0, 2, ANY])
+@torch.no_grad()
+def test_the_output_of_a_head_is_the_log_odds_against_what_was_there(within: int) -> None:
+    harness = MethodHarness("constellation-extend")
+    with torch.enable_grad():
+        harness.walk(1)
+    assert harness.model is not None
+    model = extend(harness.model, 1, within, 16, 3).eval()
+    last_layer(model.heads[-1]).bias.fill_(3.0)
+    output = model(model.normalize(PIXELS))
+    odds = model.heads[-1](output.features[:, :16])
+    before = output.logits[:, :-1]
+    rival = before.logsumexp(1, keepdim=True) if within == ANY else before[:, [within]]
+    torch.testing.assert_close(output.logits[:, -1:] - rival, odds)
+    again = model.classify(output.features)
+    torch.testing.assert_close(again, output.logits)
+
+
+def test_what_is_not_known_of_earlier_classes_costs_new_ones_a_margin() -> None:
+    harness = MethodHarness("constellation-extend")
+    harness.walk(1)
+    method, ctx, _ = harness.enter(1)
+    method.totals = torch.tensor([9.0, 0.0, 25.0, 200.0, 100.0])
+    assert method._unknown(ctx) == pytest.approx(0.5)  # nothing of the first class, half enough of the second
+
+
+def test_only_the_method_itself_continues_from_an_extended_network() -> None:
+    harness = MethodHarness("constellation-extend")
+    harness.walk(2)
+    assert harness.model is not None
+    info = StepInfo(
+        architecture=harness.model.architecture,
+        head_sizes=harness.model.head_sizes,
+        names=[f"class{i}" for i in range(5)],
+        dataset_ids=list(range(5)),
+        method="constellation-extend",
+        dataset="voc",
+        task="rehearsal",
+        setting="overlap",
+        step=1,
+        seed=0,
+        compat=None,
+        base=3,
+        crop=64,
+        test_fill=0,
+        lead=["background"],
+    )
+    continuing = {name for name in METHODS if default_method(name).can_continue(info, harness.state) is None}
+    assert continuing == {"constellation-extend"}
