@@ -1,15 +1,26 @@
 """constellation-extend: earlier logits stay bit for bit, also over several steps and with draws of earlier classes."""
 
+import signal
+from pathlib import Path
+from unittest.mock import patch
+
 import pytest
 import torch
+from rich.console import Console
 
-from starseg.contract import MethodHarness
+from starseg.config import parse_config
+from starseg.contract import MethodHarness, tiny_settings
+from starseg.data.samples import Batch
 from starseg.engine.checkpoint import StepInfo
+from starseg.engine.fit import StepTraining
+from starseg.errors import Stopped
+from starseg.experiments.train import train
 from starseg.finetuning.prepare import default_method
 from starseg.methods import METHODS
 from starseg.models.classifiers import last_layer
 from starseg.models.extended import ANY, ExtendedSegmenter, extend
 
+QUIET = Console(quiet=True)
 PIXELS = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -84,3 +95,26 @@ def test_only_the_method_itself_continues_from_an_extended_network() -> None:
     )
     continuing = {name for name in METHODS if default_method(name).can_continue(info, harness.state) is None}
     assert continuing == {"constellation-extend"}
+
+
+def test_a_run_resumes_in_a_later_step(shapes: Path, tmp_path: Path) -> None:
+    def settings(out: str) -> dict:
+        options = {"epochs": 2, "crops": 2, "width": 32, "photos": str(listed)}
+        return tiny_settings("constellation-extend", shapes, tmp_path / out) | {"constellation-extend": options}
+
+    listed = tmp_path / "photos.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(shapes.glob("JPEGImages/val*"))))
+    straight = train(parse_config(settings("straight")), console=QUIET, steps=range(2))
+    tree, iterate = settings("broken"), StepTraining.iterate
+    tree["train"]["save_minutes"] = 1e-9
+
+    def until(training: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
+        if (training.ctx.step, training.iteration) == (1, 2):
+            raise Stopped(signal.SIGTERM)
+        return iterate(training, raw)
+
+    with patch.object(StepTraining, "iterate", until), pytest.raises(Stopped):
+        train(parse_config(tree), console=QUIET, steps=range(2))
+    broken = train(parse_config(tree), console=QUIET, steps=range(2))
+    for name in ("model.safetensors", "bank.safetensors"):
+        assert (broken / "step_1" / name).read_bytes() == (straight / "step_1" / name).read_bytes()
