@@ -14,7 +14,7 @@ from torch import nn
 
 from adoption.originals import hugging_face, images
 from starseg.adoption.adopt import AdoptRequest, adopt
-from starseg.engine.checkpoint import load_model
+from starseg.engine.checkpoint import load_info, load_model
 from starseg.errors import UserError
 from starseg.models.foreign import torchvision as tv
 
@@ -99,6 +99,7 @@ WRONG: dict[str, tuple[Change, str]] = {
         r"deeplab.tflite: .tflite files hold a graph for prediction, often quantised; give the float network in",
     ),
     "an ONNX file": (_with(source="unet.onnx"), "unet.onnx: .onnx files hold a graph for prediction"),
+    "a hub name without an owner": (_with(source="hub:segformer"), "hub:segformer: expected hub:OWNER/NAME, such as"),
     "a model of no file": (
         _with(source="model:mine"),
         r"model:mine: no such model \(.*\); name the Python file that registers it in STARSEG_MODELS, as in "
@@ -238,6 +239,28 @@ def test_missing_and_doubled_weights_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="net: transformers cannot load it: "):
         adopt(request, Console(quiet=True))
+
+
+def test_a_model_of_the_hub_is_downloaded_without_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "cache"
+    hugging_face("Segformer").save_pretrained(folder)
+    wanted: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        wanted.extend([name, *allow_patterns])
+        if name == "nobody/nothing":
+            raise hub.errors.LocalEntryNotFoundError("offline")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    step = adopt(AdoptRequest("hub:owner/segformer", tmp_path / "run"), Console(quiet=True))
+    assert load_info(step).names[1:] == ["wall", "road", "sky"]
+    assert wanted[0] == "owner/segformer" and not any(name.endswith((".bin", ".py", "*")) for name in wanted)
+    with pytest.raises(
+        UserError, match=r"hub:nobody/nothing: cannot be downloaded \(LocalEntryNotFoundError\); download"
+    ):
+        adopt(AdoptRequest("hub:nobody/nothing", tmp_path / "no"), Console(quiet=True))
 
 
 def test_a_colour_order_is_not_guessed(tmp_path: Path) -> None:

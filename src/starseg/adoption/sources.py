@@ -1,6 +1,6 @@
 """Where an adopted network comes from.
 
-A source is `torchvision:NAME`, `smp:CLASS[:ENCODER]`, `model:NAME`, or a folder of a library's own.
+A source is `torchvision:NAME`, `smp:CLASS[:ENCODER]`, `model:NAME`, `hub:OWNER/NAME`, or a folder of a library's own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from starseg.adoption.hub import download
 from starseg.adoption.weights import count_outputs, load_weights, read_weights
 from starseg.errors import UserError
 from starseg.models import Architecture
@@ -22,8 +23,8 @@ from starseg.utils.files import read_json
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _FORMS = (
-    "torchvision:NAME, smp:CLASS or smp:CLASS:ENCODER, model:NAME of STARSEG_MODELS, or a folder that save_pretrained "
-    "of segmentation_models.pytorch or transformers wrote"
+    "torchvision:NAME, smp:CLASS or smp:CLASS:ENCODER, model:NAME of STARSEG_MODELS, hub:OWNER/NAME, or a folder that "
+    "save_pretrained of segmentation_models.pytorch or transformers wrote"
 )
 
 
@@ -80,6 +81,8 @@ def open_source(source: str, options: Options) -> Foreign:
         return _open_folder(folder, options)
     if library == "model":
         return _open_model(source, name, options)
+    if library == "hub":
+        return _open_folder(download(name), options)
     if library == "torchvision":
         return _open_torchvision(source, name, options)
     if library == "smp":

@@ -169,7 +169,7 @@ def adopt(
     source: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, smp:CLASS[:ENCODER], model:NAME, or a folder of save_pretrained.",
+            help="torchvision:NAME, smp:CLASS[:ENCODER], model:NAME, hub:OWNER/NAME, or a folder of save_pretrained.",
             show_default=False,
         ),
     ],
