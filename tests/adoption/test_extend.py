@@ -156,5 +156,6 @@ def test_refining_calibrates_the_old_logits(
     scale, bias = new.calibration.scale, new.calibration.bias
     assert not torch.equal(scale, torch.ones_like(scale))
     with torch.no_grad():
-        before, after = (m.predict(images((64, 64))) for m in (old, new))
+        pixels = images((64, 64))
+        before, after = (m.predict(pixels) for m in (old, new))
     assert torch.equal(after[:, :4], before * scale + bias)
