@@ -4,8 +4,9 @@
     python benchmarks/constellation_growth.py images --work /tmp/growth     # constellation, with more and more images
     python benchmarks/constellation_growth.py classes                       # bank and classifier, 10 to 150 classes
 
-The steps are trained on synthetic images with EfficientNet-Lite0 (extra `lite`), each in a process of its own,
-which reports its largest memory. Step 0 is trained briefly, as only the later step is measured. The bank of many classes is random.
+The steps are trained on synthetic images with EfficientNet-Lite0 (extra `lite`), each in a process of its own, which
+reports its largest memory. Step 0 is trained briefly, as only the later step is measured. The bank of many classes is
+random.
 """
 
 from __future__ import annotations
