@@ -192,7 +192,7 @@ def main() -> None:
     if args.what == "classes":
         classes()
     else:
-        {"steps": steps, "images": images}[args.what](args.work)
+        {"steps": steps, "images": images}[args.what](args.work / args.what)
 
 
 if __name__ == "__main__":
