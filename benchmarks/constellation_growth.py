@@ -4,8 +4,9 @@
     python benchmarks/constellation_growth.py images --work /tmp/growth     # constellation, with more and more images
     python benchmarks/constellation_growth.py classes                       # bank and classifier, 10 to 150 classes
 
-The steps are trained on synthetic images with EfficientNet-Lite0, each in a process of its own, which reports its
-largest memory. Step 0 is trained briefly, as only the later step is measured. The bank of many classes is random.
+The steps are trained on synthetic images with EfficientNet-Lite0 (extra `lite`), each in a process of its own, which
+reports its largest memory. Step 0 is trained briefly, as only the later step is measured. The bank of many classes is
+random.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from starseg.replay.gaussians import GaussianBank
 from starseg.utils.files import read_json
 
 OPTIONS = ConstellationOptions()
-BACKBONE, SIZE, BATCH, EPOCHS, IMAGES = "tf_efficientnet_lite0", 192, 16, 6, 256
+NETWORK = {"backbone": "tf_efficientnet_lite0", "pretrained": True}
+SIZE, BATCH, EPOCHS, IMAGES = 192, 16, 6, 256
 
 
 def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
         "out": str(out),
         "data": {"root": str(data), "crop": SIZE},
         "task": {"name": "growth", "steps": [["disc", "square"], ["triangle"]]},
-        "model": {"backbone": BACKBONE, "pretrained": False},
+        "model": NETWORK,
         "train": {
             "batch_size": BATCH,
             "base": {"epochs": 1, "lr": 0.01},
@@ -190,7 +192,7 @@ def main() -> None:
     if args.what == "classes":
         classes()
     else:
-        {"steps": steps, "images": images}[args.what](args.work)
+        {"steps": steps, "images": images}[args.what](args.work / args.what)
 
 
 if __name__ == "__main__":

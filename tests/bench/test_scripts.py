@@ -70,8 +70,9 @@ def test_the_growth_of_constellation_is_measured(
 ) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "constellation_growth.py"))
     space = script["steps"].__globals__
-    for name, value in (("SIZE", 64), ("BATCH", 4), ("EPOCHS", 1), ("IMAGES", 24), ("BACKBONE", "test_resnet")):
+    for name, value in (("SIZE", 64), ("BATCH", 4), ("EPOCHS", 1), ("IMAGES", 24)):
         monkeypatch.setitem(space, name, value)
+    monkeypatch.setitem(space, "NETWORK", {"backbone": "test_resnet", "pretrained": False})
     script["one"]("constellation", *script["prepare"]("constellation", tmp_path, 24))
     figures = json.loads(capsys.readouterr().out)
     assert set(figures) == {"images", "seconds", "cpu", "memory"} and figures["images"] > 0
