@@ -19,7 +19,7 @@ from starseg.engine.run_data import RunData, open_data
 from starseg.engine.rundir import resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
-from starseg.methods.recipes import find_recipe
+from starseg.methods.recipes import find_recipe, substitute_note
 from starseg.tasks import TaskSequence
 from starseg.utils.terminal import labelled
 
@@ -144,7 +144,10 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None) -> 
     if resolved.train.compile:
         refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
-    notes = method.notes(find_recipe(resolved, type(method)))
+    notes = [
+        *method.notes(find_recipe(resolved, type(method))),
+        *substitute_note(config, type(method), method_options(config.method, config)),
+    ]
     if (share := resolved.data.validation) is not None:
         notes = [*notes, f"evaluated on held-out training images (data.validation {share:g}), not on the test images"]
     for note in notes:

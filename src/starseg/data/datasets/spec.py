@@ -33,6 +33,8 @@ class DatasetSpec:
         later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
         aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
+        recipe: key of the data set whose recipes apply to methods without a published recipe for this one; None if
+            the configuration must give the hyper-parameters.
         images: published number of images by split ("training", "test").
         sources: where to download the data set, as lines of text.
     """
@@ -50,6 +52,7 @@ class DatasetSpec:
     later_tasks: Mapping[str, Steps] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = SETTINGS
+    recipe: str | None = None
     images: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
