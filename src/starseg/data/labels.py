@@ -89,6 +89,8 @@ class LabelMap:
 
     def __str__(self) -> str:
         """Return the known ids on disk as text, such as "0 to 20, 255 ignored"."""
+        if not self.ignored:
+            return _ranges(self.classes)
         separator = ", " if self.ignored == {IGNORE} else "; "
         return f"{_ranges(self.classes)}{separator}{_ranges(self.ignored)} ignored"
 

@@ -6,9 +6,29 @@ from typing import Literal
 
 import numpy as np
 
+from starseg.data.datasets.base import Split
 from starseg.tasks import BACKGROUND, IGNORE, TaskSequence
 
 Kind = Literal["train", "val", "test"]
+
+
+def select_step(split: Split, pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:
+    """Select the images of a step by their domains if the task has domains, else by the classes they show.
+
+    Args:
+        split: the files.
+        pixels: [len(split), 256] their class index.
+        task: the task.
+        step: number of the step.
+        kind: "train" and "val" select images of the step's domains, "test" those of all domains seen so far; without
+            domains, see :func:`select_images`.
+
+    Returns:
+        Positions of the images, int64, ascending.
+    """
+    if not task.domains:
+        return select_images(pixels, task, step, kind)
+    return np.flatnonzero(np.isin(split.domains, task.domains_of(step, seen=kind == "test")))
 
 
 def select_images(pixels: np.ndarray, task: TaskSequence, step: int, kind: Kind) -> np.ndarray:

@@ -21,7 +21,7 @@ from starseg.data.validation import open_splits
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.formats import open_run
 from starseg.engine.launch import make_fabric, single_process
-from starseg.engine.metrics import summarize
+from starseg.engine.metrics import summarize_parts
 from starseg.engine.run_data import RunData, workers_for
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
@@ -90,7 +90,7 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     """Evaluate a network on the test split of ``config.data``.
 
     Returns:
-        The result of :func:`starseg.engine.metrics.summarize`, and the matrix as "confusion".
+        The result of :func:`starseg.engine.metrics.summarize_parts`, and the matrix as "confusion".
 
     Raises:
         UserError: the class names of the data set differ from those of the network.
@@ -100,24 +100,27 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     dataset = replace(open_splits(config.data), test_fill=info.test_fill)
     ids = iter(info.dataset_ids[1:])
     steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)
-    task = TaskSequence(info.task, steps, dataset.names, info.setting, base=info.base)  # type: ignore[arg-type]
+    domains = tuple(map(tuple, info.domains))
+    task = TaskSequence(info.task, steps, dataset.names, info.setting, info.base, domains)  # type: ignore[arg-type]
     last = len(task) - 1
     if list(task.class_names(last)) != info.names:
         raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
-    loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
+    loaders = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loaders(last)
     choices = choices_for(info.compat)
     rule = prediction_rule(make_method(config, info.method), choices, info.background)
-    batches = track(console, "test", loader, len(loader))
-    confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
-    confusion = dataset.scored(confusion, info.dataset_ids)
-    scores = summarize(
-        confusion,
+    parts = []
+    for loader in loaders:
+        batches = track(console, "test", loader, len(loader))
+        confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
+        parts.append(dataset.scored(confusion, info.dataset_ids))
+    scores = summarize_parts(
+        parts,
         info.names,
         info.base,
         iou_epsilon=choices.iou_epsilon,
         absent_as_zero=choices.absent_as_zero,
         background=info.background,
     )
-    return {**scores, "confusion": confusion.tolist()}
+    return {**scores, "confusion": np.sum(parts, axis=0).tolist()}

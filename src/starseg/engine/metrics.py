@@ -19,6 +19,29 @@ def _harmonic(a: float | None, b: float | None) -> float | None:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
+_MEANS = ("miou", "miou_foreground", "class_accuracy", "pixel_accuracy")
+
+
+def summarize_parts(parts: Sequence[np.ndarray], names: Sequence[str], base: int, **options: Any) -> dict[str, Any]:
+    """Compute the metrics of a step from the confusion matrices of its test images.
+
+    Args:
+        parts: one matrix; or in the setting "domain" two, of the domains of step 0 and of later steps. The metrics of
+            these are then "old" and "new" in the result, as all classes are in both.
+        names: class names by training id, the background first.
+        base: number of classes that count as old.
+        **options: keyword arguments of :func:`summarize`.
+    """
+    scores = summarize(np.sum(parts, axis=0), names, base, **options)
+    if len(parts) == 1:
+        return scores
+    old, new = (summarize(part, names, base, **options) for part in parts)
+    for key in _MEANS:
+        figures = {"old": old[key]["all"], "new": new[key]["all"], "all": scores[key]["all"]}
+        scores[key] = {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
+    return scores
+
+
 def summarize(
     confusion: np.ndarray,
     names: Sequence[str],

@@ -76,6 +76,12 @@ def check_method(config: RunConfig) -> None:
             f"{config.source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: "
             f"{keeping}"
         )
+    if config.task.setting == "domain" and not method.domains:
+        able = ", ".join(sorted(name for name, other in METHODS.items() if other.domains))
+        raise UserError(
+            f"{config.source}:\ntask.setting: method {config.method} learns new classes, not new domains of the same "
+            f"classes; take one of: {able}"
+        )
     world = config.train.devices * config.train.num_nodes
     if world > 1 and method.one_process:
         raise UserError(

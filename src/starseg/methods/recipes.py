@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -110,7 +110,10 @@ def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
         known = ", ".join(sorted(recipes)) or "none"
         raise UserError(f"recipe: method {method.name} has no recipe for data set {config.recipe!r}; it has: {known}")
     dataset = config.recipe or config.data.dataset
-    return recipes.get(dataset) or recipes.get(substitute(config, method) or "")
+    if (other := recipes.get(substitute(config, method) or "")) is not None:
+        # Its schedules of single tasks are those of the other data set's tasks.
+        return replace(other, tasks={})
+    return recipes.get(dataset)
 
 
 def substitute(config: RunConfig, method: type[Method]) -> str | None:

@@ -24,17 +24,26 @@ class Split:
         masks: mask files, in the same order.
         ids: published identifiers of the images, as used in memory and index files: for VOC the line of the list file,
             for ADE20K the file name without suffix.
+        domains: domain of each image, such as the city where it was taken; empty if the data set has none.
     """
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
     ids: tuple[str, ...]
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __add__(self, other: Split) -> Split:
-        return Split(self.images + other.images, self.masks + other.masks, self.ids + other.ids)
+        images, masks = self.images + other.images, self.masks + other.masks
+        return Split(images, masks, self.ids + other.ids, self.domains + other.domains)
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> Split:
+        """Return the files at the given positions."""
+        images, masks = (tuple(files[i] for i in positions) for files in (self.images, self.masks))
+        ids, domains = (tuple(names[i] for i in positions) if names else () for names in (self.ids, self.domains))
+        return Split(images, masks, ids, domains)
 
 
 NO_FILES = Split((), (), ())

@@ -77,7 +77,8 @@ def open_164k(root: Path) -> Dataset:
     converted = not plain and any(folder.glob(f"*{_TRAIN_IDS}"))
     suffix = _TRAIN_IDS if converted else ".png"
     spec = replace(COCO_STUFF_164K, label_map=None) if converted else COCO_STUFF_164K
-    return spec.dataset(root, *(_split(root, name, suffix, layout) for name in ("train2017", "val2017")))
+    train, test = (_split(root, name, suffix, layout) for name in ("train2017", "val2017"))
+    return spec.dataset(root, train, test)
 
 
 def open_10k(root: Path) -> Dataset:
@@ -90,7 +91,8 @@ def open_10k(root: Path) -> Dataset:
         "data.root must be a folder written by mmsegmentation's coco_stuff10k.py: images/{train2014,test2014}/x.jpg, "
         f"annotations/{{train2014,test2014}}/x{_TRAIN_IDS} (docs/datasets.md)"
     )
-    return COCO_STUFF_10K.dataset(root, *(_split(root, name, _TRAIN_IDS, layout) for name in ("train2014", "test2014")))
+    train, test = (_split(root, name, _TRAIN_IDS, layout) for name in ("train2014", "test2014"))
+    return COCO_STUFF_10K.dataset(root, train, test)
 
 
 COCO_STUFF_164K = register_dataset(

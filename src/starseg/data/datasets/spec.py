@@ -9,7 +9,17 @@ from pathlib import Path
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
-from starseg.tasks import BACKGROUND, IGNORE, SETTINGS, Setting, Steps, TaskSequence, make_task
+from starseg.tasks import (
+    BACKGROUND,
+    CLASS_SETTINGS,
+    IGNORE,
+    DomainSteps,
+    Setting,
+    Steps,
+    TaskSequence,
+    make_domain_task,
+    make_task,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,7 @@ class DatasetSpec:
         later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
         aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
+        domain_tasks: published tasks in the setting "domain", each with the domains of its steps.
         recipe: key of the data set whose recipes apply to methods without a published recipe for this one; None if
             the configuration must give the hyper-parameters.
         images: published number of images by split ("training", "test").
@@ -51,7 +62,8 @@ class DatasetSpec:
     tasks: Mapping[str, Steps] = field(default_factory=dict)
     later_tasks: Mapping[str, Steps] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[Setting, ...] = SETTINGS
+    settings: tuple[Setting, ...] = CLASS_SETTINGS
+    domain_tasks: Mapping[str, DomainSteps] = field(default_factory=dict)
     recipe: str | None = None
     images: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -61,7 +73,7 @@ class DatasetSpec:
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
         if not self.background and self.test_fill != IGNORE:
             raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
-        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks}):
+        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks, *self.domain_tasks}):
             raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
@@ -138,7 +150,7 @@ class DatasetSpec:
         Args:
             names: class names by class id, as in the opened data set.
             name: name or alias of a published task, "joint", or, with ``steps``, any label.
-            steps: class ids or names of each step.
+            steps: class ids or names of each step; in the setting "domain", its domains.
             setting: one of ``settings``.
 
         Raises:
@@ -151,6 +163,8 @@ class DatasetSpec:
             )
         if steps is None and name is not None:
             name = self.aliases.get(name, name)
+        if setting == "domain":
+            return make_domain_task(self.domain_tasks, names, name, steps)
         return make_task(self.all_tasks, names, name, steps, setting)
 
 
