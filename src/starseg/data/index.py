@@ -18,6 +18,7 @@ import numpy as np
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
+from starseg.tasks import BACKGROUND
 from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
 from starseg.utils.terminal import print_note
@@ -81,7 +82,8 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
     """Count the pixels of every class in every mask of a split.
 
     Returns:
-        [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix.
+        [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix. Unlabelled classes count as
+        background.
 
     Raises:
         UserError: an image or mask is unreadable, their sizes differ, or a mask contains ids outside the label map.
@@ -94,7 +96,12 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
             f"set ({dataset.labels}); {wrong.size} of {len(split)} masks hold such ids: fix them, or name the "
             "classes; `starseg data check` lists them"
         )
-    return dataset.labels.class_pixels(pixels)
+    counts = dataset.labels.class_pixels(pixels)
+    if hidden := sorted(dataset.unlabelled):
+        counts = counts.copy()
+        counts[:, BACKGROUND] += counts[:, hidden].sum(1)
+        counts[:, hidden] = 0
+    return counts
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:

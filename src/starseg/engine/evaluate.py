@@ -122,5 +122,6 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
         iou_epsilon=choices.iou_epsilon,
         absent_as_zero=choices.absent_as_zero,
         background=info.background,
+        unscored=dataset.unscored(info.dataset_ids),
     )
     return {**scores, "confusion": np.sum(parts, axis=0).tolist()}

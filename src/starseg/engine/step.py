@@ -395,6 +395,7 @@ class Step:
             iou_epsilon=choices.iou_epsilon,
             absent_as_zero=choices.absent_as_zero,
             background=self.data.dataset.background,
+            unscored=self.data.dataset.unscored(task.dataset_ids(self.number)),
         )
         return {
             "step": self.number,

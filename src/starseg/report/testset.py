@@ -24,7 +24,7 @@ from starseg.errors import UserError
 from starseg.methods import Method, prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
-from starseg.tasks import TaskSequence
+from starseg.tasks import IGNORE, TaskSequence
 
 _BATCH = 8
 
@@ -71,9 +71,18 @@ class TestSet:
     positions: np.ndarray
     network: Callable[[Path], Segmenter]
 
-    def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids."""
-        table = self.dataset.labels.compose(self.task.relabelling(self.last, "test", self.dataset.test_fill))
+    def samples(self, positions: np.ndarray, unlabelled: bool = False) -> tuple[Tensor, Tensor]:
+        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids.
+
+        Args:
+            positions: the images.
+            unlabelled: whether the labels show classes that are not labelled, where a model has seen them; otherwise
+                these pixels are ignored.
+        """
+        classes = self.task.relabelling(self.last, "test", self.dataset.test_fill)
+        if not unlabelled:
+            classes[sorted(self.dataset.unlabelled)] = IGNORE
+        table = self.dataset.labels.compose(classes)
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
         return torch.stack([b.images for b in batch]), torch.stack([b.labels for b in batch])
