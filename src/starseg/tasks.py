@@ -26,6 +26,8 @@ Steps = tuple[tuple[int, ...], ...]
 DomainSteps = tuple[tuple[str, ...], ...]
 """Names of the domains of each step."""
 BACKGROUND, IGNORE = 0, 255
+WIDE_IGNORE = 65_535
+"""What :data:`IGNORE` is in masks and labels of data sets with more than 254 classes, which have 16 bits."""
 
 
 def split_classes(order: Sequence[int], name: str) -> Steps:
@@ -74,7 +76,7 @@ class TaskSequence:
             raise UserError(f"task {self.name!r}: every step needs at least one class, got {self.steps}")
         if twice := sorted({c for c in order if order.count(c) > 1}):
             raise UserError(f"task {self.name!r}: classes listed twice: {[self.label(c) for c in twice]}")
-        if unknown := [c for c in order if not 1 <= c < len(self.names) or c == IGNORE]:
+        if unknown := [c for c in order if not 1 <= c < len(self.names)]:
             raise UserError(
                 f"task {self.name!r}: unknown class ids {unknown}; this data set has 1..{len(self.names) - 1}"
             )
@@ -124,6 +126,11 @@ class TaskSequence:
         """Dataset ids learnt up to and including ``step``, in order of learning."""
         return self.old(step) + self.new(step)
 
+    @property
+    def wide(self) -> bool:
+        """Whether there are more than 254 classes, so that labels have more than 8 bits."""
+        return len(self.names) > IGNORE
+
     def domains_of(self, step: int, seen: bool = False) -> tuple[str, ...]:
         """Domains of ``step``, or with ``seen`` of all steps up to and including it."""
         return tuple(domain for group in self.domains[0 if seen else step : step + 1] for domain in group)
@@ -151,10 +158,12 @@ class TaskSequence:
             fill: what every other id becomes: 0 in training, in tests 0 or 255 as the data set says.
 
         Returns:
-            [256] uint8; 0 stays 0 and 255 stays 255.
+            [256] uint8; 0 stays 0 and 255 stays 255. With more than 254 classes [65536] int32, where 65535 is ignored.
         """
-        table = np.full(256, fill, np.uint8)
-        table[BACKGROUND], table[IGNORE] = BACKGROUND, IGNORE
+        ignored = WIDE_IGNORE if self.wide else IGNORE
+        fill = ignored if fill == IGNORE else fill
+        table = np.full(ignored + 1, fill, np.int32 if self.wide else np.uint8)
+        table[BACKGROUND], table[ignored] = BACKGROUND, ignored
         shown = self.seen(step) if split == "test" else self.new(step)
         first = 1 if split == "test" else 1 + len(self.old(step))
         table[list(shown)] = np.arange(first, first + len(shown))

@@ -130,7 +130,7 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "unknown setting": (_set("task.setting", "sequential"), "task.setting: input should be 'overlap' or 'disjoint'"),
     "unknown data set": (
         _set("data.dataset", "coco"),
-        "data.dataset: unknown data set 'coco'; known: ade, camvid, city,",
+        "data.dataset: unknown data set 'coco'; known: ade, ade_full, camvid, city,",
     ),
     "output stride 4": (_set("model.output_stride", 4), "model.output_stride: input should be 8 or 16"),
     "crop beside the grid": (_set("data.crop", 60), "data.crop: 60 is no multiple of model.output_stride"),

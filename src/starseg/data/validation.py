@@ -10,8 +10,8 @@ from starseg.config import DataConfig
 from starseg.data.datasets import Dataset, open_dataset
 from starseg.data.index import class_index
 from starseg.data.samples import sample_seed
+from starseg.data.selection import shown_classes
 from starseg.errors import UserError
-from starseg.tasks import BACKGROUND, IGNORE
 
 
 def open_splits(config: DataConfig) -> Dataset:
@@ -23,7 +23,7 @@ def open_splits(config: DataConfig) -> Dataset:
     dataset = open_dataset(config)
     if config.validation is None:
         return dataset
-    shown = np.delete(class_index(dataset, dataset.train) > 0, [BACKGROUND, IGNORE], axis=1)
+    shown = shown_classes(class_index(dataset, dataset.train))
     held = split_images(shown, config.validation, np.random.default_rng(sample_seed("validation")))
     if not held.any():
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig, choices_for
+from starseg.config import Choices, RunConfig, choices_for
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch
@@ -29,7 +29,8 @@ from starseg.losses.reduction import AllReduceSum, identity
 from starseg.methods import prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
-from starseg.tasks import IGNORE, TaskSequence
+from starseg.ops.labels import ignored_id
+from starseg.tasks import TaskSequence
 from starseg.utils.progress import track
 
 _SCORING = ("data.", "eval.", "train.accelerator=")
@@ -79,11 +80,31 @@ def confusion_matrix(
     total = torch.zeros(classes**2, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
         predicted = predict_upsampled(rule, model.predict(batch.images, bf16), batch.labels.shape[-2:])
-        labels = batch.labels.to(predicted.device, non_blocking=True).long()
-        counted = labels != IGNORE
+        labels = batch.labels.to(predicted.device, non_blocking=True)
+        counted, labels = labels != ignored_id(labels), labels.long()
         # torchmetrics, in deterministic mode, compares every pixel with every entry of the matrix, hence bincount.
         total += torch.bincount(classes * labels[counted] + predicted[counted], minlength=classes**2)
     return all_reduce_sum(total).view(classes, classes).cpu().numpy()
+
+
+def score_step(
+    parts: Sequence[np.ndarray],
+    names: Sequence[str],
+    base: int,
+    choices: Choices,
+    background: bool,
+    unscored: np.ndarray,
+) -> dict[str, Any]:
+    """Return :func:`~starseg.engine.metrics.summarize_parts` of a step with these choices of the published code."""
+    return summarize_parts(
+        parts,
+        names,
+        base,
+        iou_epsilon=choices.iou_epsilon,
+        absent_as_zero=choices.absent_as_zero,
+        background=background,
+        unscored=unscored,
+    )
 
 
 def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
@@ -108,20 +129,12 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     pixels = class_index(dataset, dataset.test)
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
     loaders = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loaders(last)
-    choices = choices_for(info.compat)
+    choices, ids = choices_for(info.compat), info.dataset_ids
     rule = prediction_rule(make_method(config, info.method), choices, info.background)
     parts = []
     for loader in loaders:
         batches = track(console, "test", loader, len(loader))
         confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
-        parts.append(dataset.scored(confusion, info.dataset_ids))
-    scores = summarize_parts(
-        parts,
-        info.names,
-        info.base,
-        iou_epsilon=choices.iou_epsilon,
-        absent_as_zero=choices.absent_as_zero,
-        background=info.background,
-        unscored=dataset.unscored(info.dataset_ids),
-    )
+        parts.append(dataset.scored(confusion, ids))
+    scores = score_step(parts, info.names, info.base, choices, info.background, dataset.unscored(ids))
     return {**scores, "confusion": np.sum(parts, axis=0).tolist()}

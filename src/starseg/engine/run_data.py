@@ -207,7 +207,16 @@ def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSe
 
 
 def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
-    """Return the steps in which ``method`` learns the configured task on a data set."""
+    """Return the steps in which ``method`` learns the configured task on a data set.
+
+    Raises:
+        UserError: the task does not fit the data set, or the method cannot learn so many classes.
+    """
+    if dataset.labels.wide and not method.wide:
+        raise UserError(
+            f"method {method.name} cannot be trained on {dataset.root}, as it takes at most 254 classes; take another "
+            "method"
+        )
     task = config.task
     return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
 
@@ -249,5 +258,5 @@ def open_data(
     data.check(steps)
     if fabric:
         loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
-        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console)
+        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console, dataset.labels.wide)
     return data

@@ -21,13 +21,12 @@ from starseg.config import choices_for
 from starseg.data.loader import LoaderEpoch
 from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.evaluate import confusion_matrix, score_step
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.features import CachedEpochs, FeatureCache, compute_features, features_autocast
 from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
-from starseg.engine.metrics import summarize_parts
 from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
@@ -388,15 +387,9 @@ class Step:
             batches = track(self.console, f"step {self.number} test", loader, len(loader))
             confusion = confusion_matrix(ctx.model, rule, batches, ctx.all_reduce_sum, bf16)
             parts.append(self.data.dataset.scored(confusion, task.dataset_ids(self.number)))
-        scores = summarize_parts(
-            parts,
-            task.class_names(self.number),
-            task.base,
-            iou_epsilon=choices.iou_epsilon,
-            absent_as_zero=choices.absent_as_zero,
-            background=self.data.dataset.background,
-            unscored=self.data.dataset.unscored(task.dataset_ids(self.number)),
-        )
+        hidden = self.data.dataset.unscored(task.dataset_ids(self.number))
+        names, background = task.class_names(self.number), self.data.dataset.background
+        scores = score_step(parts, names, task.base, choices, background, hidden)
         return {
             "step": self.number,
             "new_classes": [task.label(c) for c in task.added(self.number)],

@@ -80,6 +80,7 @@ class Constellation(Method):
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
     layout = HeadLayout((BACKGROUND_HEAD,), hidden=256)
+    wide = False
     later_options = frozenset({"pseudo", "draws", "shift"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),

@@ -67,7 +67,7 @@ class Plop(BackgroundInit):
         if ctx.old_model is None or ctx.task.domains:
             return
         binned = self._binned(ctx)
-        histogram = EntropyHistogram.zeros(1 + ctx.old_model.classes, _PUBLISHED if binned else _FINE, ctx.device)
+        histogram = EntropyHistogram.zeros(ctx.first_new, _PUBLISHED if binned else _FINE, ctx.device)
         for batch in ctx.scan("before"):
             logits = upsample(ctx.old_model(batch.images).logits, batch.labels)
             histogram.update(self.uncertainty(logits), logits.argmax(1), batch.labels == BACKGROUND)

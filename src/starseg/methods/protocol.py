@@ -220,6 +220,8 @@ class Method(ABC):
     """How old images are selected and used as exemplars; None for a method without exemplar memory."""
     domains: ClassVar[bool] = False
     """Whether the method learns new domains of the same classes too (`task.setting: domain`)."""
+    wide: ClassVar[bool] = True
+    """Whether the losses accept int32 labels, of data sets with more than 254 classes."""
     one_process: ClassVar[bool] = False
     """Whether the losses need the whole batch in one process; a run on several processes is then refused."""
     recipes: ClassVar[Recipes] = {}

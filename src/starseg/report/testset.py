@@ -24,7 +24,7 @@ from starseg.errors import UserError
 from starseg.methods import Method, prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
-from starseg.tasks import IGNORE, TaskSequence
+from starseg.tasks import TaskSequence
 
 _BATCH = 8
 
@@ -81,7 +81,7 @@ class TestSet:
         """
         classes = self.task.relabelling(self.last, "test", self.dataset.test_fill)
         if not unlabelled:
-            classes[sorted(self.dataset.unlabelled)] = IGNORE
+            classes[sorted(self.dataset.unlabelled)] = self.dataset.labels.ignored_id
         table = self.dataset.labels.compose(classes)
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
@@ -89,13 +89,18 @@ class TestSet:
 
     @torch.inference_mode()
     def predict(self, folder: Path, images: Tensor) -> Tensor:
-        """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
+        """Predict training ids [N, H, W] of images [N, 3, H, W] uint8 with a step's model.
+
+        Returns:
+            uint8, or int32 with more than 254 classes.
+        """
         model = self.network(folder)
         rule = prediction_rule(self.method, choices_for(self.config.compat), self.dataset.background)
         bf16 = self.config.eval.bf16
+        kind = torch.int32 if self.task.wide else torch.uint8
         parts = []
         for batch in images.split(_BATCH):
-            parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).byte().cpu())
+            parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).to(kind).cpu())
         return torch.cat(parts)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from starseg.config import DataConfig
 from starseg.data.datasets import (  # noqa: F401 - they register their data sets
     ade20k,
+    ade20k_full,
     camvid,
     cityscapes,
     coco_stuff,

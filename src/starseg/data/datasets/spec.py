@@ -13,6 +13,7 @@ from starseg.tasks import (
     BACKGROUND,
     CLASS_SETTINGS,
     IGNORE,
+    WIDE_IGNORE,
     DomainSteps,
     Setting,
     Steps,
@@ -37,7 +38,8 @@ class DatasetSpec:
         background: whether class id 0 is a background class. If not, all pixels are of a class or ignored, class ids
             begin at 1, and predictions are always a class.
         label_map: class ids by id on disk; None if they are the same, or without a background, one more.
-        ignored: ids on disk whose pixels are ignored, in addition to 255.
+        ignored: ids on disk whose pixels are ignored, in addition to 255 (65535 with more than 254 classes, whose masks
+            have 16 bits).
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
         later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
@@ -77,9 +79,10 @@ class DatasetSpec:
             raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
-        if wrong := sorted(i for i in on_disk if i not in range(256)):
-            raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to 255, got {wrong}")
-        if twice := sorted(mapped.keys() & {IGNORE, *self.ignored}):
+        highest = WIDE_IGNORE if len(self.class_names()) > IGNORE else IGNORE
+        if wrong := sorted(i for i in on_disk if i not in range(highest + 1)):
+            raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to {highest}, got {wrong}")
+        if twice := sorted(mapped.keys() & {highest, *self.ignored}):
             raise ValueError(f"data set {self.key!r}: label_map gives classes to the ignored ids {twice}")
         first = BACKGROUND if self.background else 1
         known = range(first, first + len(self.names) if self.names else IGNORE)
@@ -123,7 +126,8 @@ class DatasetSpec:
             names = ("background", *names)
             if label_map is None:
                 label_map = {i: i + 1 for i in range(len(names) - 1) if i not in self.ignored}
-            mask_ids = {BACKGROUND: IGNORE} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
+            ignored = WIDE_IGNORE if len(names) > IGNORE else IGNORE
+            mask_ids = {BACKGROUND: ignored} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
         return Dataset(
             self.key,
             root,
