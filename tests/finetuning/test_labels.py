@@ -67,6 +67,30 @@ def test_five_classes_and_void_without_an_option_are_refused_with_the_question(s
     assert _pixels(_prepare(scene(f"background,{NAMES}", 0, 1, 2, 3, 4, 5)))["car"] == 7
 
 
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (NAMES, {"background": False}, r"indices \[5\] are no lines"),
+        (NAMES, {"ignored": (5,)}, "--ignore 5: is the value of car"),
+        (NAMES, {"background": False, "ignored": (4, 5)}, "--ignore 4: is the value of car"),
+        (NAMES.removesuffix(",car"), {"background": False, "ignored": (5,)}, r"indices \[4\] are no lines"),
+        (f"{NAMES},tree", {"background": False, "ignored": (5,)}, "--ignore 5: is the value of tree"),
+        (f"{NAMES},tree,bush", {"background": False}, "no mask shows bush"),
+        (f"{NAMES},tree", {}, "no mask shows tree"),
+        (f"background,{NAMES}", {"background": False, "ignored": (5,)}, "names 'background'"),
+        (f"background,{NAMES}", {"ignored": (5,)}, "--ignore 5: is the value of car"),
+        (f"{NAMES},sky", {"background": False}, "names a class twice"),
+    ],
+)
+def test_wrong_calls_on_five_classes_and_void(
+    scene: Scene, classes: str, options: dict[str, object], message: str
+) -> None:
+    request = scene(classes, 0, 1, 2, 3, 4, 5, **options)
+    with pytest.raises(UserError, match=message):
+        _prepare(request)
+    assert not (request.out.parent / "prepared" / "train.txt").exists()
+
+
 def test_no_background_and_ignored_values(scene: Scene) -> None:
     step = _prepare(scene(NAMES, 0, 1, 2, 3, 4, 5, background=False, ignored=(5,)))
     expected = {"background": 0, "sky": 2, "building": 3, "pole": 4, "road": 5, "car": 6, "ignored": 7}

@@ -129,12 +129,13 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     pixels = class_index(dataset, dataset.test)
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
     loaders = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loaders(last)
-    choices, ids = choices_for(info.compat), info.dataset_ids
+    choices = choices_for(info.compat)
     rule = prediction_rule(make_method(config, info.method), choices, info.background)
     parts = []
     for loader in loaders:
         batches = track(console, "test", loader, len(loader))
         confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
-        parts.append(dataset.scored(confusion, ids))
-    scores = score_step(parts, info.names, info.base, choices, info.background, dataset.unscored(ids))
+        parts.append(dataset.scored(confusion, info.dataset_ids))
+    hidden = dataset.unscored(info.dataset_ids)
+    scores = score_step(parts, info.names, info.base, choices, info.background, hidden)
     return {**scores, "confusion": np.sum(parts, axis=0).tolist()}
