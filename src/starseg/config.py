@@ -69,9 +69,10 @@ class TaskConfig(Strict):
     name: Label | None = None
     """Published task (`15-1`, `joint`, ...), or a label for `task.steps`."""
     steps: list[list[int | str]] | None = None
-    """Classes of each step, by name or dataset id."""
-    setting: Literal["overlap", "disjoint"] = "overlap"
-    """Training images of a step: `disjoint` leaves out those that show classes of later steps (docs/protocol.md)."""
+    """Classes of each step, by name or dataset id; with `setting: domain`, its domains."""
+    setting: Literal["overlap", "disjoint", "domain"] = "overlap"
+    """Training images of a step: `disjoint` leaves out those that show classes of later steps; with `domain`, the steps
+    learn new domains of the same classes (docs/protocol.md)."""
     allow_absent: bool = False
     """Train even if no image shows some class in its step; its logit then learns from negatives only."""
 

@@ -16,12 +16,18 @@ import numpy as np
 
 from starseg.errors import UserError
 
-Setting = Literal["overlap", "disjoint"]
-"""Which training images a step may see."""
+Setting = Literal["overlap", "disjoint", "domain"]
+"""Which training images a step may see: those of its new classes, or in "domain" those of its new domains."""
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
+CLASS_SETTINGS: tuple[Setting, ...] = ("overlap", "disjoint")
+"""The settings in which a step learns new classes."""
 Steps = tuple[tuple[int, ...], ...]
 """Dataset ids learnt in each step."""
+DomainSteps = tuple[tuple[str, ...], ...]
+"""Names of the domains of each step."""
 BACKGROUND, IGNORE = 0, 255
+WIDE_IGNORE = 65_535
+"""What :data:`IGNORE` is in masks and labels of data sets with more than 254 classes, which have 16 bits."""
 
 
 def split_classes(order: Sequence[int], name: str) -> Steps:
@@ -50,8 +56,10 @@ class TaskSequence:
         name: for people, and for the run's results.
         steps: dataset ids learnt in each step.
         names: class names by dataset id; ``names[0]`` is the background.
-        setting: "overlap" or "disjoint" (which training images a step may see).
+        setting: which training images a step may see.
         base: how many classes, in order of learning, tables call "old"; by default those of step 0.
+        domains: the domains of each step in the setting "domain", in which the only group of classes is learnt in step
+            0 and labelled in every step. Empty in other settings.
     """
 
     name: str
@@ -59,14 +67,16 @@ class TaskSequence:
     names: tuple[str, ...]
     setting: Setting = "overlap"
     base: int = 0
+    domains: DomainSteps = ()
 
     def __post_init__(self) -> None:
         order = self.order
+        self._check_domains()
         if not self.steps or any(not s for s in self.steps):
             raise UserError(f"task {self.name!r}: every step needs at least one class, got {self.steps}")
         if twice := sorted({c for c in order if order.count(c) > 1}):
             raise UserError(f"task {self.name!r}: classes listed twice: {[self.label(c) for c in twice]}")
-        if unknown := [c for c in order if not 1 <= c < len(self.names) or c == IGNORE]:
+        if unknown := [c for c in order if not 1 <= c < len(self.names)]:
             raise UserError(
                 f"task {self.name!r}: unknown class ids {unknown}; this data set has 1..{len(self.names) - 1}"
             )
@@ -74,13 +84,20 @@ class TaskSequence:
         if not self.base:
             object.__setattr__(self, "base", len(self.steps[0]))
 
+    def _check_domains(self) -> None:
+        listed = [domain for step in self.domains for domain in step]
+        if self.domains and (len(self.steps) != 1 or not all(self.domains)):
+            raise UserError(f"task {self.name!r}: every step needs at least one domain, got {self.domains}")
+        if twice := sorted({domain for domain in listed if listed.count(domain) > 1}):
+            raise UserError(f"task {self.name!r}: domains listed twice: {', '.join(twice)}")
+
     @property
     def order(self) -> tuple[int, ...]:
         """Dataset ids in order of learning: ``order[k - 1]`` is the dataset id of training id k."""
         return tuple(c for step in self.steps for c in step)
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.domains or self.steps)
 
     def label(self, dataset_id: int) -> str:
         """The class's name, or its number where it has none."""
@@ -94,16 +111,33 @@ class TaskSequence:
         return ", ".join(names)
 
     def new(self, step: int) -> tuple[int, ...]:
-        """Dataset ids learnt in ``step``."""
-        return self.steps[step]
+        """Dataset ids that the training labels of ``step`` show: its new classes, or with domains all classes."""
+        return self.steps[0 if self.domains else step]
+
+    def added(self, step: int) -> tuple[int, ...]:
+        """Dataset ids of the classes that the network does not have before ``step``."""
+        return () if self.domains and step else self.new(step)
 
     def old(self, step: int) -> tuple[int, ...]:
-        """Dataset ids learnt before ``step``, in order of learning."""
-        return tuple(c for group in self.steps[:step] for c in group)
+        """Dataset ids learnt before ``step`` and not labelled in it, in order of learning."""
+        return () if self.domains else tuple(c for group in self.steps[:step] for c in group)
 
     def seen(self, step: int) -> tuple[int, ...]:
         """Dataset ids learnt up to and including ``step``, in order of learning."""
         return self.old(step) + self.new(step)
+
+    @property
+    def wide(self) -> bool:
+        """Whether there are more than 254 classes, so that labels have more than 8 bits."""
+        return len(self.names) > IGNORE
+
+    def domains_of(self, step: int, seen: bool = False) -> tuple[str, ...]:
+        """Domains of ``step``, or with ``seen`` of all steps up to and including it."""
+        return tuple(domain for group in self.domains[0 if seen else step : step + 1] for domain in group)
+
+    def describe(self, step: int) -> str:
+        """New classes or domains of ``step`` for a message; the middle of a long list is left out."""
+        return ", ".join(self.domains_of(step)) if self.domains else self.list_names(self.new(step))
 
     def class_names(self, step: int) -> tuple[str, ...]:
         """Names by training id after ``step``, the background first."""
@@ -124,10 +158,12 @@ class TaskSequence:
             fill: what every other id becomes: 0 in training, in tests 0 or 255 as the data set says.
 
         Returns:
-            [256] uint8; 0 stays 0 and 255 stays 255.
+            [256] uint8; 0 stays 0 and 255 stays 255. With more than 254 classes [65536] int32, where 65535 is ignored.
         """
-        table = np.full(256, fill, np.uint8)
-        table[BACKGROUND], table[IGNORE] = BACKGROUND, IGNORE
+        ignored = WIDE_IGNORE if self.wide else IGNORE
+        fill = ignored if fill == IGNORE else fill
+        table = np.full(ignored + 1, fill, np.int32 if self.wide else np.uint8)
+        table[BACKGROUND], table[ignored] = BACKGROUND, ignored
         shown = self.seen(step) if split == "test" else self.new(step)
         first = 1 if split == "test" else 1 + len(self.old(step))
         table[list(shown)] = np.arange(first, first + len(shown))
@@ -157,7 +193,7 @@ def make_task(
         names: class names by dataset id, the background first.
         name: one of ``tables``, such as "15-1"; with ``steps`` a free label; "joint" works for every data set.
         steps: dataset ids or class names of each step.
-        setting: "overlap" or "disjoint".
+        setting: "overlap" or "disjoint"; :func:`make_domain_task` is for "domain".
 
     Raises:
         UserError: unknown task or class, a class listed twice, an empty step.
@@ -172,3 +208,32 @@ def make_task(
             "Or give task.steps, a list of lists of class names or ids."
         )
     return TaskSequence(name, tables[name], tuple(names), setting)
+
+
+def make_domain_task(
+    tables: Mapping[str, DomainSteps],
+    names: Sequence[str],
+    name: str | None = None,
+    steps: Sequence[Sequence[int | str]] | None = None,
+) -> TaskSequence:
+    """Build a task in the setting "domain", from a published name or from a free list of the domains of each step.
+
+    Args:
+        tables: the data set's published tasks, domains of each step by name.
+        names: class names by dataset id, the background first; every class is learnt in step 0.
+        name: one of ``tables``; with ``steps`` a free label.
+        steps: domains of each step.
+
+    Raises:
+        UserError: unknown task, a domain listed twice, an empty step.
+    """
+    label = name or "custom"
+    if steps is None:
+        if label not in tables:
+            raise UserError(
+                f"task.name: unknown task {name!r}; this data set's, in the setting domain, are: "
+                f"{', '.join(sorted(tables)) or 'none'}. Or give task.steps, a list of lists of domains."
+            )
+        steps = tables[label]
+    domains = tuple(tuple(map(str, group)) for group in steps)
+    return TaskSequence(label, (tuple(range(1, len(names))),), tuple(names), "domain", domains=domains)

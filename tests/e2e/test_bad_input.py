@@ -127,10 +127,13 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "negative loss weight": (_set("star.sad", -1), "star.sad: input should be greater than or equal to 0"),
     "unknown precision": (_set("train.precision", "8"), "train.precision: input should be"),
     "unknown compat": (_set("compat", "mostly"), "compat: input should be 'published'"),
-    "unknown setting": (_set("task.setting", "sequential"), "task.setting: input should be 'overlap' or 'disjoint'"),
+    "unknown setting": (
+        _set("task.setting", "sequential"),
+        "task.setting: input should be 'overlap', 'disjoint' or 'domain'",
+    ),
     "unknown data set": (
         _set("data.dataset", "coco"),
-        "data.dataset: unknown data set 'coco'; known: ade, camvid, city, folder, voc",
+        "data.dataset: unknown data set 'coco'; known: ade, ade_full, camvid, city,",
     ),
     "output stride 4": (_set("model.output_stride", 4), "model.output_stride: input should be 8 or 16"),
     "crop beside the grid": (_set("data.crop", 60), "data.crop: 60 is no multiple of model.output_stride"),

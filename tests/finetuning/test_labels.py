@@ -67,6 +67,30 @@ def test_five_classes_and_void_without_an_option_are_refused_with_the_question(s
     assert _pixels(_prepare(scene(f"background,{NAMES}", 0, 1, 2, 3, 4, 5)))["car"] == 7
 
 
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (NAMES, {"background": False}, r"indices \[5\] are no lines"),
+        (NAMES, {"ignored": (5,)}, "--ignore 5: is the value of car"),
+        (NAMES, {"background": False, "ignored": (4, 5)}, "--ignore 4: is the value of car"),
+        (NAMES.removesuffix(",car"), {"background": False, "ignored": (5,)}, r"indices \[4\] are no lines"),
+        (f"{NAMES},tree", {"background": False, "ignored": (5,)}, "--ignore 5: is the value of tree"),
+        (f"{NAMES},tree,bush", {"background": False}, "no mask shows bush"),
+        (f"{NAMES},tree", {}, "no mask shows tree"),
+        (f"background,{NAMES}", {"background": False, "ignored": (5,)}, "names 'background'"),
+        (f"background,{NAMES}", {"ignored": (5,)}, "--ignore 5: is the value of car"),
+        (f"{NAMES},sky", {"background": False}, "names a class twice"),
+    ],
+)
+def test_wrong_calls_on_five_classes_and_void(
+    scene: Scene, classes: str, options: dict[str, object], message: str
+) -> None:
+    request = scene(classes, 0, 1, 2, 3, 4, 5, **options)
+    with pytest.raises(UserError, match=message):
+        _prepare(request)
+    assert not (request.out.parent / "prepared" / "train.txt").exists()
+
+
 def test_no_background_and_ignored_values(scene: Scene) -> None:
     step = _prepare(scene(NAMES, 0, 1, 2, 3, 4, 5, background=False, ignored=(5,)))
     expected = {"background": 0, "sky": 2, "building": 3, "pole": 4, "road": 5, "car": 6, "ignored": 7}
@@ -244,3 +268,55 @@ def test_ignored_values_are_for_masks_with_values(tmp_path: Path) -> None:
     request = LearnRequest(None, tmp_path, tmp_path / "coco.json", "cat", tmp_path / "run", ignored=(3,))
     with pytest.raises(UserError, match=r"--ignore: .*coco\.json is a COCO file"):
         _prepare(request)
+
+
+# Rows of cityscapesscripts/helpers/labels.py, as they stand there.
+LABELS_PY = """
+Label = namedtuple( 'Label' , ['name', 'id', 'trainId', 'category', 'categoryId', 'hasInstances', 'ignoreInEval', 'color'] )
+labels = [
+    #       name                     id    trainId   category            catId     hasInstances   ignoreInEval   color
+    Label(  'unlabeled'            ,  0 ,      255 , 'void'            , 0       , False        , True         , (  0,  0,  0) ),
+    Label(  'ground'               ,  6 ,      255 , 'void'            , 0       , False        , True         , ( 81,  0, 81) ),
+    Label(  'road'                 ,  7 ,        0 , 'flat'            , 1       , False        , False        , (128, 64,128) ),
+    Label(  'traffic light'        , 19 ,        6 , 'object'          , 3       , False        , False        , (250,170, 30) ),
+    Label(  'license plate'        , -1 ,       -1 , 'vehicle'         , 7       , False        , True         , (  0,  0,142) ),
+]
+trainId2label = { label.trainId : label for label in reversed(labels) }
+"""  # noqa: E501
+
+
+def test_the_label_table_of_cityscapes(scene: Scene, tmp_path: Path) -> None:
+    (tmp_path / "labels.py").write_text(LABELS_PY)
+    classes = read_classes(str(tmp_path / "labels.py"))
+    assert classes.names == ("background", "road", "traffic light") and not classes.background
+    assert classes.values == {7: 1, 19: 2} and classes.ignored == {0, 6}
+    request = scene(str(tmp_path / "labels.py"), 0, 6, 7, 19)
+    step = _prepare(request)
+    found = {name: count for name, count in _pixels(step).items() if count}
+    assert found == {"road": 4, "traffic light": 5, "ignored": 5} and step.steps == [[7, 19]]
+    for path in request.masks.iterdir():  # gtFine_color
+        colours = np.zeros((256, 3), np.uint8)
+        colours[[6, 7, 19]] = (81, 0, 81), (128, 64, 128), (250, 170, 30)
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+    assert {name: count for name, count in _pixels(_prepare(request)).items() if count} == found
+    (tmp_path / "labels.py").write_text("import os\n")
+    with pytest.raises(UserError, match=r"expected rows \"Label\('road', 7,.* Cityscapes' labels\.py"):
+        read_classes(str(tmp_path / "labels.py"))
+
+
+def test_reduce_zero_label_of_mmsegmentation(scene: Scene) -> None:
+    """It ignores 0 and moves the other values down by one; here they keep them, in predicted masks too."""
+    step = _prepare(scene("wall,floor,ceiling", 0, 1, 2, 3, ignored=(0,)))
+    assert _pixels(step) == {"background": 0, "wall": 3, "floor": 4, "ceiling": 5, "ignored": 2}
+    assert not step.background and step.mask_ids == {0: 255, 1: 1, 2: 2, 3: 3}
+
+
+def test_the_label_map_of_cvat(scene: Scene, tmp_path: Path) -> None:
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:128,64,128::\ncar:0,0,142::\n"
+    )
+    request = scene(str(tmp_path / "labelmap.txt"), 0, 1, 2)
+    for path in request.masks.iterdir():
+        colours = np.array([(0, 0, 0), (128, 64, 128), (0, 0, 142)], np.uint8)
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+    assert _pixels(_prepare(request)) == {"background": 2, "road": 3, "car": 4, "ignored": 0}

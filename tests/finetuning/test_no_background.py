@@ -141,3 +141,30 @@ def test_exports(first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert set(np.unique(session.run(["mask"], {"images": image})[0])) <= set(range(5))
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| 0 | sky |" in card and "background" not in card
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "options", "message"),
+    [
+        (["tree"], (0, 1, 2), [], "indices [2] are no lines of tree"),
+        (["tree"], (0, 1), ["--no-background"], "indices [1] are no lines of tree"),
+        (["tree", "bush"], (0, 1), [], "no mask shows bush"),
+        (["car"], (0, 1), [], "nothing to learn"),
+        (["tree"], (0, 1), ["--ignore", "1"], "--ignore 1: is the value of tree"),
+        (["background", "tree"], (0, 1), ["--no-background"], "names 'background'"),
+    ],
+)
+def test_wrong_second_steps(
+    first: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    classes: list[str],
+    values: tuple[int, ...],
+    options: list[str],
+    message: str,
+) -> None:
+    scenes = _scenes(tmp_path / "second", values)
+    args = ["--classes", ",".join(classes), *options, "--epochs", "2", "--out", tmp_path / "next"]
+    assert _run(monkeypatch, "learn", first, *scenes, *args) == 2
+    assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "next").exists()

@@ -45,7 +45,10 @@ def test_an_error_names_exactly_the_keys_to_give(method: str, given: dict, missi
     with pytest.raises(UserError) as caught:
         resolve(_config(method, **given))
     start = f"no recipe for method {method} on data set 'folder': give "
-    assert str(caught.value) == f"{start}{missing}, or take another data set's with recipe=voc or recipe=ade"
+    others = (
+        "recipe=voc or recipe=city_domain or recipe=ade" if method in ("plop", "mib") else "recipe=voc or recipe=ade"
+    )
+    assert str(caught.value) == f"{start}{missing}, or take another data set's with {others}"
 
 
 def test_a_method_with_an_option_that_must_be_given() -> None:

@@ -46,9 +46,9 @@ class ImageCache:
         """Return an image as :func:`read_image` does; the tensor must not be modified."""
         return torch.from_numpy(self._read(path, _image_array)).permute(2, 0, 1)
 
-    def mask(self, path: Path) -> np.ndarray:
+    def mask(self, path: Path, wide: bool = False) -> np.ndarray:
         """Return a mask as :func:`read_mask` does; the array must not be modified."""
-        return self._read(path, read_mask)
+        return self._read(path, _wide_bytes).view(np.uint16)[..., 0] if wide else self._read(path, read_mask)
 
     def _read(self, path: Path, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
         number, array = self._arrays.get(path, (0, None))
@@ -66,12 +66,20 @@ class ImageCache:
         return array
 
 
+def _wide_bytes(path: Path) -> np.ndarray:
+    """Read a 16-bit mask as [H, W, 2] uint8."""
+    ids = read_mask(path, wide=True)
+    return ids.view(np.uint8).reshape(*ids.shape, 2)
+
+
 def _image_array(path: Path) -> np.ndarray:
     return read_image(path).permute(1, 2, 0).numpy()
 
 
-def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
+def decoded_shapes(split: Split, wide: bool = False) -> dict[Path, tuple[int, ...]]:
     """Return the decoded shapes of a split's images, [H, W, 3], and masks, [H, W], from the headers of the images.
+
+    Masks of 16 bits (``wide``) are [H, W, 2].
 
     Raises:
         UserError: an image file is missing or not a readable image.
@@ -79,12 +87,12 @@ def decoded_shapes(split: Split) -> dict[Path, tuple[int, ...]]:
     shapes: dict[Path, tuple[int, ...]] = {}
     for image, mask in zip(split.images, split.masks, strict=True):
         size = image_size(image, whole=False)
-        shapes |= {image: (*size, 3), mask: size}
+        shapes |= {image: (*size, 3), mask: (*size, 2) if wide else size}
     return shapes
 
 
 def make_cache(
-    setting: Literal["ram", "off", "auto"], split: Split, processes: int, console: Console
+    setting: Literal["ram", "off", "auto"], split: Split, processes: int, console: Console, wide: bool = False
 ) -> ImageCache | None:
     """Create the empty cache that `data.cache` specifies, or return None.
 
@@ -94,13 +102,14 @@ def make_cache(
         split: the files to cache.
         processes: number of processes on this machine that share the memory, each with its own cache.
         console: where the size and the decision are printed.
+        wide: whether masks have 16 bits.
 
     Raises:
         UserError: the setting is "ram" and the cache exceeds this process's share of the available memory.
     """
     if setting == "off":
         return None
-    shapes = decoded_shapes(split)
+    shapes = decoded_shapes(split, wide)
     size, part = sum(map(math.prod, shapes.values())), available_memory() // processes
     says = f"{len(split)} decoded images and masks take {size / 1e9:.1f} GB, available are {part / 1e9:.1f}"
     if setting == "ram" and size > part:

@@ -245,12 +245,13 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     return size
 
 
-def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
+def read_mask(path: Path, otherwise: str = "", wide: bool = False) -> np.ndarray:
     """Read the ids of a mask (palette or grey, usually PNG), [H, W] uint8, rotated according to its EXIF data.
 
     Args:
         path: the file.
         otherwise: alternative remedy for a colour mask, appended to the error message.
+        wide: read a grey mask of 16 bits instead, [H, W] uint16.
 
     Raises:
         UserError: the file is missing or unreadable, does not have a single 8-bit channel, stores other values than
@@ -258,6 +259,8 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
     """
     with _opened(path, "mask") as image:
         raw, frames = _raw_mode(image), getattr(image, "n_frames", 1)
+        if wide:
+            return _wide_ids(image, frames, path)
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a mask must be an 8-bit palette or grey image, not {image.mode!r}; save the class ids as one"
@@ -274,6 +277,19 @@ def read_mask(path: Path, otherwise: str = "") -> np.ndarray:
                 f"{path}: JPEG compression has changed the class ids in this mask; save it as PNG from its source"
             )
         return ids
+
+
+def _wide_ids(image: Image.Image, frames: int, path: Path) -> np.ndarray:
+    """Return the ids of a 16-bit mask, [H, W] uint16, upright; see :func:`read_mask`."""
+    # Older versions of Pillow give 16-bit PNG files the mode of 32-bit integers.
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")):
+        raise UserError(
+            f"{path}: a mask of this data set must be a 16-bit grey image, not {image.mode!r}, as it has more than 254 "
+            "classes; save the class ids as one"
+        )
+    if frames > 1:
+        raise UserError(f"{path}: holds {frames} images; a mask must be one, save the right one alone")
+    return np.array(_upright(image)).astype(np.uint16)
 
 
 def _changed_by_compression(ids: np.ndarray, image: Image.Image) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.images import image_size, read_mask, refuse_other_size
 from starseg.errors import UserError
+from starseg.tasks import BACKGROUND, WIDE_IGNORE
 from starseg.utils.deprecation import old_names
 from starseg.utils.machine import cores
 from starseg.utils.terminal import print_note
@@ -41,20 +42,32 @@ def cache_dir() -> Path | None:
         return None
 
 
-def pixels_per_id(mask: np.ndarray) -> np.ndarray:
-    """Count the pixels of every id in a uint8 mask: [256] int32."""
-    return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
+def pixels_per_id(mask: np.ndarray, columns: int = 256) -> np.ndarray:
+    """Count the pixels of every id in a mask.
+
+    Args:
+        mask: [H, W] uint8; or uint16 if there are more than 256 columns.
+        columns: number of counts (:attr:`starseg.data.labels.LabelMap.columns`).
+
+    Returns:
+        [columns] int32. Of more than 256, the last one counts all larger ids but 65535.
+    """
+    if columns == 256:
+        return np.bincount(mask.ravel(), minlength=256).astype(np.int32)
+    counts = np.bincount(mask.ravel(), minlength=WIDE_IGNORE + 1)
+    return np.append(counts[: columns - 1], counts[columns - 1 : WIDE_IGNORE].sum()).astype(np.int32)
 
 
-def _count(mask: Path, image: Path | None) -> np.ndarray:
-    ids = read_mask(mask)
+def _count(mask: Path, image: Path | None, columns: int) -> np.ndarray:
+    ids = read_mask(mask, wide=columns > 256)
     if image is not None:
         refuse_other_size(image_size(image), ids.shape, mask)
-    return pixels_per_id(ids)
+    return pixels_per_id(ids, columns)
 
 
-def _key(root: Path, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {root.resolve()}".encode(errors="surrogateescape"))
+def _key(root: Path, files: Sequence[Path], columns: int) -> str:
+    kind = f"{_VERSION} {columns}" if columns > 256 else str(_VERSION)
+    digest = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
     for path in files:
         stat = path.stat()
         line = f"{os.path.relpath(path, root)} {stat.st_size} {stat.st_mtime_ns}\n"
@@ -62,26 +75,30 @@ def _key(root: Path, files: Sequence[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None) -> np.ndarray:
-    """Count the pixels of every id in every mask, [N, 256] int32, on all cores.
+def scan_masks(masks: Sequence[Path], images: Sequence[Path] | None = None, columns: int = 256) -> np.ndarray:
+    """Count the pixels of every id in every mask, [N, columns] int32, on all cores.
 
     Args:
         masks: mask files.
         images: image files; if given, they are read as well and their sizes are compared with the masks'.
+        columns: see :func:`pixels_per_id`.
 
     Raises:
         UserError: a file is unreadable or truncated, or the sizes of a mask and its image differ.
     """
     beside: Sequence[Path | None] = images or [None] * len(masks)
     with ProcessPoolExecutor(cores()) as pool:
-        return np.stack(list(pool.map(_count, masks, beside, chunksize=max(1, min(256, len(masks) // 8)))))
+        size = max(1, min(256, len(masks) // 8))
+        return np.stack(list(pool.map(_count, masks, beside, [columns] * len(masks), chunksize=size)))
 
 
 def class_index(dataset: Dataset, split: Split) -> np.ndarray:
     """Count the pixels of every class in every mask of a split.
 
     Returns:
-        [len(split), 256] int32 by class id; ``index > 0`` is the presence matrix.
+        [len(split), 256] int32 by class id, or as many columns as the label map has; ``index > 0`` is the presence
+        matrix. Unlabelled classes count as
+        background.
 
     Raises:
         UserError: an image or mask is unreadable, their sizes differ, or a mask contains ids outside the label map.
@@ -94,19 +111,24 @@ def class_index(dataset: Dataset, split: Split) -> np.ndarray:
             f"set ({dataset.labels}); {wrong.size} of {len(split)} masks hold such ids: fix them, or name the "
             "classes; `starseg data check` lists them"
         )
-    return dataset.labels.class_pixels(pixels)
+    counts = dataset.labels.class_pixels(pixels)
+    if hidden := sorted(dataset.unlabelled):
+        counts = counts.copy()
+        counts[:, BACKGROUND] += counts[:, hidden].sum(1)
+        counts[:, hidden] = 0
+    return counts
 
 
 def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
     """Return pixel counts by id on disk, cached under a key of the files' names, sizes and modification times."""
-    cache = cache_dir()
+    cache, columns = cache_dir(), dataset.labels.columns
     if cache is None:
         _note_not_cached("this user has no home directory")
-        return scan_masks(split.masks, split.images)
-    path = cache / "index" / f"{_key(dataset.root, (*split.images, *split.masks))}.npz"
+        return scan_masks(split.masks, split.images, columns)
+    path = cache / "index" / f"{_key(dataset.root, (*split.images, *split.masks), columns)}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing or damaged
         return file["pixels"]
-    pixels = scan_masks(split.masks, split.images)
+    pixels = scan_masks(split.masks, split.images, columns)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from starseg.data.images import read_image, read_mask, refuse_other_size
 from starseg.data.transforms import eval_transform, train_transform
 
 Epoch = int | str
+_NARROW = 256
 
 
 EXEMPLAR = "exemplar"
@@ -35,7 +36,7 @@ class Batch:
 
     Attributes:
         images: [N, 3, H, W], uint8 as loaded, normalised floats after the transfer to the device.
-        labels: [N, H, W] uint8 training ids, 255 ignored.
+        labels: [N, H, W] uint8 training ids, 255 ignored; int32 and 65535 on data sets with more than 254 classes.
         indices: [N] int64 positions in the split's file list.
         extras: further tensors by name: the maps that the method requests
             (:meth:`Method.extra_maps <starseg.methods.Method.extra_maps>`, [N, H, W] uint8) and :data:`EXEMPLAR`.
@@ -85,7 +86,12 @@ def extra_map(folder: Path, image: Path) -> Path:
 
 
 def relabel(ids: np.ndarray, table: bytes | None) -> Tensor:
-    """Copy ids [H, W] uint8, translated by a table of 256 bytes (NumPy would convert the ids to 64-bit indices)."""
+    """Copy ids [H, W] uint8, translated by a table of 256 bytes (NumPy would convert the ids to 64-bit indices).
+
+    A larger table is one of int32 for uint16 ids; the result then is int32.
+    """
+    if table is not None and len(table) > _NARROW:
+        return torch.from_numpy(np.frombuffer(table, np.int32)[ids])
     found = bytearray(ids) if table is None else bytearray(ids).translate(table)
     return torch.frombuffer(found, dtype=torch.uint8).view(ids.shape)
 
@@ -98,7 +104,7 @@ class SampleRequest:
         image, mask: files.
         index: the image's position in the split's file list.
         exemplar: whether the image is from the exemplar memory; None if the step has no exemplars.
-        table: relabelling of mask ids, 256 bytes.
+        table: relabelling of mask ids, 256 bytes; or as many int32 as there are 16-bit ids.
         crop: side of the square crop in pixels; None for the whole image.
         seed: seed of the augmentation; None for the test transform.
         maps: names and files of grey PNGs that are cropped like the mask; all zeros for an exemplar.
@@ -122,7 +128,8 @@ class SampleRequest:
         image = cache.image(self.image) if cache else read_image(self.image)
 
         def grey(path: Path, table: bytes | None) -> Tensor:
-            mask = relabel(cache.mask(path) if cache else read_mask(path), table)[None]
+            wide = table is not None and len(table) > _NARROW
+            mask = relabel(cache.mask(path, wide) if cache else read_mask(path, wide=wide), table)[None]
             refuse_other_size(image.shape[1:], mask.shape[1:], path)
             return mask
 
@@ -137,7 +144,8 @@ class SampleRequest:
                 image, mask = train_transform(image, mask, self.crop)
         elif self.crop:
             image, mask = eval_transform(image, mask, self.crop)
-        extras = {name: values for (name, _), values in zip(self.maps, mask[1:], strict=True)}
+        # Beside int32 labels, maps have their type until here.
+        extras = {name: values.to(torch.uint8) for (name, _), values in zip(self.maps, mask[1:], strict=True)}
         if self.exemplar is not None:
             extras[EXEMPLAR] = torch.tensor(self.exemplar)
         return Batch(image, mask[0], torch.tensor(self.index), extras)
@@ -149,11 +157,11 @@ class StepDataset:
     Args:
         split: the files.
         positions: positions in ``split`` of the files to use, as returned by :func:`select_images`.
-        table: [256] uint8 relabelling of mask ids.
+        table: [256] uint8 relabelling of mask ids, or [65536] int32.
         crop: side of the square crops in pixels; None for whole images (tests only).
         seed: seed of the augmentation, (run seed, step); None for the test transform.
         exemplars: number of exemplars, which are the last files of ``split``.
-        exemplar_table: [256] uint8 relabelling of exemplars, by default ``table``.
+        exemplar_table: relabelling of exemplars, by default ``table``.
         maps: folders of grey PNGs with the stems of the images, by name in the extras.
     """
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from starseg.config import DataConfig
-from starseg.data.datasets import Dataset, Split, open_dataset
+from starseg.data.datasets import Dataset, open_dataset
 from starseg.data.index import class_index
 from starseg.data.samples import sample_seed
+from starseg.data.selection import shown_classes
 from starseg.errors import UserError
-from starseg.tasks import BACKGROUND, IGNORE
 
 
 def open_splits(config: DataConfig) -> Dataset:
@@ -23,14 +23,14 @@ def open_splits(config: DataConfig) -> Dataset:
     dataset = open_dataset(config)
     if config.validation is None:
         return dataset
-    shown = np.delete(class_index(dataset, dataset.train) > 0, [BACKGROUND, IGNORE], axis=1)
+    shown = shown_classes(class_index(dataset, dataset.train))
     held = split_images(shown, config.validation, np.random.default_rng(sample_seed("validation")))
     if not held.any():
         raise UserError(
             f"data.validation: none of the {len(held)} training images of {dataset.root} can be held out, because a "
             "class would lose its only one; add images, or remove the key"
         )
-    train, test = _take(dataset.train, ~held), _take(dataset.train, held)
+    train, test = (dataset.train.take(np.flatnonzero(chosen)) for chosen in (~held, held))
     return replace(dataset, train=train, test=test, published={})
 
 
@@ -58,9 +58,3 @@ def split_images(shown: np.ndarray, share: float, rng: np.random.Generator) -> n
     without = rng.permutation(np.flatnonzero(~shown.any(1)))
     chosen[without[: round(share * len(without))]] = True
     return chosen
-
-
-def _take(split: Split, keep: np.ndarray) -> Split:
-    chosen = np.flatnonzero(keep)
-    images, masks = (tuple(files[i] for i in chosen) for files in (split.images, split.masks))
-    return Split(images, masks, tuple(split.ids[i] for i in chosen))

@@ -81,6 +81,7 @@ class StepInfo:
         lead, conv_heads, hidden: layout of the heads (:class:`starseg.models.classifiers.HeadLayout`).
         background: whether training id 0 is a background, which can be predicted.
         mask_ids: ids in predicted masks by training id; None if they are the class ids.
+        domains: domains of each step so far, in the setting "domain".
     """
 
     architecture: Architecture
@@ -102,6 +103,7 @@ class StepInfo:
     hidden: int = 0
     background: bool = True
     mask_ids: list[int] | None = None
+    domains: list[list[str]] = field(default_factory=list)
 
     @property
     def predicted_ids(self) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starseg.config import RunConfig, choices_for
+from starseg.config import Choices, RunConfig, choices_for
 from starseg.data.index import class_index
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import Batch
@@ -21,7 +21,7 @@ from starseg.data.validation import open_splits
 from starseg.engine.checkpoint import StepInfo
 from starseg.engine.formats import open_run
 from starseg.engine.launch import make_fabric, single_process
-from starseg.engine.metrics import summarize
+from starseg.engine.metrics import summarize_parts
 from starseg.engine.run_data import RunData, workers_for
 from starseg.engine.setup import make_method
 from starseg.errors import UserError
@@ -29,7 +29,8 @@ from starseg.losses.reduction import AllReduceSum, identity
 from starseg.methods import prediction_rule
 from starseg.models import Segmenter
 from starseg.models.prediction import predict_upsampled
-from starseg.tasks import IGNORE, TaskSequence
+from starseg.ops.labels import ignored_id
+from starseg.tasks import TaskSequence
 from starseg.utils.progress import track
 
 _SCORING = ("data.", "eval.", "train.accelerator=")
@@ -79,18 +80,38 @@ def confusion_matrix(
     total = torch.zeros(classes**2, dtype=torch.int64, device=model.mean.device)
     for batch in loader:
         predicted = predict_upsampled(rule, model.predict(batch.images, bf16), batch.labels.shape[-2:])
-        labels = batch.labels.to(predicted.device, non_blocking=True).long()
-        counted = labels != IGNORE
+        labels = batch.labels.to(predicted.device, non_blocking=True)
+        counted, labels = labels != ignored_id(labels), labels.long()
         # torchmetrics, in deterministic mode, compares every pixel with every entry of the matrix, hence bincount.
         total += torch.bincount(classes * labels[counted] + predicted[counted], minlength=classes**2)
     return all_reduce_sum(total).view(classes, classes).cpu().numpy()
+
+
+def score_step(
+    parts: Sequence[np.ndarray],
+    names: Sequence[str],
+    base: int,
+    choices: Choices,
+    background: bool,
+    unscored: np.ndarray,
+) -> dict[str, Any]:
+    """Return :func:`~starseg.engine.metrics.summarize_parts` of a step with these choices of the published code."""
+    return summarize_parts(
+        parts,
+        names,
+        base,
+        iou_epsilon=choices.iou_epsilon,
+        absent_as_zero=choices.absent_as_zero,
+        background=background,
+        unscored=unscored,
+    )
 
 
 def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console: Console) -> dict[str, Any]:
     """Evaluate a network on the test split of ``config.data``.
 
     Returns:
-        The result of :func:`starseg.engine.metrics.summarize`, and the matrix as "confusion".
+        The result of :func:`starseg.engine.metrics.summarize_parts`, and the matrix as "confusion".
 
     Raises:
         UserError: the class names of the data set differ from those of the network.
@@ -100,24 +121,21 @@ def evaluate_model(model: Segmenter, info: StepInfo, config: RunConfig, console:
     dataset = replace(open_splits(config.data), test_fill=info.test_fill)
     ids = iter(info.dataset_ids[1:])
     steps = tuple(tuple(itertools.islice(ids, size)) for size in info.head_sizes)
-    task = TaskSequence(info.task, steps, dataset.names, info.setting, base=info.base)  # type: ignore[arg-type]
+    domains = tuple(map(tuple, info.domains))
+    task = TaskSequence(info.task, steps, dataset.names, info.setting, info.base, domains)  # type: ignore[arg-type]
     last = len(task) - 1
     if list(task.class_names(last)) != info.names:
         raise UserError(f"its classes {info.names[1:]} have other names in {dataset.root}")
     pixels = class_index(dataset, dataset.test)
     loading = PersistentLoader(workers_for(config, fabric), pinned=fabric.device.type == "cuda")
-    loader = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loader(last)
+    loaders = RunData(dataset, task, pixels[:0], pixels, config, loading).test_loaders(last)
     choices = choices_for(info.compat)
     rule = prediction_rule(make_method(config, info.method), choices, info.background)
-    batches = track(console, "test", loader, len(loader))
-    confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
-    confusion = dataset.scored(confusion, info.dataset_ids)
-    scores = summarize(
-        confusion,
-        info.names,
-        info.base,
-        iou_epsilon=choices.iou_epsilon,
-        absent_as_zero=choices.absent_as_zero,
-        background=info.background,
-    )
-    return {**scores, "confusion": confusion.tolist()}
+    parts = []
+    for loader in loaders:
+        batches = track(console, "test", loader, len(loader))
+        confusion = confusion_matrix(model.to(fabric.device), rule, batches, bf16=config.eval.bf16)
+        parts.append(dataset.scored(confusion, info.dataset_ids))
+    hidden = dataset.unscored(info.dataset_ids)
+    scores = score_step(parts, info.names, info.base, choices, info.background, hidden)
+    return {**scores, "confusion": np.sum(parts, axis=0).tolist()}

@@ -19,6 +19,29 @@ def _harmonic(a: float | None, b: float | None) -> float | None:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
+_MEANS = ("miou", "miou_foreground", "class_accuracy", "pixel_accuracy")
+
+
+def summarize_parts(parts: Sequence[np.ndarray], names: Sequence[str], base: int, **options: Any) -> dict[str, Any]:
+    """Compute the metrics of a step from the confusion matrices of its test images.
+
+    Args:
+        parts: one matrix; or in the setting "domain" two, of the domains of step 0 and of later steps. The metrics of
+            these are then "old" and "new" in the result, as all classes are in both.
+        names: class names by training id, the background first.
+        base: number of classes that count as old.
+        **options: keyword arguments of :func:`summarize`.
+    """
+    scores = summarize(np.sum(parts, axis=0), names, base, **options)
+    if len(parts) == 1:
+        return scores
+    old, new = (summarize(part, names, base, **options) for part in parts)
+    for key in _MEANS:
+        figures = {"old": old[key]["all"], "new": new[key]["all"], "all": scores[key]["all"]}
+        scores[key] = {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}
+    return scores
+
+
 def summarize(
     confusion: np.ndarray,
     names: Sequence[str],
@@ -27,6 +50,7 @@ def summarize(
     iou_epsilon: float = 0.0,
     absent_as_zero: bool = False,
     background: bool = True,
+    unscored: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Compute IoU and accuracies in percent; a class without pixels is None and left out of the means.
 
@@ -37,6 +61,7 @@ def summarize(
         iou_epsilon: added to the intersection in the IoU's denominator.
         absent_as_zero: whether absent classes count as 0 in the means.
         background: whether id 0 is scored; without a background, it only stands for pixels that are not labelled.
+        unscored: [1 + C] bool, classes without IoU and accuracy, whose rows only count against other classes.
 
     Returns:
         {"iou": {name: percent}, "accuracy": {name: percent}, and "miou", "miou_foreground" (without id 0: the
@@ -48,6 +73,8 @@ def summarize(
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = hit / rows * 100
         iou = hit / (rows + columns - hit - iou_epsilon) * 100
+    if unscored is not None:
+        accuracy[unscored], iou[unscored], rows = np.nan, np.nan, np.where(unscored, 0, rows)
     scored = 0 if background else 1
     groups = {"old": slice(scored, 1 + base), "new": slice(1 + base, None), "all": slice(scored, None)}
 
@@ -58,7 +85,7 @@ def summarize(
 
     def pixels() -> dict[str, float | None]:
         figures = {g: 100 * hit[s].sum() / rows[s].sum() if rows[s].sum() else None for g, s in groups.items()}
-        total = matrix[scored:].sum()
+        total = rows[scored:].sum()
         figures["all"] = 100 * hit[scored:].sum() / total if total else None
         figures = {g: None if v is None else float(v) for g, v in figures.items()}
         return {**figures, "harmonic": _harmonic(figures["old"], figures["new"])}

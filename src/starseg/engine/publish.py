@@ -37,6 +37,7 @@ def step_info(run: PreparedRun, step: int, architecture: Architecture, head_size
         conv_heads=run.method.layout.conv,
         hidden=run.method.layout.hidden,
         background=dataset.background,
+        domains=[list(group) for group in task.domains[: step + 1]],
         mask_ids=[dataset.mask_ids.get(i, i) for i in ids] if dataset.mask_ids else None,
     )
 

@@ -19,7 +19,7 @@ from starseg.data.datasets import NO_FILES, Dataset, Split, find_dataset
 from starseg.data.index import class_index
 from starseg.data.loader import PREFETCH, LoaderEpoch, PersistentLoader
 from starseg.data.samples import EpochSampler, StepDataset, extra_map
-from starseg.data.selection import Kind, select_images
+from starseg.data.selection import Kind, select_step
 from starseg.data.validation import open_splits
 from starseg.errors import UserError
 from starseg.methods import Method
@@ -75,7 +75,8 @@ class RunData:
         """Return the positions of a step's images in the split, ascending, by their masks or a published list."""
         listed = self._listed(step, kind)
         pixels = self.train_pixels if kind == "train" else self.test_pixels
-        return select_images(pixels, self.task, step, kind) if listed is None else listed
+        split = self.dataset.train if kind == "train" else self.dataset.test
+        return select_step(split, pixels, self.task, step, kind) if listed is None else listed
 
     def digest(self, step: int) -> str:
         """Return a short digest of the names of a step's training images, in order."""
@@ -117,7 +118,13 @@ class RunData:
         for step in wanted:
             chosen = self.positions(step, "train")
             absent = [c for c in self.task.new(step) if not self.train_pixels[chosen, c].any()]
-            if absent and not self.config.task.allow_absent:
+            if lost := set(self.task.domains_of(step)) - set(self.dataset.train.domains):
+                known = ", ".join(sorted(set(self.dataset.train.domains)))
+                raise UserError(
+                    f"step {step}: no training image is of domain {', '.join(sorted(lost))}; domains of this data set: "
+                    f"{known}"
+                )
+            if absent and not (self.task.domains or self.config.task.allow_absent):
                 raise UserError(
                     f"step {step}: no training image shows {', '.join(map(self.task.label, absent))} "
                     f"(task {self.task.name}, {self.task.setting}); leave the class out, add images, or train all the "
@@ -173,12 +180,22 @@ class RunData:
         appended = self.memory is None or self.memory.mix == "append"
         return len(self.positions(step, "train")) + (exemplars if appended else 0)
 
-    def test_loader(self, step: int) -> LoaderEpoch:
-        """Return a loader of a step's test images, with the labels of all classes seen so far."""
+    def test_loaders(self, step: int) -> list[LoaderEpoch]:
+        """Return loaders of a step's test images, with the labels of all classes seen so far.
+
+        There is one, or in the setting "domain" one for the domains of step 0 and one for those of later steps.
+        """
+        chosen, task = self.positions(step, "test"), self.task
+        if not task.domains or not step:
+            return [self._test_loader(step, chosen)]
+        base = np.isin(np.array(self.dataset.test.domains)[chosen], task.domains_of(0))
+        return [self._test_loader(step, chosen[part]) for part in (base, ~base)]
+
+    def _test_loader(self, step: int, positions: np.ndarray) -> LoaderEpoch:
         full = self.config.eval.image == "full"
         table = self.dataset.labels.compose(self.task.relabelling(step, "test", self.dataset.test_fill))
         crop = None if full else self.config.data.crop
-        images = StepDataset(self.dataset.test, self.positions(step, "test"), table, crop, None)
+        images = StepDataset(self.dataset.test, positions, table, crop, None)
         batch = self.world if full else self.config.eval.batch_size
         return self.loading.over(images, EpochSampler(len(images), batch, [0], rank=self.rank, world=self.world))
 
@@ -190,7 +207,16 @@ def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSe
 
 
 def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
-    """Return the steps in which ``method`` learns the configured task on a data set."""
+    """Return the steps in which ``method`` learns the configured task on a data set.
+
+    Raises:
+        UserError: the task does not fit the data set, or the method cannot learn so many classes.
+    """
+    if dataset.labels.wide and not method.wide:
+        raise UserError(
+            f"method {method.name} cannot be trained on {dataset.root}, as it takes at most 254 classes; take another "
+            "method"
+        )
     task = config.task
     return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
 
@@ -232,5 +258,5 @@ def open_data(
     data.check(steps)
     if fabric:
         loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
-        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console)
+        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console, dataset.labels.wide)
     return data

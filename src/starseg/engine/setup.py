@@ -19,7 +19,7 @@ from starseg.engine.run_data import RunData, open_data
 from starseg.engine.rundir import resolve
 from starseg.errors import UserError
 from starseg.methods import METHODS, Method, method_options
-from starseg.methods.recipes import find_recipe
+from starseg.methods.recipes import find_recipe, substitute_note
 from starseg.tasks import TaskSequence
 from starseg.utils.terminal import labelled
 
@@ -75,6 +75,12 @@ def check_method(config: RunConfig) -> None:
         raise UserError(
             f"{config.source}:\nmemory.size: method {config.method} keeps no images; set it to 0 or take one of: "
             f"{keeping}"
+        )
+    if config.task.setting == "domain" and not method.domains:
+        able = ", ".join(sorted(name for name, other in METHODS.items() if other.domains))
+        raise UserError(
+            f"{config.source}:\ntask.setting: method {config.method} learns new classes, not new domains of the same "
+            f"classes; take one of: {able}"
         )
     world = config.train.devices * config.train.num_nodes
     if world > 1 and method.one_process:
@@ -144,7 +150,10 @@ def prepare(config: RunConfig, console: Console, steps: range | None = None) -> 
     if resolved.train.compile:
         refuse_without_compiler(fabric.device)
     data = open_data(resolved, method, console, fabric, steps)
-    notes = method.notes(find_recipe(resolved, type(method)))
+    notes = [
+        *method.notes(find_recipe(resolved, type(method))),
+        *substitute_note(config, type(method), method_options(config.method, config)),
+    ]
     if (share := resolved.data.validation) is not None:
         notes = [*notes, f"evaluated on held-out training images (data.validation {share:g}), not on the test images"]
     for note in notes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric, seed_everything
 from lightning_fabric.loggers import TensorBoardLogger
@@ -19,13 +20,12 @@ from starseg.config import choices_for
 from starseg.data.loader import LoaderEpoch
 from starseg.data.samples import Batch, sample_seed
 from starseg.engine import checkpoint
-from starseg.engine.evaluate import confusion_matrix
+from starseg.engine.evaluate import confusion_matrix, score_step
 from starseg.engine.exemplars import Memory, choose_memory, confident_classes
 from starseg.engine.features import CachedEpochs, FeatureCache, compute_features, features_autocast
 from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
-from starseg.engine.metrics import summarize
 from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
@@ -135,7 +135,7 @@ class Step:
 
     def _models(self) -> tuple[Segmenter, Segmenter | None]:
         """Return the network to train, with its new head, and the frozen network of the previous step."""
-        config, new = self.config.model, len(self.run.task.new(self.number))
+        config, new = self.config.model, len(self.run.task.added(self.number))
         if self.number == 0:
             layout = self.method.layout
             architecture = self.method.architecture(Architecture.of(config))
@@ -144,7 +144,7 @@ class Step:
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
         old = copy.deepcopy(model).requires_grad_(False)
-        return self.method.grow(model, new), old
+        return (self.method.grow(model, new) if new else model), old
 
     def _memory(self, old: Segmenter | None) -> Memory:
         """Choose the step's exemplar memory with the network of the previous step."""
@@ -225,8 +225,8 @@ class Step:
         return phase.epochs, phase.lr
 
     def _announce(self, ctx: StepContext, how: str) -> None:
-        images, new = len(self.data.positions(self.number, "train")), self.run.task.new(self.number)
-        self._say(f"learning {self.run.task.list_names(new)} from {images} images, {how}")
+        images = len(self.data.positions(self.number, "train"))
+        self._say(f"learning {self.run.task.describe(self.number)} from {images} images, {how}")
 
     def _scan(self, model: Segmenter, loader: LoaderEpoch, title: str) -> Iterator[Batch]:
         for batch in track(self.console, title, loader, len(loader)):
@@ -254,8 +254,9 @@ class Step:
             state: state from which the stage will be resumed.
         """
         if stage == 0:
-            with torch.no_grad():
-                self.method.init_heads(ctx)
+            if self.run.task.added(self.number):
+                with torch.no_grad():
+                    self.method.init_heads(ctx)
         else:
             ctx.model.zero_grad()
             if state:
@@ -363,23 +364,20 @@ class Step:
             logger.finalize("success")
 
     def _evaluate(self, ctx: StepContext) -> dict[str, Any]:
-        task, loader, bf16 = self.run.task, self.data.test_loader(self.number), self.config.eval.bf16
-        batches = track(self.console, f"step {self.number} test", loader, len(loader))
-        rule = prediction_rule(self.method, ctx.choices, self.data.dataset.background)
-        confusion = confusion_matrix(ctx.model, rule, batches, ctx.all_reduce_sum, bf16)
-        confusion = self.data.dataset.scored(confusion, task.dataset_ids(self.number))
-        choices = ctx.choices
-        scores = summarize(
-            confusion,
-            task.class_names(self.number),
-            task.base,
-            iou_epsilon=choices.iou_epsilon,
-            absent_as_zero=choices.absent_as_zero,
-            background=self.data.dataset.background,
-        )
+        task, choices, bf16 = self.run.task, ctx.choices, self.config.eval.bf16
+        rule = prediction_rule(self.method, choices, self.data.dataset.background)
+        parts = []
+        for loader in self.data.test_loaders(self.number):
+            batches = track(self.console, f"step {self.number} test", loader, len(loader))
+            confusion = confusion_matrix(ctx.model, rule, batches, ctx.all_reduce_sum, bf16)
+            parts.append(self.data.dataset.scored(confusion, task.dataset_ids(self.number)))
+        hidden = self.data.dataset.unscored(task.dataset_ids(self.number))
+        names, background = task.class_names(self.number), self.data.dataset.background
+        scores = score_step(parts, names, task.base, choices, background, hidden)
         return {
             "step": self.number,
-            "new_classes": [task.label(c) for c in task.new(self.number)],
+            "new_classes": [task.label(c) for c in task.added(self.number)],
+            **({"new_domains": list(task.domains_of(self.number))} if task.domains else {}),
             **scores,
-            "confusion": confusion.tolist(),
+            "confusion": np.sum(parts, axis=0).tolist(),
         }

@@ -12,6 +12,7 @@ from rich.text import Text
 from starseg.config import RunConfig
 from starseg.engine.setup import make_method
 from starseg.finetuning.defaults import EXTEND
+from starseg.finetuning.unlabelled import unlabelled_classes
 from starseg.report.tables import percent
 from starseg.tasks import IGNORE
 
@@ -136,6 +137,12 @@ def print_preview(
             value: prepared_step.names[number] for number, value in prepared_step.mask_ids.items() if value != IGNORE
         }
         say(f"ids in predicted masks: {', '.join(f'{value} {name}' for value, name in sorted(ids.items()))}")
+    if hidden := unlabelled_classes(source, prepared_step):
+        listed = ", ".join(prepared_step.names[number] for number in hidden)
+        say(
+            f"not labelled in these masks: {listed}; not scored, and background pixels in which the model sees one of "
+            "them are not scored as background"
+        )
     for number in prepared_step.new:
         if not prepared_step.pixels[prepared_step.val, number].any():
             say(f"note: {prepared_step.names[number]} is in no validation image, so it is not scored; add images of it")
@@ -171,4 +178,10 @@ def before_after_table(figures: Mapping[str, Any]) -> Group:
     if figures["unlabelled"]:
         unlabelled = ", ".join(figures["unlabelled"])
         lines.append(Text(f"old classes are scored only where these masks label them; not labelled: {unlabelled}"))
+        lines.append(
+            Text(
+                f"background is scored only where the old model sees none of these classes; it sees them in "
+                f"{figures.get('unknown', 0):.1f} % of the pixels labelled background"
+            )
+        )
     return Group(lines[0], table, *lines[1:])

@@ -44,10 +44,12 @@ from starseg.finetuning.prepare import (
     prepare_step,
 )
 from starseg.finetuning.preview import before_after_table, print_preview
+from starseg.finetuning.unlabelled import mark_seen, unlabelled_classes
 from starseg.methods import METHODS, Stage
 from starseg.models import Architecture, make_network
 from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
+from starseg.tasks import BACKGROUND
 from starseg.utils.files import read_json, write_json
 from starseg.utils.terminal import make_console
 
@@ -238,21 +240,26 @@ def before_after(run: Path) -> dict[str, Any]:
     """Return the IoU per class on the validation images of the old model and the new.
 
     Both are compared with the same truth; what an old model cannot know is a miss. Classes that the masks do not
-    label are left out, their predictions count as background.
+    label are left out, and their predictions count as background. A background pixel in which the old model sees such a
+    class counts only against labelled classes that are predicted there.
 
     Returns:
-        {"images", "new": names, "steps": {"step_0": {"iou": {name: percent or None}, "miou": {...}}, ...}}.
+        {"images", "new": names, "unlabelled": names, "unknown": percentage of background pixels in which the old model
+        sees an unlabelled class, "steps": {"step_0": {"iou": {name: percent or None}, "miou": {...}}, ...}}.
     """
     test = open_test_set(run)
     names, size = test.task.class_names(test.last), 1 + len(test.task.seen(test.last))
     confusions = {folder.name: np.zeros(size * size, np.int64) for folder in test.folders}
+    labels = np.zeros(size, np.int64)
     for first in range(0, len(test.positions), 64):
-        images, truth = test.samples(test.positions[first : first + 64])
+        images, truth = test.samples(test.positions[first : first + 64], unlabelled=True)
         valid = truth < size
+        labels += torch.bincount(truth[valid].long(), minlength=size).numpy()
         for folder in test.folders:
             pairs = truth[valid].long() * size + test.predict(folder, images)[valid].long()
             confusions[folder.name] += torch.bincount(pairs, minlength=size * size).numpy()
     ids, choices = test.task.dataset_ids(test.last), choices_for(test.config.compat)
+    hidden = test.dataset.unscored(ids)
     figures = {
         name: summarize(
             test.dataset.scored(matrix.reshape(size, size), ids),
@@ -261,6 +268,7 @@ def before_after(run: Path) -> dict[str, Any]:
             iou_epsilon=choices.iou_epsilon,
             absent_as_zero=choices.absent_as_zero,
             background=test.dataset.background,
+            unscored=hidden,
         )
         for name, matrix in confusions.items()
     }
@@ -268,6 +276,7 @@ def before_after(run: Path) -> dict[str, Any]:
         "images": len(test.positions),
         "new": [test.task.label(c) for c in test.task.new(test.last)],
         "unlabelled": [test.task.label(c) for c in test.task.seen(test.last) if c in test.dataset.unlabelled],
+        "unknown": float(100 * labels[hidden].sum() / max(1, labels[hidden].sum() + labels[BACKGROUND])),
         "steps": {name: {"iou": f["iou"], "miou": f["miou"]} for name, f in figures.items()},
     }
 
@@ -313,6 +322,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
             held = until_trained.enter_context(lock(out))
             _install(prepared, out)
         if source:
+            mark_seen(out / PREPARED, source, unlabelled_classes(source, prepared_step), console)
             _take_over(source, prepared_step, config, console)
         step = len(prepared_step.steps) - 1
         listeners = [print_results(console)]

@@ -134,9 +134,13 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
 
 
 def mask_png(mask: np.ndarray, palette: np.ndarray | None = None) -> bytes:
-    """Encode ids [H, W] uint8 as a palette PNG, marked as written by starseg; by default in VOC's colours."""
+    """Encode ids [H, W] uint8 as a palette PNG, marked as written by starseg; by default in VOC's colours.
+
+    Ids [H, W] uint16 are encoded as a grey PNG of 16 bits.
+    """
     image, about = Image.fromarray(mask), PngInfo()
-    image.putpalette((voc_palette() if palette is None else palette).tobytes())
+    if mask.dtype == np.uint8:
+        image.putpalette((voc_palette() if palette is None else palette).tobytes())
     about.add_text("Software", PREDICTED)
     return _encoded(image, format="PNG", optimize=True, pnginfo=about)
 
@@ -190,8 +194,8 @@ def draw_overlay(
 
 
 def class_shares(mask: np.ndarray, names: dict[int, str]) -> dict[str, float]:
-    """Return the percentage of pixels of each class in ids [H, W] uint8; ``names`` by dataset id."""
-    counts = np.bincount(mask.ravel(), minlength=256)
+    """Return the percentage of pixels of each class in ids [H, W]; ``names`` by dataset id."""
+    counts = np.bincount(mask.ravel(), minlength=1 + max(names))
     return {name: 100 * int(counts[i]) / mask.size for i, name in names.items()}
 
 

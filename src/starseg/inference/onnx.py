@@ -41,10 +41,11 @@ class Graph(nn.Module):
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         self.model, self.rule = predictor.model, predictor.rule
-        self.register_buffer("ids", torch.tensor(predictor.dataset_ids, dtype=torch.uint8))
+        kind = torch.uint8 if max(predictor.dataset_ids) < 256 else torch.int32
+        self.register_buffer("ids", torch.tensor(predictor.dataset_ids, dtype=kind))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits [N, C, H, W] and mask [N, H, W] uint8 of images [N, 3, H, W] uint8."""
+        """Compute logits [N, C, H, W] and mask [N, H, W] uint8 or int32 of images [N, 3, H, W] uint8."""
         logits = resize(self.model(self.model.normalize(images)).logits, images.shape[-2:])
         return logits, self.ids[self.rule(logits).long()]
 

@@ -187,7 +187,7 @@ class Predictor:
         self.classes, self.dataset_ids, self.crop = list(info.names), list(info.predicted_ids), info.crop
         self.bf16 = precision == "bf16" or (precision == "auto" and is_bf16_fast(model.mean.device))
         self.palette = mask_palette(self.dataset_ids, info.dataset_ids)
-        self._table = torch.tensor(self.dataset_ids, dtype=torch.uint8)
+        self._table = np.array(self.dataset_ids, np.uint8 if max(self.dataset_ids) < 256 else np.uint16)
 
     @overload
     def predict(self, images: ImageSource, **options: Any) -> np.ndarray: ...
@@ -203,7 +203,8 @@ class Predictor:
             options: see :class:`Options`.
 
         Returns:
-            The mask, [H, W] uint8 dataset ids, at the image's own size; a list of masks for a list.
+            The mask, [H, W] uint8 dataset ids (uint16 with ids above 255), at the image's own size; a list of masks for
+            a list.
 
         Raises:
             UserError: an image that cannot be read, something that is no image, or a bad option.
@@ -306,8 +307,8 @@ class Predictor:
             bottom = min(top + rows, height)
             wide = [resize(maps[:, :, top:bottom], (bottom - top, width)) for maps in tall]
             ids = self.rule(torch.stack(wide).mean(0) if len(wide) > 1 else wide[0])[0]
-            bands.append(self._table[ids.cpu().long()])
-        return torch.cat(bands).numpy()
+            bands.append(self._table[ids.cpu().numpy()])
+        return np.concatenate(bands)
 
 
 def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starseg.losses.reduction import AllReduceSum, identity, mean, ratio
-from starseg.tasks import IGNORE
+from starseg.ops.labels import ignored_id, signed_ids
 
 _SCALES = (1, 2, 4)
 
 
 def cross_entropy_map(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of every pixel, 0 where it is ignored: [N, C, H, W], [N, H, W] -> [N, H, W]."""
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits, labels.long(), ignore_index=ignored_id(labels), reduction="none")
 
 
 def unbiased_cross_entropy_map(logits: Tensor, labels: Tensor, old: int) -> Tensor:
@@ -41,9 +41,9 @@ def unbiased_cross_entropy_map(logits: Tensor, labels: Tensor, old: int) -> Tens
     """
     background = logits[:, :old].logsumexp(1, keepdim=True)
     merged = torch.cat([background, logits[:, old:]], 1)
-    labels = labels.long()
+    labels, ignored = signed_ids(labels), ignored_id(labels)
     shifted = (labels - old + 1).clamp_min(0)
-    return cross_entropy_map(merged, torch.where(labels == IGNORE, IGNORE, shifted))
+    return cross_entropy_map(merged, torch.where(labels == ignored, ignored, shifted))
 
 
 def softmax_kd(

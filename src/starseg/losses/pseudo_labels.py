@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starseg.tasks import BACKGROUND, IGNORE
+from starseg.ops.labels import ignored_id, signed_ids
+from starseg.tasks import BACKGROUND
 
 
 def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, background: int = BACKGROUND) -> Tensor:
@@ -26,11 +27,11 @@ def fill_in(labels: Tensor, logits: Tensor, score: float, lead: int = 0, backgro
         background: labels up to this one are background.
 
     Returns:
-        [N, H, W] int64.
+        [N, H, W] int64, or int32 for int32 labels.
     """
     best, winner = logits.sigmoid().max(1)
-    ids = winner + 1 - lead
-    return torch.where((labels <= background) & (ids > background) & (best >= score), ids, labels.long())
+    ids, given = winner + 1 - lead, signed_ids(labels)
+    return torch.where((labels <= background) & (ids > background) & (best >= score), ids.to(given.dtype), given)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -126,11 +127,12 @@ def fill_in_certain(
         old: C°.
 
     Returns:
-        [N, H, W] int64 labels, in which a background pixel has the predicted class if the prediction counts, else 255;
-        and [N] the share of background pixels whose prediction counts.
+        [N, H, W] labels, int64 or for int32 labels int32, in which a background pixel has the predicted class if the
+        prediction counts and else is ignored; and [N] the share of background pixels whose prediction counts.
     """
     background = labels < old
     predicted = old_logits.argmax(1)
     sure = background & (uncertainty < thresholds.to(uncertainty)[predicted])
-    filled = torch.where(background, torch.where(sure, predicted, IGNORE), labels.long())
+    given = signed_ids(labels)
+    filled = torch.where(background, torch.where(sure, predicted.to(given.dtype), ignored_id(labels)), given)
     return filled, sure.sum((1, 2)) / (1e-6 + background.sum((1, 2)))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from starseg.losses.reduction import AllReduceSum, identity, mean, ratio
 from starseg.ops.bilinear import resize
+from starseg.ops.labels import ignored_id
 from starseg.ops.upsampled_bce import UpsampledBce
-from starseg.tasks import BACKGROUND, IGNORE
+from starseg.tasks import BACKGROUND
 
 
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def bce_per_class(
         [K]; 0 where every pixel is ignored.
     """
     sums = UpsampledBce.apply(logits, labels, first_id, pos_weight, ignored_as_negatives)
-    count = labels.numel() if ignored_as_negatives else (labels != IGNORE).sum()
+    count = labels.numel() if ignored_as_negatives else (labels != ignored_id(labels)).sum()
     return ratio(sums, count, all_reduce_sum)[0]
 
 

@@ -10,5 +10,6 @@ class FineTune(SigmoidMethod):
 
     summary = "base loss on the new classes, nothing against forgetting"
     stores = "nothing"
+    domains = True
     base_step = "star"
     source = "lower bound"

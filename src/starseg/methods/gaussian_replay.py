@@ -80,6 +80,7 @@ class GaussianReplay(Method):
         totals: [C] cells of each training id in the step's images and in what is replayed.
     """
 
+    wide = False
     options: ClassifierOptions
 
     def __init__(self, options: ClassifierOptions) -> None:

@@ -26,6 +26,7 @@ class Ilt(Lwf):
     summary = "LwF, and the encoder's features kept near the previous model's"
     base_step = "lwf"
     source = "Michieli and Zanuttigh, ICCVW 2019"
+    domains = True
     Options = IltOptions
     options: IltOptions
     maps = True

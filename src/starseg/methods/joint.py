@@ -22,6 +22,7 @@ class Joint(SigmoidMethod):
 
     summary = "all classes at once, with all images"
     stores = "nothing (it sees all images)"
+    domains = True
     source = "upper bound"
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
@@ -30,4 +31,5 @@ class Joint(SigmoidMethod):
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
         """Return the task with all its classes in one step."""
-        return replace(task, steps=(task.order,), base=task.base)
+        domains = (task.domains_of(len(task) - 1, seen=True),) if task.domains else ()
+        return replace(task, steps=(task.order,), base=task.base, domains=domains)

@@ -29,6 +29,7 @@ class Lwf(SoftmaxMethod):
 
     summary = "softmax distillation of the previous model's probabilities"
     source = "Li and Hoiem, ECCV 2016"
+    domains = True
     Options = LwfOptions
     options: LwfOptions
 

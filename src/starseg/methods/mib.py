@@ -44,6 +44,7 @@ class Mib(BackgroundInit):
     summary = "cross-entropy and distillation that count old and new classes into the background"
     base_step = "lwf"
     source = "Cermelli et al., CVPR 2020"
+    domains = True
     Options = MibOptions
     options: MibOptions
 

@@ -47,6 +47,7 @@ class Plop(BackgroundInit):
     summary = "Local POD on six maps, pseudo-labels where the previous model's entropy is below the class's median"
     base_step = "lwf"
     source = "Douillard et al., CVPR 2021"
+    domains = True
     Options = PlopOptions
     options: PlopOptions
     maps = True
@@ -57,12 +58,13 @@ class Plop(BackgroundInit):
             _SOFTMAX["voc"], options={"pod": 1e-2, "pod_logits": 5e-4}, tasks={"10-1": StepSchedule(10, 1e-3)}
         ),
         "ade": replace(_SOFTMAX["ade"], options={"pod": 1e-3, "pod_logits": 1e-5}),
+        "city_domain": replace(_SOFTMAX["city_domain"], options={"pod": 1e-2, "pod_logits": 5e-4}),
     }
 
     def begin_step(self, ctx: StepContext) -> None:
         """Measure each class's entropy threshold, in one pass of the previous model over pixels labelled background."""
         super().begin_step(ctx)
-        if ctx.old_model is None:
+        if ctx.old_model is None or ctx.task.domains:
             return
         binned = self._binned(ctx)
         histogram = EntropyHistogram.zeros(ctx.first_new, _PUBLISHED if binned else _FINE, ctx.device)
@@ -84,9 +86,14 @@ class Plop(BackgroundInit):
         return entropy(old_logits)
 
     def terms(self, batch: Batch, output: Output, previous: Output | None) -> dict[str, Tensor]:
-        """Return the cross-entropy on pseudo-labels and the pooled distillation; at step 0, the plain cross-entropy."""
+        """Return the cross-entropy on pseudo-labels and the pooled distillation; at step 0, the plain cross-entropy.
+
+        With domains all classes are labelled, and there are no pseudo-labels.
+        """
         if previous is None:
             return super().terms(batch, output, previous)
+        if self.ctx.task.domains:
+            return {**super().terms(batch, output, previous), "pod": self.pod(output, previous)}
         ctx = self.ctx
         logits, old_logits = (upsample(o.logits, batch.labels) for o in (output, previous))
         labels, share = fill_in_certain(
@@ -101,5 +108,4 @@ class Plop(BackgroundInit):
         assert options.pod is not None and options.pod_logits is not None, "filled in by apply_recipe"
         new, old = ([m.float() for m in (*(o.maps or ())[-4:], o.features, o.logits)] for o in (output, previous))
         weights = [options.pod] * (len(new) - 1) + [options.pod_logits]
-        growth = (ctx.first_new + ctx.new_classes) / ctx.new_classes
-        return pooled_distillation(new, old, weights, growth, all_reduce_sum=ctx.all_reduce_sum)
+        return pooled_distillation(new, old, weights, ctx.growth, all_reduce_sum=ctx.all_reduce_sum)

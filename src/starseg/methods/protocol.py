@@ -159,18 +159,25 @@ class StepContext:
 
     @property
     def new_classes(self) -> int:
-        """Number of classes that this step learns."""
+        """Number of classes that the step's labels show: those it learns, or with domains all."""
         return len(self.task.new(self.step))
 
     @property
     def old_classes(self) -> int:
-        """Number of classes learnt in earlier steps, without the background."""
+        """Number of classes learnt in earlier steps and not labelled in this one, without the background."""
         return len(self.task.old(self.step))
 
     @property
     def first_new(self) -> int:
         """Training id of the first new class."""
         return 1 + self.old_classes
+
+    @property
+    def growth(self) -> float:
+        """Number of all classes, with the background, per new class; or of all domains seen per new domain."""
+        if self.task.domains:
+            return len(self.task.domains_of(self.step, seen=True)) / len(self.task.domains_of(self.step))
+        return (self.first_new + self.new_classes) / self.new_classes
 
     @property
     def device(self) -> torch.device:
@@ -215,6 +222,10 @@ class Method(ABC):
     """Kind of the classifier heads; may depend on the options."""
     memory: ClassVar[MemoryRule | None] = None
     """How old images are selected and used as exemplars; None for a method without exemplar memory."""
+    domains: ClassVar[bool] = False
+    """Whether the method learns new domains of the same classes too (`task.setting: domain`)."""
+    wide: ClassVar[bool] = True
+    """Whether the losses accept int32 labels, of data sets with more than 254 classes."""
     one_process: ClassVar[bool] = False
     """Whether the losses need the whole batch in one process; a run on several processes is then refused."""
     recipes: ClassVar[Recipes] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from starseg.config import PhaseConfig, RunConfig, Strict
+from starseg.data.datasets import find_dataset
 from starseg.errors import UserError
 from starseg.tasks import TaskSequence
 
@@ -96,7 +97,10 @@ def recipes_of(method: type[Method]) -> dict[str, Recipe]:
 
 
 def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
-    """Return the recipe that ``recipe`` names, else the method's recipe for the data set; None if it has none.
+    """Return the recipe that ``recipe`` names, else the method's recipe for the data set.
+
+    If the method has none, it is that for the data set that the spec names (:attr:`DatasetSpec.recipe`); None if there
+    is no such recipe either.
 
     Raises:
         UserError: ``recipe`` names a data set for which the method has no recipe.
@@ -105,7 +109,29 @@ def find_recipe(config: RunConfig, method: type[Method]) -> Recipe | None:
     if config.recipe is not None and config.recipe not in recipes:
         known = ", ".join(sorted(recipes)) or "none"
         raise UserError(f"recipe: method {method.name} has no recipe for data set {config.recipe!r}; it has: {known}")
-    return recipes.get(config.recipe or config.data.dataset)
+    dataset = config.recipe or config.data.dataset
+    if (other := recipes.get(substitute(config, method) or "")) is not None:
+        # Its schedules of single tasks are those of the other data set's tasks.
+        return replace(other, tasks={})
+    return recipes.get(dataset)
+
+
+def substitute(config: RunConfig, method: type[Method]) -> str | None:
+    """Return the key of the data set whose recipe applies because the method has none for the configured one.
+
+    None if the method has one, ``recipe`` names one, or the spec names no other data set.
+    """
+    if config.recipe is not None or config.data.dataset in recipes_of(method):
+        return None
+    return find_dataset(config.data.dataset).recipe
+
+
+def substitute_note(config: RunConfig, method: type[Method], options: Strict) -> list[str]:
+    """Return a note about hyper-parameters of another data set; empty if the configuration gives every value itself."""
+    other = substitute(config, method)
+    if other is None or not list(_missing(config, method, method.complete_options(options, None))):
+        return []
+    return [f"hyper-parameters of data set {other!r}, as none are published for {config.data.dataset!r}"]
 
 
 def apply_recipe(config: RunConfig, method: type[Method], options: Strict) -> RunConfig:

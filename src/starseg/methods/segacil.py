@@ -20,6 +20,7 @@ from starseg.methods.sigmoid import ClassLossOptions, SigmoidMethod
 from starseg.models import Segmenter
 from starseg.models.classifiers import BACKGROUND as BACKGROUND_HEAD
 from starseg.models.classifiers import HeadLayout, last_layer, make_head
+from starseg.ops.labels import signed_ids
 from starseg.replay.ridge import RidgeStatistics
 from starseg.replay.statistics import sample_at_stride
 from starseg.tasks import BACKGROUND
@@ -164,7 +165,8 @@ def pseudo_labels(labels: Tensor, scores: Tensor, uncertainty: float) -> Tensor:
     """
     best, winner = scores.max(1)
     confident = (labels == BACKGROUND) & (1 - best.sigmoid() <= uncertainty)
-    return torch.where(confident, winner, labels.long())
+    given = signed_ids(labels)
+    return torch.where(confident, winner.to(given.dtype), given)
 
 
 @torch.no_grad()

@@ -45,10 +45,10 @@ class SigmoidMethod(Method):
     def param_groups(self, ctx: StepContext) -> list[Group]:
         """Return groups in which decoder and heads learn ten times as fast as the encoder.
 
-        After step 0, the new head learns 100 times as fast.
+        After step 0, a new head learns 100 times as fast.
         """
         roles = ctx.model.roles
-        newest = 100.0 if ctx.step else 10.0
+        newest = 100.0 if ctx.step and ctx.task.added(ctx.step) else 10.0
         return [
             Group("encoder", roles.encoder),
             Group("decoder", roles.decoder, 10.0),

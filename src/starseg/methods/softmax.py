@@ -37,6 +37,7 @@ class SoftmaxMethod(Method):
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(30, 1e-2), StepSchedule(30, 1e-3)),
         "ade": Recipe(StepSchedule(60, 1e-2), StepSchedule(60, 1e-3)),
+        "city_domain": Recipe(StepSchedule(50, 1e-2), StepSchedule(50, 1e-3)),
     }
 
     def freeze(self, ctx: StepContext) -> None:

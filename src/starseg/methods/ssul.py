@@ -21,8 +21,9 @@ from starseg.methods.recipes import Recipe, Recipes, StepSchedule
 from starseg.models.classifiers import BACKGROUND as BACKGROUND_HEAD
 from starseg.models.classifiers import UNKNOWN as UNKNOWN_HEAD
 from starseg.models.classifiers import HeadLayout, copy_head
+from starseg.ops.labels import ignored_id, signed_ids
 from starseg.replay.memory import MemoryRule
-from starseg.tasks import BACKGROUND, IGNORE
+from starseg.tasks import BACKGROUND
 
 # Channel 0 is the unknown class, channel 1 the background, channel c + 1 class c.
 _UNKNOWN, _BACKGROUND = 0, 1
@@ -98,18 +99,18 @@ class Ssul(Method):
         ]
 
     def targets(self, batch: Batch, old_logits: Tensor | None) -> Tensor:
-        """Return the target channel of each pixel, [N, H, W] int64, 255 where it is ignored.
+        """Return the target channel of each pixel, [N, H, W] int64 or int32, 255 or 65535 where it is ignored.
 
         Args:
             batch: labels, saliency maps if there are any, and exemplar flags.
             old_logits: [N, C°, H, W] of the previous model, whose confident predictions replace background and unknown;
                 None at step 0.
         """
-        labels = batch.labels.long()
+        labels, ignored = signed_ids(batch.labels), ignored_id(batch.labels)
         unknown = labels == BACKGROUND
         if SALIENCY in batch.extras:
             unknown &= batch.extras[SALIENCY] > 0
-        shifted = torch.where(labels == IGNORE, IGNORE, labels + 1)
+        shifted = torch.where(labels == ignored, ignored, labels + 1)
         if EXEMPLAR in batch.extras:
             exemplar = batch.extras[EXEMPLAR][:, None, None]
             unknown &= ~exemplar

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from starseg.ops.bilinear import axis_weights, chunk_size
-from starseg.tasks import IGNORE
+from starseg.ops.labels import ignored_id
 
 # Beyond it log(1 + exp(x)) is x, in float64 too.
 _LINEAR = 40.0
@@ -41,7 +41,7 @@ class UpsampledBce(torch.autograd.Function):
     ) -> Tensor:
         """Compute the sums [K] and, chunk by chunk, their gradient."""
         (_, height, width), device = labels.shape, logits.device
-        images, classes = logits.shape[:2]
+        (images, classes), ignored = logits.shape[:2], ignored_id(labels)
         ids = torch.arange(first_id, first_id + classes, device=device, dtype=logits.dtype)[:, None, None]
         sums = logits.new_zeros(classes)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
@@ -51,7 +51,7 @@ class UpsampledBce(torch.autograd.Function):
             down, across = axis_weights(height, logits, 2), axis_weights(width, logits, 3)
             for n in _slices(images, side):
                 seen = labels[n, None].to(logits.dtype)
-                hidden = None if ignored_as_negatives else torch.where(seen == IGNORE, -torch.inf, 0.0)
+                hidden = None if ignored_as_negatives else torch.where(seen == ignored, -torch.inf, 0.0)
                 for k in _slices(classes, maps // side):
                     positive = torch.eq(seen, ids[k], out=torch.empty_like(seen[:0]))
                     signed_logits = down @ (logits[n, k] @ across.T)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starseg.ops.labels import ignored_id
 from starseg.replay.record import TensorRecord
-from starseg.tasks import IGNORE
 
 # Cells whose features are held in float64 at a time.
 _CHUNK = 4096
@@ -53,7 +53,7 @@ class RidgeStatistics(TensorRecord):
             features: [M, F].
             labels: [M] training ids; 255 is left out.
         """
-        valid = labels != IGNORE
+        valid = labels != ignored_id(labels)
         for part, ids in zip(features[valid].split(_CHUNK), labels[valid].long().split(_CHUNK), strict=True):
             values = part.double()
             self.products.addmm_(values.T, values)

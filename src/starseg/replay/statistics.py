@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starseg.ops.bilinear import channel_chunks, largest, resize_at_support, subsample_to_support
+from starseg.ops.labels import ignored_id, signed_ids
 from starseg.replay.bank import PrototypeBank
-from starseg.tasks import BACKGROUND, IGNORE
+from starseg.tasks import BACKGROUND
 from starseg.utils.deprecation import old_names
 
 __getattr__ = old_names(__name__)
@@ -28,7 +29,7 @@ def sample_at_stride(labels: Tensor, stride: int) -> Tensor:
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """Count how often each of 0..size-1 occurs, [size] int64; larger values (255) are left out."""
+    """Count how often each of 0..size-1 occurs, [size] int64; larger values (255, 65535) are left out."""
     ids = ids.flatten().long()
     return torch.bincount(ids[ids < size], minlength=size)
 
@@ -130,9 +131,9 @@ class FeatureStatistics:
             labels: [N, h, w] on the grid: 0 background, 1..K the new classes, 255 ignore.
         """
         classes = len(self.counts) - 1
-        labels = labels.flatten().long()
+        labels = signed_ids(labels.flatten())
         self.counts += count_ids(labels, classes + 1)
-        cells = (labels != BACKGROUND) & (labels != IGNORE)
+        cells = (labels != BACKGROUND) & (labels != ignored_id(labels))
         rows = labels[cells] - 1
         vectors = features.movedim(1, -1).flatten(0, 2)[cells].double()
         norms = vectors.norm(dim=1)
@@ -184,7 +185,7 @@ def measure(cells: Iterable[tuple[Tensor, Tensor]], first: int, classes: int) ->
     """
     statistics: FeatureStatistics | None = None
     for features, labels in cells:
-        labels = labels.long()
+        labels = signed_ids(labels)
         new = (labels >= first) & (labels < first + classes)
         statistics = statistics or FeatureStatistics.zeros(classes, features.shape[1], features.device)
         statistics.update(features, torch.where(new, labels - first + 1, labels))

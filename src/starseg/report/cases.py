@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from starseg.data.palette import paint
+from starseg.data.palette import paint, shown_ids
 from starseg.report.testset import TestSet, open_test_set, step_number
-from starseg.tasks import IGNORE
+from starseg.tasks import IGNORE, WIDE_IGNORE
 
 _CANDIDATES = 12
 _MOST_CLASSES = 24
@@ -78,7 +78,7 @@ class Pictures:
 
 def css_colour(dataset_id: int) -> str:
     """Return the colour of a class in masks as CSS."""
-    red, green, blue = paint(np.array([dataset_id], np.uint8))[0]
+    red, green, blue = paint(np.array([dataset_id]))[0]
     return f"rgb({red} {green} {blue})"
 
 
@@ -96,8 +96,8 @@ def photo_uri(image: Tensor) -> str:
 
 
 def mask_uri(ids: np.ndarray) -> str:
-    """Encode ids [H, W] uint8 as a data URI of a small PNG, transparent at the background and translucent elsewhere."""
-    mask = Image.fromarray(ids)
+    """Encode ids [H, W] as a data URI of a small PNG, transparent at the background and translucent elsewhere."""
+    mask = Image.fromarray(shown_ids(ids))
     mask.putpalette(paint(np.arange(256, dtype=np.uint8)).tobytes())
     mask.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
     return _uri(mask, "PNG", optimize=True, transparency=_ALPHA)
@@ -105,7 +105,7 @@ def mask_uri(ids: np.ndarray) -> str:
 
 def class_iou(predicted: np.ndarray, truth: np.ndarray, training_id: int) -> np.ndarray:
     """Return the IoU of one class, in percent, in each of N predictions [N, H, W]; ignored pixels do not count."""
-    known = truth != IGNORE
+    known = truth != (WIDE_IGNORE if truth.dtype == np.int32 else IGNORE)
     a, b = (predicted == training_id) & known, truth == training_id
     union = (a | b).sum((1, 2))
     return 100 * (a & b).sum((1, 2)) / np.maximum(union, 1)
@@ -132,7 +132,8 @@ def _class_cases(test: TestSet, training_id: int, dataset_id: int) -> ClassCases
     if not len(positions):
         return None
     images, truth_ids = test.samples(positions)
-    truth, ids = truth_ids.numpy(), np.full(256, IGNORE, np.uint8)
+    ignored = test.dataset.labels.ignored_id
+    truth, ids = truth_ids.numpy(), np.full(1 + ignored, ignored, np.uint16 if test.task.wide else np.uint8)
     known = test.task.dataset_ids(test.last)
     ids[: len(known)] = known
     before, last = _before(test, dataset_id), test.folders[-1]

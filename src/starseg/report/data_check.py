@@ -123,15 +123,15 @@ class Report:
 
 
 def _inspect(image: Path, mask: Path, labels: LabelMap) -> tuple[np.ndarray, list[tuple[Path, str]]]:
-    """Read a pair: return the number of mask pixels per class, [256] int32, and the problems of both files."""
-    counts, problems, sizes = np.zeros(256, np.int32), [], []
+    """Read a pair: return the number of mask pixels per class, int32, and the problems of both files."""
+    counts, problems, sizes = np.zeros(labels.columns, np.int32), [], []
     try:
         sizes.append(read_image(image).shape[1:])
     except UserError as error:
         problems.append((image, str(error)))
     try:
-        ids = read_mask(mask)
-        on_disk = pixels_per_id(ids)
+        ids = read_mask(mask, wide=labels.wide)
+        on_disk = pixels_per_id(ids, labels.columns)
         counts = labels.class_pixels(on_disk)
         if (unknown := np.flatnonzero(labels.unknown(on_disk))).size:
             problems.append((mask, f"ids {unknown.tolist()} are no classes ({labels})"))
@@ -168,7 +168,7 @@ def check_data(config: RunConfig, console: Console) -> Report:
     task = task_on(dataset, config, make_method(config))
     pixels, broken = {}, []
     for name, split in dataset.splits.items():
-        rows = np.zeros((len(split), 256), np.int32)
+        rows = np.zeros((len(split), dataset.labels.columns), np.int32)
         for row, (counts, problems) in zip(rows, _read(split, name, dataset.labels, console), strict=True):
             row[:] = counts
             broken += problems

@@ -189,7 +189,11 @@ def _confusion(run: Path) -> Confusion | None:
         info = load_info(last)
     except UserError:
         return None
-    return confusion_groups(np.array(read_json(last / "metrics.json")["confusion"]), info.names, info.base)
+    metrics = read_json(last / "metrics.json")
+    matrix = np.array(metrics["confusion"])
+    # Rows of classes that the masks do not label; those of absent classes are empty anyway.
+    matrix[[metrics["iou"].get(name, 0.0) is None for name in info.names]] = 0
+    return confusion_groups(matrix, info.names, info.base)
 
 
 def shown_names(runs: Sequence[Path]) -> list[str]:

@@ -88,7 +88,7 @@ def draw_gallery(shown: Gallery, path: Path) -> Path:
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=9)
     colours = voc_palette() / 255
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i]) for i in range(1, len(shown.names))]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i % 256]) for i in range(1, len(shown.names))]
     figure.legend(handles, shown.names[1:], loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -71,22 +71,36 @@ class TestSet:
     positions: np.ndarray
     network: Callable[[Path], Segmenter]
 
-    def samples(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids."""
-        table = self.dataset.labels.compose(self.task.relabelling(self.last, "test", self.dataset.test_fill))
+    def samples(self, positions: np.ndarray, unlabelled: bool = False) -> tuple[Tensor, Tensor]:
+        """Return test crops [N, 3, H, W] uint8 and their labels [N, H, W] uint8 training ids.
+
+        Args:
+            positions: the images.
+            unlabelled: whether the labels show classes that are not labelled, where a model has seen them; otherwise
+                these pixels are ignored.
+        """
+        classes = self.task.relabelling(self.last, "test", self.dataset.test_fill)
+        if not unlabelled:
+            classes[sorted(self.dataset.unlabelled)] = self.dataset.labels.ignored_id
+        table = self.dataset.labels.compose(classes)
         crops = StepDataset(self.dataset.test, positions, table, self.config.data.crop, None)
         batch = [crops[0, i] for i in range(len(crops))]
         return torch.stack([b.images for b in batch]), torch.stack([b.labels for b in batch])
 
     @torch.inference_mode()
     def predict(self, folder: Path, images: Tensor) -> Tensor:
-        """Predict training ids [N, H, W] uint8 of images [N, 3, H, W] uint8 with a step's model."""
+        """Predict training ids [N, H, W] of images [N, 3, H, W] uint8 with a step's model.
+
+        Returns:
+            uint8, or int32 with more than 254 classes.
+        """
         model = self.network(folder)
         rule = prediction_rule(self.method, choices_for(self.config.compat), self.dataset.background)
         bf16 = self.config.eval.bf16
+        kind = torch.int32 if self.task.wide else torch.uint8
         parts = []
         for batch in images.split(_BATCH):
-            parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).byte().cpu())
+            parts.append(predict_upsampled(rule, model.predict(batch, bf16), batch.shape[-2:]).to(kind).cpu())
         return torch.cat(parts)
 
 

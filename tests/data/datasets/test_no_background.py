@@ -18,11 +18,13 @@ from starseg.data.images import read_mask
 from starseg.data.index import class_index
 from starseg.engine.checkpoint import load_info
 from starseg.engine.metrics import summarize
+from starseg.methods import METHODS
 from starseg.report.data_check import check_data
 from starseg.report.page import write_report
 from starseg.utils.files import read_json
 
 QUIET = Console(quiet=True)
+ALL = sorted(METHODS)
 NAMES = ("ground", "disc", "square", "triangle", "hexagon", "heart")
 
 
@@ -58,6 +60,7 @@ def _run(shapes: Path, out: Path, method: str) -> Path:
         "task": {"name": "tiny", "steps": [["ground", "disc", "square"], ["triangle"], ["hexagon"]]},
         "model": {"backbone": "test_resnet", "pretrained": False},
         "recipe": "voc",
+        METHODS[method].section: dict(METHODS[method].contract_options),
         "train": {
             **{"batch_size": 4, "warmup": 0.0, "precision": "32"},
             **{"base": {"epochs": 1, "lr": 0.01}, "later": {"epochs": 1, "lr": 0.001}},
@@ -83,21 +86,27 @@ def test_labels(shapes: Path) -> None:
     assert table[:6].tolist() == [0, 2, 0, 0, 0, 255]
 
 
-@pytest.mark.parametrize("method", ["star", "finetune", "mib", "ssul"])
-def test_a_run(shapes: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", [m if m in ("star", "finetune", "mib", "ssul") else pytest.param(m, marks=pytest.mark.slow) for m in ALL]
+)
+def test_every_method(shapes: Path, tmp_path: Path, method: str) -> None:
     run = _run(shapes, tmp_path / method, method)
     results = read_json(run / "results.json")
     assert results["run"]["background"] is False
+    last = len(results["steps"]) - 1
+    assert last == (0 if method == "joint" else 2)
     for step in results["steps"]:
-        learnt = [*NAMES[:3], "triangle", "hexagon"][: 3 + step["step"]]
+        learnt = [*NAMES[:3], "triangle", "hexagon"][: 5 if method == "joint" else 3 + step["step"]]
         assert list(step["iou"]) == learnt
         confusion = np.array(read_json(run / f"step_{step['step']}" / "metrics.json")["confusion"])
         assert not confusion[0].any() and not confusion[:, 0].any() and confusion.any()
         old = [step["iou"][name] for name in NAMES[:3] if step["iou"][name] is not None]
         assert np.isclose(step["miou"]["old"], np.mean(old))
-    info = load_info(run / "step_2")
+    info = load_info(run / f"step_{last}")
     assert not info.background and info.dataset_ids == [0, 1, 2, 3, 4, 5] and info.mask_ids == [255, 0, 1, 2, 3, 4]
-    predicted = starseg.load(run / "step_2").predict(open_dataset(DataConfig(dataset="scene", root=shapes)).test.images)
+    predicted = starseg.load(run / f"step_{last}").predict(
+        open_dataset(DataConfig(dataset="scene", root=shapes)).test.images
+    )
     assert {int(v) for mask in predicted for v in np.unique(mask)} <= set(range(5))
     write_report([run], tmp_path / "report", QUIET)
 

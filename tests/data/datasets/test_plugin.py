@@ -214,7 +214,8 @@ def test_ids_that_are_class_ids_cost_nothing() -> None:
 def test_an_unknown_data_set_is_refused_with_the_known_ones(miniature: Path, tmp_path: Path) -> None:
     settings = _settings(miniature, tmp_path / "run")
     settings["data"]["dataset"] = "nosuch"
-    known = "ade, camvid, city, cityscapes, folder, voc"
+    known = "ade, ade_full, camvid, city, city_domain, cityscapes, coco_stuff10k, coco_stuff164k, folder"
+    known += ", pascal_context, voc"
     message = f"data.dataset: unknown data set 'nosuch'; known: {known}; .* STARSEG_DATASETS"
     for action in (check_data, lambda config, console: starseg.train(config, console=console)):
         with pytest.raises(UserError, match=message):

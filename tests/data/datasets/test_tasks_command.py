@@ -29,7 +29,8 @@ def test_the_tasks_of_a_data_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         and rows["4-2"] == "4-2 9 4, 8 steps of 2"
         and rows["10-1"] == "10-1 11 10, 10 steps of 1"
     )
-    assert rows["joint"] == "joint offline 1 20"
+    assert rows["joint"] == "joint offline 1 20" and rows["15-1_w"] == "15-1_w 15-5s_w 6 15, 5 steps of 1"
+    assert rows["published:"] == "published: 10,582 training and 1,449 test images"
     assert _run(monkeypatch, "ade") == 0
     assert "100-5 11 100, 10 steps of 5" in " ".join(capsys.readouterr().out.split())
     assert _run(monkeypatch, "folder") == 0
@@ -49,6 +50,13 @@ def test_the_steps_of_a_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "training images" in text and "heart" in text
     _, *counts = next(line for line in text.splitlines() if line.startswith("1 ")).rsplit(maxsplit=2)
     assert all(0 < int(n) <= 48 for n in counts)
+    for setting in ("overlap", "disjoint"):
+        assert _run(monkeypatch, "voc", "--root", shapes, "--setting", setting) == 0
+        text = capsys.readouterr().out
+        row = next(line.split() for line in text.splitlines() if line.startswith("4-1 "))
+        assert all(0 < int(n.strip(",")) <= 48 for n in row[-2:])
+        assert next(line.split() for line in text.splitlines() if line.startswith("4-2 "))[-1] == "-"
+    assert _run(monkeypatch, "voc", "--root", shapes, "--setting", "domain") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Class lists of a user's own masks: a text or YAML file, CVAT's labelmap.txt, or comma-separated names."""
+"""Class lists of a user's own masks: a text or YAML file, CVAT's labelmap.txt, Cityscapes' labels.py, or names."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ Colour = tuple[int, int, int]
 _LINE = re.compile(r"(?P<name>.+?)(?:\s+#(?P<hex>[0-9a-fA-F]{6})|(?P<rgb>(?:[\s,]+\d+){3}))?")
 _HASH = re.compile(r"(^|\s)#")
 _LABEL_MAP_LINE = re.compile(r"(?P<name>[^:#][^:]*):(?P<rgb>\d+,\d+,\d+):[^:]*:[^:]*")
+# A row of the table in cityscapesscripts/helpers/labels.py: name, id, trainId, category, categoryId, hasInstances,
+# ignoreInEval, color. The file is not executed.
+_TABLE_ROW = re.compile(
+    r"^\s*Label\(\s*(?P<quote>['\"])(?P<name>[^'\"]+)(?P=quote)\s*,\s*(?P<id>-?\d+)\s*,\s*-?\d+\s*,[^,()]+,[^,()]+,[^,()]+,"
+    r"\s*(?P<ignored>True|False)\s*,\s*\((?P<rgb>[\s\d,]+)\)\s*\)",
+    re.M,
+)
 _NUMBERED_LINE = re.compile(r"(?P<value>\d{1,9})\s+(?P<rest>\D.*)")
 _BLACK = (0, 0, 0)
 _DIGITS = 9
@@ -79,7 +86,8 @@ def read_classes(given: str, background: bool = True, ignored: Collection[int] =
     A text file has a line per class, ``name``, ``name R G B`` or ``name #rrggbb``. Values in the masks are the
     positions in the list, the background first, unless every line begins with a value (``7 road``, ``0 ignored``). The
     background is black by default. Labelme's list may begin with ``__ignore__``. CVAT's labelmap.txt has lines
-    ``name:R,G,B:parts:actions`` in any order. A YAML file is a list of names, or of entries with ``id``, ``name``,
+    ``name:R,G,B:parts:actions`` in any order. Cityscapes' labels.py has a row per class, with ids, colours and which
+    classes are ignored. A YAML file is a list of names, or of entries with ``id``, ``name``,
     ``colour`` and ``ignored``; or it contains such a list as ``classes``, or names by value as ``names``.
 
     Args:
@@ -97,7 +105,7 @@ def read_classes(given: str, background: bool = True, ignored: Collection[int] =
     # Path.is_file() would raise an error on names longer than those of files.
     if os.path.isfile(path):
         entries, label_map = _read_file(path)
-    elif "/" in given or path.suffix in (".txt", *_YAML):
+    elif "/" in given or path.suffix in (".txt", ".py", *_YAML):
         raise UserError(f"--classes {given}: no such file; give a file, or names with commas between them")
     else:
         names = [name.strip() for name in given.split(",")]
@@ -183,6 +191,8 @@ def _read_file(path: Path) -> tuple[list[Entry], bool]:
     """Return the entries of a file, and whether it is CVAT's labelmap.txt."""
     if path.suffix.lower() in _YAML:
         return _read_yaml(path), False
+    if path.suffix.lower() == ".py":
+        return _read_table(path), False
     lines = read_lines(path, "--classes: a class a line, the background first")
     lines = lines[lines[:1] == [_IGNORED] :]
     if any(_LABEL_MAP_LINE.fullmatch(line) for line in lines):
@@ -192,6 +202,21 @@ def _read_file(path: Path) -> tuple[list[Entry], bool]:
         parsed = [_parse(match["rest"], path)._replace(value=int(match["value"])) for match in numbered]
         return [entry._replace(ignored=_means_ignored(entry.name)) for entry in parsed], False
     return [_parse(line, path) for line in lines], False
+
+
+def _read_table(path: Path) -> list[Entry]:
+    """Return the entries of Cityscapes' labels.py; rows with a negative id, which no mask shows, are left out."""
+    rows = list(_TABLE_ROW.finditer("\n".join(read_lines(path, "--classes: a class list"))))
+    if not rows:
+        raise UserError(
+            f"{path}: expected rows \"Label('road', 7, 0, 'flat', 1, False, False, (128, 64, 128))\" as in "
+            "Cityscapes' labels.py"
+        )
+    return [
+        Entry(row["name"].strip(), _read_colour(row["rgb"], row[0], path), int(row["id"]), row["ignored"] == "True")
+        for row in rows
+        if int(row["id"]) >= 0
+    ]
 
 
 def _means_ignored(name: str) -> bool:

@@ -12,7 +12,16 @@ from functools import cache
 from pathlib import Path
 
 from starseg.config import DataConfig
-from starseg.data.datasets import ade20k, camvid, cityscapes, folder, voc  # noqa: F401 - they register their data sets
+from starseg.data.datasets import (  # noqa: F401 - they register their data sets
+    ade20k,
+    ade20k_full,
+    camvid,
+    cityscapes,
+    coco_stuff,
+    folder,
+    pascal_context,
+    voc,
+)
 from starseg.data.datasets.base import NO_FILES, Dataset, Split, read_lines, refuse_missing
 from starseg.data.datasets.spec import DATASETS, DatasetSpec, register_dataset
 from starseg.errors import UserError

@@ -24,17 +24,26 @@ class Split:
         masks: mask files, in the same order.
         ids: published identifiers of the images, as used in memory and index files: for VOC the line of the list file,
             for ADE20K the file name without suffix.
+        domains: domain of each image, such as the city where it was taken; empty if the data set has none.
     """
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
     ids: tuple[str, ...]
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __add__(self, other: Split) -> Split:
-        return Split(self.images + other.images, self.masks + other.masks, self.ids + other.ids)
+        images, masks = self.images + other.images, self.masks + other.masks
+        return Split(images, masks, self.ids + other.ids, self.domains + other.domains)
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> Split:
+        """Return the files at the given positions."""
+        images, masks = (tuple(files[i] for i in positions) for files in (self.images, self.masks))
+        ids, domains = (tuple(names[i] for i in positions) if names else () for names in (self.ids, self.domains))
+        return Split(images, masks, ids, domains)
 
 
 NO_FILES = Split((), (), ())
@@ -52,7 +61,8 @@ class Dataset:
         test: files of the validation split, on which results are reported.
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         labels: mapping from ids on disk to class ids.
-        unlabelled: ids of classes that the masks always label as background; they are not scored.
+        unlabelled: ids of classes that the annotated masks label as background; they are not scored. Masks may show
+            them where a model has seen them, see :meth:`scored`.
         published: published number of images by split; empty if the classes are not the published ones.
         background: whether class id 0 is a background. If not, it stands for pixels of no class that the masks label.
         mask_ids: ids in predicted masks by class id; class ids that are not in it are written as they are.
@@ -78,15 +88,23 @@ class Dataset:
     def scored(self, confusion: np.ndarray, dataset_ids: Sequence[int]) -> np.ndarray:
         """Return a copy of a confusion matrix in which predictions of unlabelled classes count as background.
 
+        Pixels in which a mask shows an unlabelled class may be this class or background: only their predictions as a
+        labelled class remain, which are wrong in either case.
+
         Args:
             confusion: [1 + C, 1 + C] pixel counts, rows are labels, columns predictions.
             dataset_ids: class id of each row, the background first.
         """
-        hidden = np.isin(dataset_ids, list(self.unlabelled))
+        hidden = self.unscored(dataset_ids)
         folded = confusion.copy()
         folded[:, BACKGROUND] += confusion[:, hidden].sum(1)
         folded[:, hidden] = 0
+        folded[hidden, BACKGROUND] = 0
         return folded
+
+    def unscored(self, dataset_ids: Sequence[int]) -> np.ndarray:
+        """Return [1 + C] bool, whether each class is unlabelled, so that it has no IoU."""
+        return np.isin(dataset_ids, list(self.unlabelled))
 
 
 def read_lines(path: Path, layout: str, errors: str = "strict") -> list[str]:

