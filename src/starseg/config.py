@@ -80,10 +80,11 @@ class ModelConfig(Strict):
     """Section `model`: the network."""
 
     backbone: str = "resnet101.tv_in1k"
-    """The encoder: any timm model with `features_only` that accepts images of any size (docs/protocol.md)."""
-    decoder: Literal["aspp", "fpn", "linear"] = "aspp"
+    """The encoder: any timm model with `features_only` that accepts images of any size, or SegFormer's, `mit_b0` to
+    `mit_b5` (docs/protocol.md)."""
+    decoder: Literal["aspp", "fpn", "linear", "segformer"] = "aspp"
     """The decoder: `aspp`, ASPP on the deepest map of the encoder (DeepLabV3); `fpn`, a light feature pyramid over all
-    maps; `linear`, a projection of all maps."""
+    maps; `linear`, a projection of all maps; `segformer`, SegFormer's all-MLP decoder."""
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
