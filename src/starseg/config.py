@@ -74,6 +74,8 @@ class TaskConfig(Strict):
     """Training images of a step: `disjoint` leaves out those that show classes of later steps (docs/protocol.md)."""
     allow_absent: bool = False
     """Train even if no image shows some class in its step; its logit then learns from negatives only."""
+    at_once: bool = False
+    """Learn all classes of the task in a single step, as the method `joint` does."""
 
 
 class ModelConfig(Strict):
@@ -90,6 +92,9 @@ class ModelConfig(Strict):
     pretrained: bool | Path = True
     """`true`: ImageNet weights (those of `tf_efficientnet_lite0`, `1` and `2` come with the extra `lite` and need no
     download); `false`: random weights; or a file with the encoder's weights."""
+    frozen_from: Path | None = None
+    """Finished step directory whose encoder and decoder are used in place of those described above, and are not trained
+    in any step (docs/compare.md)."""
 
 
 class PhaseConfig(Strict):

@@ -192,7 +192,8 @@ def dataset_and_task(config: RunConfig, method: Method) -> tuple[Dataset, TaskSe
 def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence:
     """Return the steps in which ``method`` learns the configured task on a data set."""
     task = config.task
-    return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
+    sequence = find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting)
+    return method.sequence(sequence.at_once() if task.at_once else sequence)
 
 
 def open_data(

@@ -80,6 +80,7 @@ class Constellation(Method):
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
     layout = HeadLayout((BACKGROUND_HEAD,), hidden=256)
+    freezes = True
     later_options = frozenset({"pseudo", "draws", "shift"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
@@ -105,7 +106,7 @@ class Constellation(Method):
         options = self.options
         classifier = Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops)
         trained = options.base == "trained" or (options.base == "auto" and not ctx.pretrained)
-        return (Stage(NETWORK), classifier) if ctx.step == 0 and trained else (classifier,)
+        return (Stage(NETWORK), classifier) if ctx.step == 0 and trained and not ctx.frozen else (classifier,)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why constellation cannot continue from a finished step: another network, or no bank of Gaussians."""
@@ -138,7 +139,8 @@ class Constellation(Method):
         super().begin_step(ctx)
         if ctx.step == 0:
             if ctx.stage.name == CLASSIFIER:
-                self._fit_descriptor(ctx)
+                if not ctx.frozen:
+                    self._fit_descriptor(ctx)
                 _reset(
                     [*ctx.model.hidden.modules(), *ctx.model.lead.modules(), *ctx.model.heads.modules()], ctx.generator
                 )

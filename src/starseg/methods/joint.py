@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -30,4 +29,4 @@ class Joint(SigmoidMethod):
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
         """Return the task with all its classes in one step."""
-        return replace(task, steps=(task.order,), base=task.base)
+        return task.at_once()
