@@ -68,7 +68,7 @@ def _ade(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def miniatures(tmp_path_factory: pytest.TempPathFactory, write_city: Callable[..., Path]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("miniatures")
-    city = write_city(folder / "city", train=32, val=4, ids=(8, 11, 26, 33))
+    city = write_city(folder / "city", train=104, val=8, ids=(8, 11, 26, 33))
     return {"voc": _voc(folder / "voc"), "ade": _ade(folder / "ade"), "city": city}
 
 

@@ -139,7 +139,10 @@ def test_methods_that_freeze_their_network_have_a_ceiling(config: Path, tmp_path
     found = {plan.name(run): run.model.frozen_from for run in plan.ceilings}
     methods = ("constellation", "segacil", "ssul-m")
     assert found == {f"{method}_seed0/ceiling": out / f"{method}_seed0" / "step_0" for method in methods}
-    # In the order of the plan; ssul-m would take its images from the recipe.
+    given = tmp_path / "base" / "step_0"
+    plan = compare.make_plan(config, ["segacil", "star"], [0], out, [*options, f"model.frozen_from={given}"])
+    compare.add_ceilings(plan)
+    assert [run.model.frozen_from for run in (*plan.runs, *plan.ceilings)] == 3 * [given]
     plan = compare.make_plan(config, ["segacil", "constellation", "star"], [0], out, options)
     compare.add_ceilings(plan)
     assert not compare.run_plan(plan, Console(quiet=True))

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from starseg.contract import MethodHarness
 from starseg.errors import UserError
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.models.encoders import load_encoder_weights
@@ -92,6 +93,17 @@ def test_sizes_are_the_published_ones(size: str, published: tuple[int, float]) -
     width, millions = published
     assert body.feature_info.channels()[-1] == width and body.feature_info.reduction() == [4, 8, 16, 32]
     assert sum(p.numel() for p in body.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "method", ["star-basic", "star-lite", "plop", "dkd", "ssul", "dft", "constellation", "segacil"]
+)
+def test_methods_learn_two_steps(method: str) -> None:
+    """STAR learns three in test_encoders.py."""
+    run = MethodHarness(method, architecture=Architecture("mit_b0", "segformer"))
+    run.walk(2)
+    assert run.model is not None and run.model.head_sizes == [3, 1] and run.model.stride == 16
+    assert all(p.isfinite().all() for p in run.model.parameters())
 
 
 def test_names_of_other_files_do_not_change(tmp_path: Path) -> None:
