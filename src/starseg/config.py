@@ -75,21 +75,27 @@ class TaskConfig(Strict):
     learn new domains of the same classes (docs/protocol.md)."""
     allow_absent: bool = False
     """Train even if no image shows some class in its step; its logit then learns from negatives only."""
+    at_once: bool = False
+    """Learn all classes of the task in a single step, as the method `joint` does."""
 
 
 class ModelConfig(Strict):
     """Section `model`: the network."""
 
     backbone: str = "resnet101.tv_in1k"
-    """The encoder: any timm model with `features_only` that accepts images of any size (docs/protocol.md)."""
-    decoder: Literal["aspp", "fpn", "linear"] = "aspp"
+    """The encoder: any timm model with `features_only` that accepts images of any size, or SegFormer's, `mit_b0` to
+    `mit_b5` (docs/protocol.md)."""
+    decoder: Literal["aspp", "fpn", "linear", "segformer"] = "aspp"
     """The decoder: `aspp`, ASPP on the deepest map of the encoder (DeepLabV3); `fpn`, a light feature pyramid over all
-    maps; `linear`, a projection of all maps."""
+    maps; `linear`, a projection of all maps; `segformer`, SegFormer's all-MLP decoder."""
     output_stride: Literal[8, 16] = 16
     """Pixels per feature cell along each axis."""
     pretrained: bool | Path = True
     """`true`: ImageNet weights (those of `tf_efficientnet_lite0`, `1` and `2` come with the extra `lite` and need no
     download); `false`: random weights; or a file with the encoder's weights."""
+    frozen_from: Path | None = None
+    """Finished step directory whose encoder and decoder are used in place of those described above, and are not trained
+    in any step (docs/compare.md)."""
 
 
 class PhaseConfig(Strict):

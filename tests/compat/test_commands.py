@@ -244,8 +244,9 @@ def test_a_launch_script_runs_every_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "usage: scripts/train.sh DATASET SETTING TASK"),
+        ([], "usage: scripts/train.sh DATASET SETTING TASK [METHOD]"),
         (["voc", "overlap", "77-1"], "unknown task '77-1' for data set 'voc'; known: 1-1, 10-1, "),
+        (["voc", "overlap", "15-1", "DKD"], "unknown method 'DKD'; known: STAR, STAR-Basic, STAR-Lite"),
         (["coco", "overlap", "15-1"], "unknown data set 'coco'; known: voc, ade, city"),
     ],
 )

@@ -5,12 +5,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import starseg
 from starseg.compat import commands
 from starseg.engine.checkpoint import load_info
+from starseg.models import Architecture
 from starseg.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,63 @@ def test_a_step_continues_from_published_files(flags: tuple[str, ...], train: Tr
     assert read_json(theirs / "metrics.json")["imported"] == "checkpoint-epoch1.pth"
 
 
+def test_step_0_of_star_basic_without_a_kind_of_noise(train: Train, tmp_path: Path) -> None:
+    """As in four of the published scripts, whose later steps give --noise_type; another seed is theirs too."""
+    train(0, "--save_prototypes", "--ep", "1")
+    train(1, *BASIC, "--ep", "1", "--seed", "826")
+    assert [load_info(_folder(tmp_path, step)).method for step in (0, 1)] == 2 * ["star-basic"]
+
+
+def test_training_begins_with_the_prototypes_of_compute_prototype(
+    train: Train, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(0, *LITE, "--ep", "1")
+    _derive(published, 1, *LITE, "--ep", "1")
+    path = _folder(tmp_path, 0) / "new_saved_info-epoch1.pth"
+    derived = torch.load(path, weights_only=True)
+    weights = []
+    for change in (None, "none", "turned"):
+        if change == "none":
+            path.unlink()
+        elif change == "turned":
+            torch.save(derived | {"prototypes": derived["prototypes"].flip(0)}, path)
+        shutil.rmtree(_folder(tmp_path, 1), ignore_errors=True)
+        capsys.readouterr()
+        train(1, *LITE, "--ep", "1")
+        assert (path.name in capsys.readouterr().out) == (change != "none")
+        weights.append(load_file(_folder(tmp_path, 1) / "model.safetensors")["heads.1.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    shutil.rmtree(_folder(tmp_path, 1))
+    torch.save(derived | {"prototypes": derived["prototypes"][:, :7]}, path)
+    _refused(lambda: train(1, *LITE, "--ep", "1"), capsys, "expected prototypes of shape (5, 256)")
+    torch.save({k: v for k, v in derived.items() if k != "dist_noise"}, path)
+    _refused(lambda: train(1, *LITE, "--ep", "1"), capsys, "holds numbers, prototypes, dist_noise; here dist_noise is")
+
+
+@pytest.mark.parametrize("flags", [(), ("--noise_type", "dist")])
+def test_segformer(flags: tuple[str, ...], train: Train, tmp_path: Path, published: Path) -> None:
+    """Both steps, the second from the published files of the first, and a prediction from such a file."""
+    tree = json.loads(published.read_text())
+    tree["arch"]["args"]["backbone"] = "mit_b0"
+    published.write_text(json.dumps(tree))
+    flags = (*flags, "--basemodel", "SegFormer", "--ep", "1")
+    for step in (0, 1):
+        train(step, *flags)
+        for name in ("model.json", "model.safetensors", "bank.safetensors", "metrics.json"):
+            (_folder(tmp_path, 0) / name).unlink(missing_ok=step == 1)
+    weights = _folder(tmp_path, 1) / "checkpoint-epoch1.pth"
+    assert torch.load(weights, weights_only=True)["arch"] == "SegFormer"
+    assert load_info(_folder(tmp_path, 1)).architecture == Architecture("mit_b0", "segformer", 16)
+    assert starseg.load(weights, "cpu").predict(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
+
+
+def test_segformer_asks_for_a_file_of_weights(train: Train, published: Path, capsys: pytest.CaptureFixture) -> None:
+    tree = json.loads(published.read_text())
+    tree["arch"]["args"] = {"backbone_pretrained": True}
+    published.write_text(json.dumps(tree))
+    _refused(lambda: train(0, "--basemodel", "SegFormer"), capsys, "timm has no weights of 'mit_b2'; give a file")
+
+
 def _refused(run: Callable[[], None], capsys: pytest.CaptureFixture, message: str) -> None:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -93,9 +153,8 @@ def _refused(run: Callable[[], None], capsys: pytest.CaptureFixture, message: st
 
 
 def test_what_is_refused(train: Train, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture) -> None:
-    _refused(lambda: train(0, "--save_prototypes"), capsys, "add --noise_type, such as dist")
     _refused(lambda: train(0, "--noise_type", "round"), capsys, "trainer.noise_type")
-    _refused(lambda: train(0, "--basemodel", "SegFormer"), capsys, "arch.type")
+    _refused(lambda: train(0, "--basemodel", "UPerNet"), capsys, "arch.type")
     _refused(lambda: _derive(published, 0, *LITE), capsys, "step 0 has no old classes")
     _refused(lambda: _derive(published, 1, *BASIC), capsys, "leave --save_prototypes out")
     _refused(lambda: _derive(published, 1), capsys, "add --noise_type")

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.config import dump_config
+from starseg.engine.checkpoint import load_model
 from starseg.errors import UserError
 from starseg.experiments import compare
 from starseg.methods import METHODS, recipes
@@ -128,6 +130,35 @@ def test_compare_end_to_end(
     assert "mIoU of all classes after each step, by run" in page and page.count('<h2 class="run"') == 5
     with pytest.raises(UserError, match="no finished run"):
         compare.write_comparison(tmp_path / "nothing", Console(quiet=True))
+
+
+def test_methods_that_freeze_their_network_have_a_ceiling(config: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["segacil.width=16", "constellation.epochs=1", "constellation.crops=1"]
+    plan = compare.make_plan(config, ["segacil", "constellation", "ssul-m", "star"], [0], out, options)
+    compare.add_ceilings(plan)
+    found = {plan.name(run): run.model.frozen_from for run in plan.ceilings}
+    methods = ("constellation", "segacil", "ssul-m")
+    assert found == {f"{method}_seed0/ceiling": out / f"{method}_seed0" / "step_0" for method in methods}
+    given = tmp_path / "base" / "step_0"
+    plan = compare.make_plan(config, ["segacil", "star"], [0], out, [*options, f"model.frozen_from={given}"])
+    compare.add_ceilings(plan)
+    assert [run.model.frozen_from for run in (*plan.runs, *plan.ceilings)] == 3 * [given]
+    plan = compare.make_plan(config, ["segacil", "constellation", "star"], [0], out, options)
+    compare.add_ceilings(plan)
+    assert not compare.run_plan(plan, Console(quiet=True))
+    compare.write_comparison(out, Console(quiet=True))
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO((out / "compare.csv").read_text()))}
+    assert rows["star"]["ceiling"] == rows["star"]["% of ceiling"] == "-" and len(rows) == 3
+    for method in ("segacil", "constellation"):
+        run, row = out / f"{method}_seed0", rows[method]
+        every = [json.loads((place / "results.json").read_text())["steps"] for place in (run, run / "ceiling")]
+        assert [len(steps) for steps in every] == [3, 1]
+        reached, ceiling = (steps[-1]["miou"]["all"] for steps in every)
+        assert float(row["ceiling"]) == pytest.approx(ceiling, abs=0.05)
+        assert float(row["% of ceiling"]) == pytest.approx(100 * reached / ceiling, abs=0.05)
+        first, joint = (load_model(place / "step_0")[0] for place in (run, run / "ceiling"))
+        assert all(map(torch.equal, first.decoder.state_dict().values(), joint.decoder.state_dict().values()))
+        assert joint.head_sizes == [5] and every[1][0]["miou"].keys() == every[0][0]["miou"].keys()
 
 
 def test_a_failing_run_does_not_keep_the_others_from_the_table(

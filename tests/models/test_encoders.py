@@ -43,12 +43,12 @@ def starseg_test_swin(pretrained: bool = False, **options: Any) -> SwinTransform
     return _create_swin_transformer("swin_tiny_patch4_window7_224", pretrained, **sizes, **options)
 
 
-ENCODERS = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_vit3", "starseg_test_swin"]
+ENCODERS = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_vit3", "starseg_test_swin", "mit_b0"]
 LARGE = [
     *("resnet18", "convnextv2_atto", "pvt_v2_b0", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"),
     *("swinv2_cr_tiny_224", "vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_dinov3"),
 ]
-TRANSFORMERS = [("test_vit3", "linear"), ("starseg_test_swin", "fpn")]
+TRANSFORMERS = [("test_vit3", "linear"), ("starseg_test_swin", "fpn"), ("mit_b0", "segformer")]
 NORMS = tuple(getattr(timm.layers, name) for name in ("LayerNorm2d", "GroupNorm1", "RmsNorm"))
 every_encoder = pytest.mark.parametrize(
     "encoder", [*ENCODERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
@@ -136,7 +136,7 @@ def test_star_learns_three_steps(encoder: str, decoder: str, check: Callable[[Me
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder"), [TRANSFORMERS[1], pytest.param(*TRANSFORMERS[0], marks=pytest.mark.slow)]
+    ("encoder", "decoder"), [*TRANSFORMERS[1:], pytest.param(*TRANSFORMERS[0], marks=pytest.mark.slow)]
 )
 def test_a_run_resumes_bit_by_bit_and_predicts(
     encoder: str, decoder: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

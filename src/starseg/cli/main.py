@@ -381,10 +381,13 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    ceilings: Annotated[
+        bool, typer.Option("--ceilings/--no-ceilings", help="Add joint training on the same frozen network.")
+    ] = True,
 ) -> None:
     """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
-    from starseg.experiments.compare import make_plan, run_plan, write_comparison
+    from starseg.experiments.compare import add_ceilings, make_plan, run_plan, write_comparison
     from starseg.experiments.sweep import make_sweep, run_sweep
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -393,9 +396,11 @@ def compare(
     if sweep:
         tuning = make_sweep(config, names, numbers, out, overrides or [], sweep)
         with resumable():
-            failed = run_sweep(tuning, console)
+            failed = run_sweep(tuning, console, ceilings)
     else:
         plan = make_plan(config, names, numbers, out, overrides or [])
+        if ceilings:
+            add_ceilings(plan)
         with resumable():
             failed = run_plan(plan, console)
         if is_leader():

@@ -65,7 +65,7 @@ def _parser(dataset: str | None, training: bool) -> argparse.ArgumentParser:
             add(*flags, type=kind, dest=key, metavar=kind.__name__.upper(), help=f"sets {key}")
     if training:
         add("--freeze_bn", action="store_true", help="freeze batch norm: in every step after step 0")
-        add("--save_prototypes", action="store_true", help="with --noise_type: STAR-Basic instead of STAR-Lite")
+        add("--save_prototypes", action="store_true", help="STAR-Basic instead of STAR or STAR-Lite")
         add("--save_norms", action="store_true", help="accepted without effect, as published")
         for flag in ("--kd", "--ac"):
             add(flag, type=float, help="refused: a weight of DKD, which STAR never reads")
@@ -182,7 +182,7 @@ def train(dataset: str, argv: list[str] | None = None) -> None:
 def derive(argv: list[str] | None = None) -> None:
     """Derive the prototypes with which STAR-Lite begins a step, and write them beside the step before.
 
-    The data set is that of the configuration. Training the step derives the same prototypes again.
+    The data set is that of the configuration. The step begins with them; without the file it derives the same ones.
     """
 
     def run(args: argparse.Namespace, console: Console) -> None:
@@ -191,7 +191,7 @@ def derive(argv: list[str] | None = None) -> None:
             raise UserError("--task_step: step 0 has no old classes; prototypes are derived before each later step")
         if config.method != "star-lite":
             raise UserError(
-                "compute_prototype.py derives the prototypes of STAR-Lite: add --noise_type, and leave "
+                "compute_prototype.py derives the prototypes of STAR-Lite: add --noise_type, such as dist, and leave "
                 "--save_prototypes out"
             )
         _set_address(config, args.dist_url is not None)

@@ -19,6 +19,8 @@ _DATASETS = {
     "CityIncrementalDataLoader": "city",
 }
 """Our data set of each published loader."""
+_BASE_MODELS = {"DeepLabV3": ("resnet101.tv_in1k", "aspp"), "SegFormer": ("mit_b2", "segformer")}
+"""Default encoder and decoder of each base model."""
 
 
 class _Keys(BaseModel):
@@ -32,14 +34,14 @@ class ArchArgs(_Keys):
     norm_act: Literal["bn_sync"] = "bn_sync"
     backbone_pretrained: bool | Path = True
     freeze_all_bn: bool = False
-    backbone: str = "resnet101.tv_in1k"
-    """Ours: any timm backbone."""
+    backbone: str | None = None
+    """Ours: any timm backbone; by default that of the base model."""
 
 
 class Arch(_Keys):
     """Section ``arch``: the network."""
 
-    type: Literal["DeepLabV3"] = "DeepLabV3"
+    type: Literal["DeepLabV3", "SegFormer"] = "DeepLabV3"
     args: ArchArgs = ArchArgs()
 
 
@@ -173,9 +175,9 @@ class Trainer(_Keys):
     reset_best_mnt: bool = False
     tensorboard: bool = False
     noise_type: Noise | None = None
-    """Journal version: noise of STAR-Basic or STAR-Lite; without it the method is STAR."""
+    """Journal version: noise of STAR-Basic or STAR-Lite."""
     save_prototypes: bool = False
-    """Journal version: whether the method is STAR-Basic instead of STAR-Lite."""
+    """Journal version: whether the method is STAR-Basic, with noise "dist" unless another is given."""
     save_norms: bool = False
 
 
@@ -220,9 +222,14 @@ class PublishedConfig(_Keys):
     @property
     def method(self) -> str:
         """The method that the keys of the journal version select; without them, STAR."""
-        if self.trainer.noise_type is None:
-            return "star"
-        return "star-basic" if self.trainer.save_prototypes else "star-lite"
+        if self.trainer.save_prototypes:
+            return "star-basic"
+        return "star-lite" if self.trainer.noise_type else "star"
+
+    @property
+    def noise(self) -> Noise:
+        """The noise of STAR-Basic or STAR-Lite."""
+        return self.trainer.noise_type or "dist"
 
     @property
     def run_dir(self) -> Path:
@@ -240,6 +247,7 @@ class PublishedConfig(_Keys):
         phase = {"epochs": self.trainer.epochs, "lr": optimizer.lr}
         world = devices * self.world_size
         weights = self.hyperparameter
+        encoder, decoder = _BASE_MODELS[self.arch.type]
         tree: dict[str, Any] = {
             "method": self.method,
             "out": self.run_dir,
@@ -254,7 +262,8 @@ class PublishedConfig(_Keys):
             },
             "task": {"name": task.name, "setting": task.setting, "allow_absent": task.allow_absent},
             "model": {
-                "backbone": self.arch.args.backbone,
+                "backbone": self.arch.args.backbone or encoder,
+                "decoder": decoder,
                 "output_stride": self.arch.args.output_stride,
                 "pretrained": self.arch.args.backbone_pretrained,
             },
@@ -277,8 +286,8 @@ class PublishedConfig(_Keys):
                 "sad": weights.cont,
             },
         }
-        if self.trainer.noise_type is not None:
-            tree[self.method]["noise"] = self.trainer.noise_type
+        if self.method != "star":
+            tree[self.method]["noise"] = self.noise
         return parse_config(tree, "the published configuration, in our terms")
 
 
@@ -310,8 +319,6 @@ def parse_published(tree: dict[str, Any], source: str) -> PublishedConfig:
             f"{source}:\ndata_loader.args.task.step (--task_step): expected less than {len(steps)}, as task "
             f"{config.task.name} has {len(steps)} steps, got {config.task.step}"
         )
-    if config.trainer.save_prototypes and config.trainer.noise_type is None:
-        raise UserError(f"{source}:\ntrainer.save_prototypes (--save_prototypes): add --noise_type, such as dist")
     if config.lr_scheduler.type == "PolyLR" and config.lr_scheduler.args.warmup_iters:
         raise UserError(f"{source}:\nlr_scheduler.args.warmup_iters: PolyLR has none; take WarmupPolyLR")
     return config

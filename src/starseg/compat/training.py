@@ -17,6 +17,8 @@ from starseg.compat.weights import (
     info_name,
     load_bank,
     load_checkpoint,
+    load_derived,
+    noise_key,
     prototypes_name,
     save_info,
     save_published,
@@ -28,14 +30,15 @@ from starseg.engine.launch import is_leader
 from starseg.engine.rundir import Keys, differences, started
 from starseg.engine.runner import Runner
 from starseg.errors import UserError
-from starseg.methods import METHODS
+from starseg.methods import METHODS, Method
+from starseg.methods.star_lite import StarLite
 from starseg.report.tables import figures_table, print_results
 from starseg.utils.files import read_json, write_atomic, write_json
 
 # Each command gives its own step's values, which other steps need not share: its config.json records them.
 _OF_STEP_0: Keys = frozenset({("train", "base")})
 _OF_LATER_STEPS: Keys = frozenset({("train", "later"), ("memory", "size")})
-_OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("method",)}
+_OF_ONE_STEP: Keys = _OF_STEP_0 | _OF_LATER_STEPS | {("train", "warmup"), ("method",), ("seed",)}
 
 
 def _own_keys(run: RunConfig) -> Keys:
@@ -133,11 +136,21 @@ def train_step(config: PublishedConfig, run: RunConfig, console: Console) -> Non
             # Again: another command may have started the step before this one had the run's lock.
             _free_keys(target, step, run)
             _record(target, config)
+        _use_derived(runner.prepared.method, config, console)
         runner.run()
     if runner.leader and "imported" not in read_json(target / "metrics.json"):
         weights = checkpoint.load_model(target)[0].state_dict()
-        save_published(target, config.trainer.epochs, weights, checkpoint.load_bank(target))
+        bank = checkpoint.load_bank(target)
+        save_published(target, config.trainer.epochs, weights, bank, config.arch.type)
         console.print(f"wrote {target / checkpoint_name(config.trainer.epochs)} and its prototypes", soft_wrap=True)
+
+
+def _use_derived(method: Method, config: PublishedConfig, console: Console) -> None:
+    """Let STAR-Lite begin with the prototypes in ``new_saved_info-epoch<E>.pth`` of the step before, if it is there."""
+    path = config.run_dir / f"step_{config.task.step - 1}" / info_name(config.trainer.epochs, derived=True)
+    if isinstance(method, StarLite) and path.is_file():
+        method.given = load_derived(path, config)
+        console.print(f"prototypes: taken from {path}", highlight=False, soft_wrap=True)
 
 
 def derive_prototypes(config: PublishedConfig, run: RunConfig, console: Console) -> None:
@@ -152,8 +165,7 @@ def derive_prototypes(config: PublishedConfig, run: RunConfig, console: Console)
         bank = runner.begin(step).bank  # type: ignore[attr-defined]
         if runner.leader:
             path = folder / f"step_{step - 1}" / info_name(config.trainer.epochs, derived=True)
-            noise = f"{config.trainer.noise_type}_noise"
-            save_info(path, {"counts": bank.counts, "prototypes": bank.prototypes, noise: bank.noise})
+            save_info(path, {"counts": bank.counts, "prototypes": bank.prototypes, noise_key(config): bank.noise})
             console.print(f"wrote {path}", soft_wrap=True)
 
 

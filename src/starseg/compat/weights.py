@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from starseg.errors import UserError
 from starseg.models import Architecture, Segmenter, make_network, upgrade_keys
 from starseg.models.architectures import published_keys
 from starseg.replay.bank import PrototypeBank
+from starseg.replay.directions import DirectionBank
 from starseg.utils.files import write_atomic
 
 _HEADS = {"cls.": "heads."}
@@ -133,13 +135,32 @@ def load_bank(folder: Path, epoch: int, config: PublishedConfig) -> dict[str, Te
     """
     if config.method == "star":
         return load_prototypes(folder / prototypes_name(epoch)).state_dict()
-    path, noise = folder / info_name(epoch), f"{config.trainer.noise_type}_noise"
-    names = {"numbers": "counts"}
-    if config.method == "star-basic":
-        names |= {"prototypes": "prototypes", noise: noise}
-    content = _read(path, "a published saved_info file")
+    wanted = ("counts",) if config.method == "star-lite" else ("counts", "prototypes", noise_key(config))
+    return _read_info(folder / info_name(epoch), wanted, f"a published saved_info file for {config.method}")
+
+
+def noise_key(config: PublishedConfig) -> str:
+    """Return the name of the noise in the journal version's files, which tells its kind."""
+    return f"{config.noise}_noise"
+
+
+def load_derived(path: Path, config: PublishedConfig) -> DirectionBank:
+    """Load the prototypes with which a step of STAR-Lite begins, from ``new_saved_info-epoch<E>.pth``.
+
+    Raises:
+        UserError: another file, another kind of noise, or tensors of other shapes.
+    """
+    noise = noise_key(config)
+    found = _read_info(path, ("counts", "prototypes", noise), "a file of compute_prototype.py")
+    return DirectionBank(found["counts"], found["prototypes"], found[noise])
+
+
+def _read_info(path: Path, wanted: Sequence[str], what: str) -> dict[str, Tensor]:
+    """Read tensors of a file of the journal version, with one row per class except for the counts."""
+    content = _read(path, what)
+    names = {"numbers" if name == "counts" else name: name for name in wanted}
     if missing := [k for k in names if not isinstance(content.get(k), Tensor)]:
-        raise UserError(f"{path}: {config.method} reads {', '.join(names)}; here {missing[0]} is missing")
+        raise UserError(f"{path}: {what} holds {', '.join(names)}; here {missing[0]} is missing")
     if shapes := {
         k: tuple(content[k].shape) for k in names if len(content[k]) != len(content["numbers"]) - (k != "numbers")
     }:
@@ -171,14 +192,16 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def save_published(folder: Path, epoch: int, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def save_published(
+    folder: Path, epoch: int, model: dict[str, Tensor], state: dict[str, Tensor], base_model: str = "DeepLabV3"
+) -> None:
     """Write ``checkpoint-epoch<E>.pth``, and the method's state in the published form.
 
     STAR's state becomes ``prototypes-epoch<E>.pth``, that of STAR-Basic and STAR-Lite ``saved_info-epoch<E>.pth``. The
     optimizer, schedule and scaler of the published files are left empty: nothing resumes from a finished step.
     """
     weights = published_keys(_renamed(model, {new: old for old, new in _HEADS.items()}))
-    content: dict[str, Any] = {"arch": "DeepLabV3", "epoch": epoch, "state_dict": weights, "monitor_best": 0}
+    content: dict[str, Any] = {"arch": base_model, "epoch": epoch, "state_dict": weights, "monitor_best": 0}
     _save(folder / checkpoint_name(epoch), content | {"optimizer": {}, "lr_scheduler": {}, "scaler": {}})
     if not PrototypeBank.fits(state):
         save_info(folder / info_name(epoch), state)

@@ -218,7 +218,8 @@ def task_on(dataset: Dataset, config: RunConfig, method: Method) -> TaskSequence
             "method"
         )
     task = config.task
-    return method.sequence(find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting))
+    sequence = find_dataset(dataset.key).task(dataset.names, task.name, task.steps, task.setting)
+    return method.sequence(sequence.at_once() if task.at_once else sequence)
 
 
 def open_data(

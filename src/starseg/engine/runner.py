@@ -17,6 +17,7 @@ from starseg.engine import checkpoint
 from starseg.engine.events import Listener, StepFinished
 from starseg.engine.guard import Guard
 from starseg.engine.launch import is_leader, make_all_reduce_sum
+from starseg.engine.networks import first_network, run_architecture
 from starseg.engine.publish import publish_step, step_info, write_results
 from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt
 from starseg.engine.setup import PreparedRun, prepare
@@ -25,7 +26,6 @@ from starseg.engine.trial import StageTime, TrialStep
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.methods import Method
-from starseg.models import Architecture, make_network
 from starseg.models.builders import check_crop
 from starseg.utils.terminal import make_console
 
@@ -141,13 +141,13 @@ class Runner:
         run = self.prepared
         first = next((t for t in self._wanted if not checkpoint.is_finished(run.step_dir(t))), None)
         model, start_from = run.config.model, run.config.start_from
-        architecture = run.method.architecture(Architecture.of(model))
+        architecture = run_architecture(model, run.method)
         if first and not checkpoint.is_finished(run.step_dir(first - 1)):
             raise UserError(f"step {first} needs step {first - 1}, which is not finished: {run.step_dir(first - 1)}")
         if first == 0 and start_from:
             refuse_to_adopt(start_from, step_info(run, 0, architecture, [len(run.task.new(0))]))
         elif first == 0:
-            check_crop(make_network(architecture, [1], pretrained=model.pretrained), run.config.data.crop)
+            check_crop(first_network(model, run.method, 1), run.config.data.crop)
 
 
 def __getattr__(name: str) -> Any:

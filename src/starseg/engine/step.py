@@ -26,12 +26,13 @@ from starseg.engine.features import CachedEpochs, FeatureCache, compute_features
 from starseg.engine.fit import StepTraining, to_device
 from starseg.engine.guard import Guard
 from starseg.engine.launch import average_buffers, synchronise_norm
+from starseg.engine.networks import first_network
 from starseg.engine.setup import PreparedRun
 from starseg.engine.state import CURRENT, FoundState, TrainingState, read_state, set_aside, write_state
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.methods import Method, Stage, StepContext, prediction_rule
-from starseg.models import Architecture, Segmenter, make_network
+from starseg.models import Segmenter
 from starseg.utils.clock import Clock
 from starseg.utils.progress import bar, track
 from starseg.utils.terminal import labelled
@@ -135,11 +136,9 @@ class Step:
 
     def _models(self) -> tuple[Segmenter, Segmenter | None]:
         """Return the network to train, with its new head, and the frozen network of the previous step."""
-        config, new = self.config.model, len(self.run.task.added(self.number))
+        new = len(self.run.task.added(self.number))
         if self.number == 0:
-            layout = self.method.layout
-            architecture = self.method.architecture(Architecture.of(config))
-            return make_network(architecture, [new], layout, config.pretrained), None
+            return first_network(self.config.model, self.method, new), None
         previous = self.run.step_dir(self.number - 1)
         model, _ = checkpoint.load_model(previous)
         self.method.load_state_dict(checkpoint.load_bank(previous))
@@ -151,18 +150,17 @@ class Step:
         size, previous = self.config.memory.size, self.run.step_dir(self.number - 1)
         if not size or old is None:
             return Memory()
-        data = self.data
 
         def found(earlier: int) -> Tensor:
-            loader = data.train_loader(earlier, ["memory"], drop_last=False)
+            loader = self.data.train_loader(earlier, ["memory"], drop_last=False)
             batches = self._scan(old, loader, f"step {self.number} scan for exemplars")
             return self.all_reduce_sum(
-                confident_classes(old, batches, data.positions(earlier, "train"), self.method.confident)
+                confident_classes(old, batches, self.data.positions(earlier, "train"), self.method.confident)
             )
 
         with torch.no_grad():
             seed = sample_seed(self.config.seed, self.number, "memory")
-            memory = choose_memory(data, self.number, size, previous, seed, found)
+            memory = choose_memory(self.data, self.number, size, previous, seed, found)
         self._say(f"{len(memory.files)} old images as exemplars")
         return memory
 
@@ -195,6 +193,7 @@ class Step:
             world=fabric.world_size,
             pretrained=bool(self.config.model.pretrained),
             crop=self.config.data.crop,
+            frozen=self.config.model.frozen_from is not None,
         )
         return replace(context, stage=next(iter(self.method.stages(context)), context.stage)), memory
 
@@ -262,6 +261,8 @@ class Step:
             if state:
                 ctx.model.load_state_dict(state.model)
         self.method.freeze(ctx)
+        if ctx.frozen:
+            ctx.model.freeze_network()
         synchronise_norm(ctx.model.train(), self.fabric)
         ctx.model.eval()
         with torch.no_grad(), clock.time("statistics"):

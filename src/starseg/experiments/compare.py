@@ -6,14 +6,14 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from starseg.config import RunConfig, load_config
+from starseg.config import RunConfig, change_config, load_config
 from starseg.engine.checkpoint import is_finished
 from starseg.engine.rundir import FREE_KEYS, differences
 from starseg.engine.setup import check_method, resolve_config
@@ -28,12 +28,15 @@ from starseg.utils.terminal import labelled
 
 GROUPS = ("old", "new", "all", "harmonic")
 STORED = ("network bytes", "bank bytes", "image bytes")
-COLUMNS = (*GROUPS, "forgetting", "plasticity", "parameters", "seconds a step", *STORED)
+CEILING, SHARE = "ceiling", "% of ceiling"
+COLUMNS = (*GROUPS, "forgetting", "plasticity", CEILING, SHARE, "parameters", "seconds a step", *STORED)
 SWEEP = "sweep"
 """Name of the folder of tuning runs in a comparison with a sweep (:mod:`starseg.experiments.sweep`)."""
 Runs = Mapping[str, Sequence[Path]]
 """Finished runs by method."""
-_DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", "seconds a step"), 1)
+_TABLES = (("seeds", *GROUPS), ("forgetting", "plasticity", CEILING, SHARE), COLUMNS[-2 - len(STORED) :])
+"""Columns of the tables on the terminal, which is too narrow for all of them at once."""
+_DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", CEILING, SHARE, "seconds a step"), 1)
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class Plan:
         runs: one configuration per method and seed, those that train a shared base step first.
         only_base: directories of runs of which step 0 is all that is needed.
         folder: the folder of the comparison; messages name a run by its path within it.
+        ceilings: runs that learn all classes at once on the frozen network of another run (:func:`add_ceilings`).
     """
 
     runs: list[RunConfig]
     only_base: set[Path]
     folder: Path
+    ceilings: list[RunConfig] = field(default_factory=list)
 
     def name(self, run: RunConfig) -> str:
         """Return the name of a run in messages."""
@@ -98,6 +103,18 @@ def make_plan(config: Path, methods: Sequence[str], seeds: Sequence[int], out: P
             plan.runs.append(configured(method, seed, override("start_from", str(lender.run_dir / "step_0"))))
     refuse_other_conditions(sorted(out.glob("*_seed*/config.yaml")), plan.runs[0], out)
     return plan
+
+
+def add_ceilings(plan: Plan) -> None:
+    """Add the upper bound of every run whose method freezes its network after step 0.
+
+    It learns all classes at once with the encoder and decoder of the run's step 0, in the run's folder ``ceiling``.
+    """
+    for run in plan.runs:
+        if METHODS[run.method].freezes and run.run_dir not in plan.only_base and not run.task.at_once:
+            network, place = run.model.frozen_from or run.run_dir / "step_0", run.run_dir / CEILING
+            changes = [override("model.frozen_from", str(network)), override("out", str(place)), "start_from=null"]
+            plan.ceilings.append(change_config(run, [*changes, "task.at_once=true"]))
 
 
 def check_method_names(methods: Sequence[str]) -> None:
@@ -168,7 +185,7 @@ def run_plan(plan: Plan, console: Console) -> list[str]:
         UserError: all of them did.
     """
     failed = train_runs(plan, console)
-    if failed and len(failed) == len(plan.runs):
+    if failed and len(failed) == len(plan.runs) + len(plan.ceilings):
         raise next(iter(failed.values()))
     return list(failed)
 
@@ -181,12 +198,13 @@ def train_runs(plan: Plan, console: Console) -> dict[str, UserError]:
     """
     failed: dict[str, UserError] = {}
     lost: set[Path] = set()
-    for config in plan.runs:
+    for config in (*plan.runs, *plan.ceilings):
         name = plan.name(config)
         console.rule(name)
         try:
-            if config.start_from and config.start_from.parent in lost:
-                raise UserError(f"step 0 is missing, as the run that trains it failed: {config.start_from.parent}")
+            source = config.start_from or config.model.frozen_from
+            if source and source.parent in lost:
+                raise UserError(f"step 0 is missing, as the run that trains it failed: {source.parent}")
             train(config, range(1) if config.run_dir in plan.only_base else None, console)
         except UserError as error:
             failed[name] = error
@@ -203,16 +221,26 @@ def figures(run: Path) -> dict[str, Any]:
     last, later = steps[-1], steps[1:]
     lost = [f.lost for f in forgetting(steps) if not background or f.name != next(iter(last["iou"]))]
     learnt = [s["iou"][name] for s in later for name in s["new_classes"] if s["iou"][name] is not None]
+    ceiling = _ceiling(run)
     return {
         **{group: last["miou"][group] for group in GROUPS},
         "forgetting": statistics.mean(lost) if lost else None,
         "plasticity": statistics.mean(learnt) if learnt else None,
+        CEILING: ceiling,
+        SHARE: 100 * last["miou"]["all"] / ceiling if ceiling else None,
         "parameters": last.get("trainable_parameters"),
         "seconds a step": statistics.mean(s["seconds"] for s in later or steps),
         "network bytes": last.get("network_bytes"),
         "bank bytes": last["bank_bytes"],
         "image bytes": last.get("exemplar_bytes", 0),
     }
+
+
+def _ceiling(run: Path) -> float | None:
+    """Return the mIoU of all classes learnt at once on the run's frozen network; None if there is no such run."""
+    path = run / CEILING / "results.json"
+    steps = read_json(path)["steps"] if path.is_file() else []
+    return steps[-1]["miou"]["all"] if steps else None
 
 
 def finished_runs(runs: Iterable[Path]) -> Runs:
@@ -305,11 +333,7 @@ def write_comparison(
     rows = summary(finished)
     if not rows:
         raise UserError(f"{out}: holds no finished run of a comparison")
-    for columns in (
-        ("seeds", *GROUPS),
-        COLUMNS[len(GROUPS) : -len(STORED)],
-        STORED,
-    ):  # all at once are too wide for a terminal
+    for columns in _TABLES:
         table_rows = [{"method": row["method"]} | {column: row[column] for column in columns} for row in rows]
         print_rows(table_rows, "after the last step: mean over seeds, mIoU in percent", console)
     notes = footnotes(finished)

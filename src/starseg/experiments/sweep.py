@@ -29,6 +29,7 @@ from starseg.errors import UserError
 from starseg.experiments.compare import (
     SWEEP,
     Plan,
+    add_ceilings,
     check_method_names,
     comma_separated,
     finished_runs,
@@ -249,8 +250,13 @@ def make_sweep(
     return found
 
 
-def run_sweep(sweep: Sweep, console: Console) -> list[str]:
+def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True) -> list[str]:
     """Tune the methods, train each with its best setting, and write the tables; finished runs are not repeated.
+
+    Args:
+        sweep: the grid points and the two stages of their runs.
+        console: where progress and tables are printed.
+        ceilings: whether the final runs include the upper bounds of methods that freeze their network.
 
     Returns:
         The names of methods without a finished grid point, and of final runs that failed.
@@ -266,6 +272,8 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     if not tuned.best:
         raise UserError("no grid point of any method finished; the reasons are listed above")
     plan = sweep.final.plan(tuned.best.values(), sweep.seeds)
+    if ceilings:
+        add_ceilings(plan)
     failed = run_plan(plan, console)
     if is_leader():
         caption = (

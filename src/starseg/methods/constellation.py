@@ -58,6 +58,7 @@ class Constellation(GaussianReplay):
     summary = "frozen features, mixtures of Gaussians per class, one classifier over all classes"
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
+    freezes = True
     later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
@@ -85,7 +86,7 @@ class Constellation(GaussianReplay):
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the classifier, after that of the network in a step 0 that trains it."""
-        own = self.own_stage(ctx.step, ctx.pretrained)
+        own = self.classifier_stage() if ctx.frozen else self.own_stage(ctx.step, ctx.pretrained)
         return (own,) if own else (Stage(NETWORK), self.classifier_stage())
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
@@ -118,7 +119,7 @@ class Constellation(GaussianReplay):
         """
         super().begin_step(ctx)
         if ctx.step == 0:
-            if ctx.stage.name == CLASSIFIER:
+            if ctx.stage.name == CLASSIFIER and not ctx.frozen:
                 self._fit_descriptor(ctx)
         elif self.bank is None or len(self.bank) != ctx.old_classes:
             raise UserError(

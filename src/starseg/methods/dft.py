@@ -26,6 +26,7 @@ class Dft(SoftmaxMethod):
     summary = "one softmax over all steps' heads from the start; later steps train the heads alone"
     source = "DFT* (published code)"
     stores = "the model, the heads of all later steps"
+    freezes = True
 
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -31,5 +30,4 @@ class Joint(SigmoidMethod):
 
     def sequence(self, task: TaskSequence) -> TaskSequence:
         """Return the task with all its classes in one step."""
-        domains = (task.domains_of(len(task) - 1, seen=True),) if task.domains else ()
-        return replace(task, steps=(task.order,), base=task.base, domains=domains)
+        return task.at_once()

@@ -135,6 +135,7 @@ class StepContext:
             batch.
         rank, world: index of this process, and number of processes.
         pretrained: whether the encoder of step 0 starts from pretrained weights.
+        frozen: whether encoder and decoder are those of another run's step; the engine freezes them in every step.
         stage: the current stage of the step.
         cached: starts one pass over the features that the engine holds in memory (:attr:`Stage.crops`), with batches as
             in training but without the order of an epoch; None if it holds none.
@@ -153,6 +154,7 @@ class StepContext:
     rank: int = 0
     world: int = 1
     pretrained: bool = False
+    frozen: bool = False
     stage: Stage = Stage("network")
     cached: Callable[[], Iterator[Batch]] | None = None
     crop: int = 512
@@ -226,6 +228,9 @@ class Method(ABC):
     """Whether the method learns new domains of the same classes too (`task.setting: domain`)."""
     wide: ClassVar[bool] = True
     """Whether the losses accept int32 labels, of data sets with more than 254 classes."""
+    freezes: ClassVar[bool] = False
+    """Whether encoder and decoder are frozen after step 0; a comparison then adds joint training on the same frozen
+    network, the method's upper bound."""
     one_process: ClassVar[bool] = False
     """Whether the losses need the whole batch in one process; a run on several processes is then refused."""
     recipes: ClassVar[Recipes] = {}

@@ -56,6 +56,7 @@ class SegAcil(SigmoidMethod):
         "voc": Recipe(StepSchedule(50, 1e-3), StepSchedule(1, 1e-3), options={"pos_weight": 1.0}),
         "ade": Recipe(StepSchedule(50, 1e-3), StepSchedule(1, 1e-3), options={"pos_weight": 1.0}),
     }
+    freezes = True
     later_options = frozenset({"uncertainty"})
     contract_options: ClassVar[Mapping[str, Any]] = {"width": 32}
     Options = SegAcilOptions
@@ -65,7 +66,7 @@ class SegAcil(SigmoidMethod):
         super().__init__(options)
         self.layout = HeadLayout((BACKGROUND_HEAD,), hidden=options.width)
         self.statistics: RidgeStatistics | None = None
-        self.random_layer: nn.Sequential
+        self.random_layer: nn.Sequential | None = None
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why the method cannot continue from a finished step: another network, or no sums of products."""
@@ -76,8 +77,8 @@ class SegAcil(SigmoidMethod):
         return None
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
-        """Return the training of the network in step 0."""
-        return () if ctx.step else super().stages(ctx)
+        """Return the training of the network in step 0, unless the network is given."""
+        return () if ctx.step or ctx.frozen else super().stages(ctx)
 
     def init_heads(self, ctx: StepContext) -> None:
         """Keep the random layer for the end of step 0, and put a linear classifier of the features in its place."""
@@ -105,7 +106,9 @@ class SegAcil(SigmoidMethod):
             UserError: there are no sums of products, or not those of the old classes.
         """
         if ctx.step == 0:
-            self._expand(ctx.model)
+            if self.random_layer is not None:
+                self._expand(ctx.model, self.random_layer)
+            nn.init.zeros_(ctx.model.hidden[0].bias)  # type: ignore[arg-type]
             self.statistics = RidgeStatistics.zeros(self.options.width, 0, ctx.device)
         elif self.statistics is None or self.statistics.classes != ctx.old_classes:
             raise UserError(
@@ -118,10 +121,9 @@ class SegAcil(SigmoidMethod):
         set_classifier(ctx.model, statistics.solve(self.options.gamma))
         self.statistics = statistics
 
-    def _expand(self, model: Segmenter) -> None:
-        """Put the random layer, without biases, and heads of its width into the network."""
-        layer, width = self.random_layer, self.options.width
-        nn.init.zeros_(layer[0].bias)  # type: ignore[arg-type]
+    def _expand(self, model: Segmenter, layer: nn.Sequential) -> None:
+        """Put the random layer and heads of its width into the network."""
+        width = self.options.width
         model.hidden = layer
         model.lead[BACKGROUND_HEAD] = make_head(width, 1, conv=False)
         model.heads[0] = make_head(width, model.classes, conv=False)

@@ -46,6 +46,7 @@ class Ssul(Method):
     summary = "an unknown class from saliency maps, pseudo-labels, all but the new head frozen"
     source = "Cha et al., NeurIPS 2021"
     layout = HeadLayout((UNKNOWN_HEAD, BACKGROUND_HEAD), conv=True)
+    freezes = True
     later_options = frozenset({"threshold"})
     Options = SsulOptions
     options: SsulOptions

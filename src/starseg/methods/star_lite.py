@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from starseg.data.samples import Batch
+from starseg.errors import UserError
 from starseg.methods.protocol import StepContext, register_method
 from starseg.methods.sigmoid import SigmoidMethod
 from starseg.methods.star_basic import StarBasic
@@ -34,6 +35,8 @@ class StarLite(StarBasic):
 
     counts: Tensor | None = None
     new_counts: Tensor
+    given: DirectionBank | None = None
+    """Prototypes with which the next step begins instead of deriving them."""
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why the method cannot continue from a finished step: other heads, or no counts of its classes."""
@@ -57,21 +60,35 @@ class StarLite(StarBasic):
             self.new_counts = ctx.all_reduce_sum(counts)
 
     def scan_step(self, ctx: StepContext) -> Tensor:
-        """Count the cells of a later step, and derive the bank from the classifier and from the features seen."""
+        """Count the cells of a later step, and derive the bank from the classifier and from the features seen.
+
+        Raises:
+            UserError: the prototypes that were given have another shape.
+        """
         assert ctx.old_model is not None and self.counts is not None
         ids, counts = ctx.first_new + ctx.new_classes, self.counts.to(ctx.device)
         cells = torch.zeros(ids, dtype=torch.int64, device=ctx.device)
         seen = FeatureStatistics.zeros(ctx.old_classes, ctx.model.width, ctx.device)
         for batch in ctx.scan("before"):
             cells += self._observe(ctx, ctx.old_model, batch, seen, ids)
+        self.bank = self.given.to(ctx.device) if self.given is not None else self._derive(ctx, counts, seen)
+        if (shape := tuple(self.bank.prototypes.shape)) != (wanted := (ctx.old_classes, ctx.model.width)):
+            raise UserError(
+                f"step {ctx.step}: expected prototypes of shape {wanted} (old classes, feature channels), got {shape}; "
+                "derive them again"
+            )
+        cells = ctx.all_reduce_sum(cells)
+        self.new_counts = torch.cat([cells[:1], cells[ctx.first_new :]])
+        return cells
+
+    def _derive(self, ctx: StepContext, counts: Tensor, seen: FeatureStatistics) -> DirectionBank:
+        """Return the bank that follows from the classifier and from the features seen."""
+        assert ctx.old_model is not None
         weight, bias = linear_classifier(ctx.old_model.heads)
         solve = iterate_adamw if ctx.choices.iterated_prototypes else derive_prototypes
         derived = solve(weight, bias).to(ctx.device)
         prototypes = combine(derived, ctx.all_reduce_sum(seen.unit_sum))
-        self.bank = DirectionBank(counts, prototypes, noise_of_prototypes(prototypes, self.options.noise))
-        cells = ctx.all_reduce_sum(cells)
-        self.new_counts = torch.cat([cells[:1], cells[ctx.first_new :]])
-        return cells
+        return DirectionBank(counts, prototypes, noise_of_prototypes(prototypes, self.options.noise))
 
     def _observe(self, ctx: StepContext, old: Segmenter, batch: Batch, seen: FeatureStatistics, ids: int) -> Tensor:
         """Add a batch's features to the statistics of the classes predicted, and return its counts."""

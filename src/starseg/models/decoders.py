@@ -19,7 +19,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from starseg.models.encoders import Encoder
 from starseg.ops.bilinear import resize
 
-_WIDTH = 256
+_WIDTH, _DROPOUT = 256, 0.1
 # Smallest standard deviation by which a channel is divided, relative to the mean of all channels.
 _LEAST = 0.1
 Grid = Sequence[int]
@@ -58,7 +58,7 @@ class Aspp(ASPP):
         super().__init__(encoder.channels[-1], rates, _WIDTH)
         self.width, self.ratio = _WIDTH, _ratios(encoder, output_stride)[-1]
         self.on_grid = encoder.strides[-1] == output_stride
-        self.project[-1].p = 0.1
+        self.project[-1].p = _DROPOUT
         self.last_conv = _conv_norm_relu(_WIDTH, _WIDTH, 3)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -95,6 +95,27 @@ class Linear(nn.Module):
         """Compute the feature map [N, D, h, w]."""
         found = [to_grid(m, ratio, grid) for m, ratio in zip(maps, self.ratios, strict=True)]
         return self.norm(self.project(torch.cat(found, 1)))
+
+
+class SegFormer(nn.Module):
+    """SegFormer's all-MLP decoder (Xie et al., NeurIPS 2021): a linear projection of each map, fused on the grid.
+
+    The projections are concatenated and fused by a 1x1 conv-BN-ReLU, followed by dropout 0.1. The published network has
+    a grid of stride 4, and projections of 768 channels instead of 256 for all sizes but B0 and B1.
+    """
+
+    def __init__(self, encoder: Encoder, output_stride: int) -> None:
+        super().__init__()
+        self.width, self.ratios = _WIDTH, _ratios(encoder, output_stride)
+        self.project = nn.ModuleList(nn.Conv2d(channels, _WIDTH, 1) for channels in encoder.channels)
+        self.fuse = _conv_norm_relu(_WIDTH * len(encoder.channels), _WIDTH, 1)
+        self.dropout = nn.Dropout2d(_DROPOUT)
+
+    def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Compute the feature map [N, D, h, w]."""
+        parts = zip(self.project, maps, self.ratios, strict=True)
+        found = [project(to_grid(m, ratio, grid)) for project, m, ratio in parts]
+        return self.dropout(self.fuse(torch.cat(found, 1)))
 
 
 class Descriptor(nn.Module):
@@ -179,5 +200,6 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
     "aspp": Aspp,
     "fpn": Fpn,
     "linear": Linear,
+    "segformer": SegFormer,
     "descriptor": Descriptor,
 }

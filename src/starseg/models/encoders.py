@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from starseg.errors import UserError
+from starseg.models.mit import timm_names
 
 _SIDE = 64
 # Exceptions that timm raises if an architecture does not support an argument or an operation.
@@ -134,7 +135,7 @@ def load_encoder_weights(body: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file does not fit this encoder.
     """
-    state, own = _read_weights(path), body.state_dict()
+    state, own = timm_names(_read_weights(path)), body.state_dict()
     # timm wraps transformers, which adds a prefix to the names that is not in the weight files.
     names = {key: key.removeprefix("model.") for key in own}
     if set(own) <= set(state):
@@ -166,6 +167,16 @@ def _create(name: str, output_stride: int, pretrained: bool) -> tuple[Any, bool]
             unfit = error
             break
     raise UserError(f"model.backbone: {name!r} gives no feature maps: {unfit}") from unfit
+
+
+def _check_has_weights(name: str) -> None:
+    """Reject a model of which timm has no weights."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise UserError(
+            f"model.pretrained: timm has no weights of {name!r}; give a file in place of true, such as mit_b2.pth for "
+            "mit_b2, or set it to false"
+        )
 
 
 def _check_free_size(name: str, encoder: Encoder) -> None:
@@ -204,6 +215,8 @@ def make_encoder(name: str, output_stride: int, pretrained: bool | Path) -> Enco
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"model.backbone: timm has no model {name!r}; see timm.list_models()")
     try:
+        if weights is True:
+            _check_has_weights(name)
         body, dilated = _create(name, output_stride, weights is True)
     except UserError:
         raise

@@ -194,6 +194,14 @@ class Segmenter(nn.Module):
         for head in heads:
             head.requires_grad_(True)
 
+    def freeze_network(self) -> None:
+        """Freeze encoder and decoder in addition: parameters, statistics of norm layers and dropout."""
+        parts = [self.encoder, self.decoder]
+        for part in parts:
+            part.requires_grad_(False)
+        self._frozen = [*self._frozen, *parts]
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Segmenter:
         """Set train or eval mode as in PyTorch, but keep frozen modules in eval mode."""
         super().train(mode)
