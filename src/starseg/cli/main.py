@@ -323,10 +323,12 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at the same time, each in its own process.")] = 1,
 ) -> None:
     """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
-    from starseg.experiments.compare import make_plan, run_plan, write_comparison
+    from starseg.experiments.compare import make_plan, write_comparison
+    from starseg.experiments.plan import run_plan
     from starseg.experiments.sweep import make_sweep, run_sweep
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -335,11 +337,11 @@ def compare(
     if sweep:
         tuning = make_sweep(config, names, numbers, out, overrides or [], sweep)
         with resumable():
-            failed = run_sweep(tuning, console)
+            failed = run_sweep(tuning, console, jobs)
     else:
         plan = make_plan(config, names, numbers, out, overrides or [])
         with resumable():
-            failed = run_plan(plan, console)
+            failed = run_plan(plan, console, jobs)
         if is_leader():
             write_comparison(out, console)
     if failed:

@@ -28,17 +28,15 @@ from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
 from starseg.experiments.compare import (
     SWEEP,
-    Plan,
     check_method_names,
     comma_separated,
     finished_runs,
     lends,
     print_rows,
     refuse_other_conditions,
-    run_plan,
-    train_runs,
     write_comparison,
 )
+from starseg.experiments.plan import Plan, run_plan, train_runs
 from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import has_later_steps
 from starseg.report.page import SweepTable
@@ -249,8 +247,10 @@ def make_sweep(
     return found
 
 
-def run_sweep(sweep: Sweep, console: Console) -> list[str]:
+def run_sweep(sweep: Sweep, console: Console, jobs: int = 1) -> list[str]:
     """Tune the methods, train each with its best setting, and write the tables; finished runs are not repeated.
+
+    Up to ``jobs`` runs are trained at the same time.
 
     Returns:
         The names of methods without a finished grid point, and of final runs that failed.
@@ -258,7 +258,7 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     Raises:
         UserError: no method has a finished grid point, or all final runs failed.
     """
-    out, tuned = sweep.final.out, tune(sweep, console)
+    out, tuned = sweep.final.out, tune(sweep, console, jobs)
     if is_leader():
         print_rows(tuned.rows, "tuning: mIoU of all classes on held-out training images in percent", console)
         out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     if not tuned.best:
         raise UserError("no grid point of any method finished; the reasons are listed above")
     plan = sweep.final.plan(tuned.best.values(), sweep.seeds)
-    failed = run_plan(plan, console)
+    failed = run_plan(plan, console, jobs)
     if is_leader():
         caption = (
             "Each method has the setting with the highest mIoU of all classes after the last step, trained with seed "
@@ -280,7 +280,7 @@ def run_sweep(sweep: Sweep, console: Console) -> list[str]:
     return [*tuned.failed, *failed]
 
 
-def tune(sweep: Sweep, console: Console) -> Tuned:
+def tune(sweep: Sweep, console: Console, jobs: int = 1) -> Tuned:
     """Train all grid points of methods that have several, and choose the best of each method.
 
     Of equal points, the first is chosen. A failing point is reported and left out.
@@ -288,7 +288,7 @@ def tune(sweep: Sweep, console: Console) -> Tuned:
     seed = sweep.seeds[0]
     several = [point for points in sweep.points.values() if len(points) > 1 for point in points]
     plan = sweep.tuning.plan(several, [seed])
-    failed = {sweep.tuning.out / name for name in train_runs(plan, console)}
+    failed = {sweep.tuning.out / name for name in train_runs(plan, console, jobs)}
     best, rows, lost = {}, [], []
     for method, points in sweep.points.items():
         places = [sweep.tuning.run_dir(point, seed) for point in points]
