@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ and examples/ use the current names of the package."""
 
 import inspect
+import json
 import runpy
 import shutil
 import subprocess
@@ -62,3 +63,22 @@ def test_the_script_for_a_gpu_stops_early(arguments: tuple[str, ...], tmp_path: 
     assert done.returncode == (1 if arguments else 2), done.stdout
     assert ("failed: tests bench" if arguments else "use --quick") in done.stdout
     assert (tmp_path / "out" / "log.txt").is_file()
+
+
+def test_the_growth_of_constellation_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "constellation_growth.py"))
+    space = script["steps"].__globals__
+    for name, value in (("SIZE", 64), ("BATCH", 4), ("EPOCHS", 1), ("IMAGES", 24)):
+        monkeypatch.setitem(space, name, value)
+    monkeypatch.setitem(space, "NETWORK", {"backbone": "test_resnet", "pretrained": False})
+    script["one"]("constellation", *script["prepare"]("constellation", tmp_path, 24))
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"images", "seconds", "cpu", "memory"} and figures["images"] > 0
+
+
+def test_the_bank_grows_linearly_with_the_classes() -> None:
+    random_bank = runpy.run_path(str(ROOT / "benchmarks" / "constellation_growth.py"))["random_bank"]
+    sizes = [sum(t.nbytes for t in random_bank(classes).state_dict().values()) for classes in (0, 10, 20)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 10 * (8 * (8 + 256 * (4 + 2 * 4)) + 4)

@@ -18,6 +18,8 @@ from starseg.methods import METHODS
 from starseg.utils.files import read_json
 
 NAMES = sorted(METHODS)
+DEFAULTS = ["constellation", "star"]
+"""Methods that the commands take by default."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +40,7 @@ def test_three_steps_through_the_runner(name: str, shapes: Path, tmp_path: Path)
     check_run(name, shapes, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", [*(n if n == "star" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES)])
+@pytest.mark.parametrize("name", [n if n in DEFAULTS else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_an_interrupted_step_resumes(name: str, shapes: Path, tmp_path: Path) -> None:
     check_resume(name, shapes, tmp_path)
 
@@ -58,7 +60,7 @@ def _on_two_processes(names: list[str], data: Path, out: Path) -> None:
 
 
 def test_two_processes(shapes: Path, tmp_path: Path) -> None:
-    _on_two_processes(["star"], shapes, tmp_path)
+    _on_two_processes(DEFAULTS, shapes, tmp_path)
 
 
 @pytest.mark.processes

@@ -115,9 +115,12 @@ def test_the_demo_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     console = Console(record=True, width=120)
     runs = demo.run_demo(tmp_path / "demo", console)
     text = console.export_text()
-    assert list(runs) == ["star", "finetune", "joint"] and "kept: of the old mIoU after step 0" in " ".join(
-        text.split()
-    )
+    assert list(runs) == [
+        "star",
+        "constellation",
+        "finetune",
+        "joint",
+    ] and "kept: of the old mIoU after step 0" in " ".join(text.split())
     for path in ("star/pictures.png", "star/iou.png", "pictures.png", "iou.png"):
         assert (tmp_path / "demo" / path).stat().st_size > 10_000
     write_figures([runs["joint"]], tmp_path / "one", Console(quiet=True))

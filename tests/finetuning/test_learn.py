@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from starseg.cli.main import main
-from starseg.config import Strict
+from starseg.config import Strict, load_config
 from starseg.data.annotations.classlist import read_classes
 from starseg.data.annotations.photos import read_indices
 from starseg.data.datasets.folder import open_folder
@@ -28,7 +28,7 @@ from starseg.data.validation import split_images
 from starseg.engine.checkpoint import load_bank, load_info
 from starseg.engine.fit import StepTraining
 from starseg.errors import UserError
-from starseg.finetuning.defaults import FIRST, LATER, batch_size
+from starseg.finetuning.defaults import FIRST, LATER, batch_size, classifier_epochs
 from starseg.finetuning.prepare import open_source_step, prepare_step
 from starseg.finetuning.run import LearnRequest, learn
 from starseg.methods import METHODS
@@ -66,9 +66,9 @@ def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def _first(folder: Folder, tmp_path: Path, *names: str) -> Path:
+def _first(folder: Folder, tmp_path: Path, *names: str, method: str | None = "star") -> Path:
     """A first step."""
-    request = LearnRequest(None, *folder(*names), ",".join(names), tmp_path / "first", backbone="test_resnet")
+    request = LearnRequest(None, *folder(*names), ",".join(names), tmp_path / "first", method, "test_resnet")
     done = learn(_with(request, pretrained=False, crop=64, epochs=2, lr=0.02), Console(quiet=True))
     assert done is not None
     return done
@@ -94,7 +94,7 @@ def test_the_story(
     assert "before" in text and "not labelled: square" in text and "heart (new)" in text
     info = load_info(run / "step_1")
     assert (info.names, info.dataset_ids) == (["background", "disc", "square", "heart"], [0, 1, 2, 3])
-    assert len(load_bank(run / "step_1")["prototypes"]) == 3
+    assert info.method == "constellation" and len(load_bank(run / "step_1")["counts"]) == 4
     assert _command(monkeypatch, "predict", run / "step_1", images, "--out", tmp_path / "masks") == 0
     found = {int(i) for p in (tmp_path / "masks").glob("*.png") for i in np.unique(read_mask(p))}
     assert found <= {0, 1, 2, 3}
@@ -410,10 +410,32 @@ def test_a_small_folder_replays_a_fraction_and_keeps_the_whole_bank(folder: Fold
     )
     assert done is not None
     old, new = load_bank(first)["counts"], load_bank(done)["counts"]
+    assert load_info(done).method == "star"
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["star"]["replay"] < 1
     assert torch.equal(new[1:3], old[1:]) and torch.equal(
         load_bank(done)["prototypes"][:2], load_bank(first)["prototypes"]
     )
+
+
+def test_constellation_is_the_default_after_constellation(folder: Folder, tmp_path: Path) -> None:
+    first = _first(folder, tmp_path, "disc", "square", method=None)
+    config = load_config(tmp_path / "first" / "config.yaml")
+    assert (load_info(first).method, config.train.base.epochs, config.train.base.lr) == ("constellation", 2, 0.02)
+    request = LearnRequest(first, *folder("heart", count=6), "heart", tmp_path / "run", epochs=3, lr=0.05)
+    console = Console(record=True, width=200)
+    assert learn(request, console, dry_run=True) is None
+    text = console.export_text()
+    assert "schedule: 3 epochs of 10 iterations on the features of 4 crops per image" in text
+    assert "learning rate 0.05, method constellation" in text and "time: about" in text
+    done = learn(request, Console(quiet=True))
+    assert done is not None
+    options = load_config(tmp_path / "run" / "config.yaml").method_section("constellation")
+    assert (options["epochs"], options["lr"]) == (3, 0.05) and options["replay"] < 1
+    assert torch.equal(load_bank(done)["counts"][1:3], load_bank(first)["counts"][1:])
+
+
+def test_few_iterations_get_more_epochs() -> None:
+    assert [classifier_epochs(iterations, 6) for iterations in (10, 66, 67, 1000)] == [40, 7, 6, 6]
 
 
 def test_an_interrupted_run_resumes(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

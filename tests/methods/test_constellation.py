@@ -19,6 +19,7 @@ from starseg.engine.fit import StepTraining
 from starseg.engine.runner import Runner
 from starseg.errors import Stopped, UserError
 from starseg.experiments.train import train
+from starseg.methods.protocol import method_options
 from starseg.models import Architecture, make_network
 from starseg.models.decoders import Descriptor
 
@@ -57,6 +58,34 @@ def test_a_step_that_trains_its_network_has_two_stages() -> None:
         method = MethodHarness("constellation", options={"base": base}).method()
         assert [s.name for s in method.stages(replace(ctx, pretrained=pretrained))] == stages
         assert [s.name for s in method.stages(replace(ctx, step=1))] == ["classifier"]
+
+
+def test_default_options_leave_the_description_of_the_network_as_it_was() -> None:
+    plain = MethodHarness("constellation").method()
+    assert plain.architecture(Architecture("test_resnet")).options == {"width": 256, "window": 5}
+    assert plain.layout.hidden == 256
+    other = MethodHarness("constellation", options={"maps": 1, "image_mean": False, "limit": 9}).method()
+    options = other.architecture(Architecture("test_resnet")).options
+    assert options == {"width": 256, "window": 5, "maps": 1, "image_mean": False, "limit": 9}
+
+
+@pytest.mark.parametrize(("maps", "window", "image_mean"), [(1, 0, False), (1, 3, False), (3, 0, True), (9, 5, True)])
+def test_the_descriptor_has_the_parts_that_are_switched_on(maps: int, window: int, image_mean: bool) -> None:
+    options = {"width": 8, "window": window, "maps": maps, "image_mean": image_mean}
+    model = make_network(Architecture("test_resnet", "descriptor", options=options), [1]).eval()
+    channels = model.encoder.channels
+    decoder = model.decoder
+    assert isinstance(decoder, Descriptor)
+    assert decoder.raw_width == sum(channels[-maps:]) + ((window > 0) + image_mean) * channels[-1]
+    with torch.no_grad():
+        images = torch.rand(2, 3, 64, 64)
+        assert decoder.raw(model.encoder(images), (4, 4)).shape == (2, decoder.raw_width, 4, 4)
+        assert model(images).features.shape == (2, 8, 4, 4)
+
+
+def test_an_even_window_is_refused() -> None:
+    with pytest.raises(UserError, match=r"constellation\.window: .*odd"):
+        method_options("constellation", parse_config(settings(Path("data"), Path("run"), window=4)))
 
 
 def _stop(stage: int, iteration: int) -> object:
@@ -104,6 +133,38 @@ def test_the_network_stays_frozen_and_the_bank_grows(shapes: Path, tmp_path: Pat
     assert torch.equal(bank["means"][bank["owners"] == 1], kept)
 
 
+OFF = {
+    "base": "frozen",
+    "crops": 1,
+    "maps": 1,
+    "window": 0,
+    "image_mean": False,
+    "floor": 0,
+    "limit": 1e6,
+    "hidden": 0,
+    "warm_start": False,
+    "modes": 1,
+    "background_modes": 1,
+    "factors": 0,
+    "pseudo": 1,
+    "balance": 0,
+    "draws": 0,
+    "reject": False,
+    "shift": 1,
+    "refit": False,
+}
+
+
+def test_every_part_can_be_switched_off(shapes: Path, tmp_path: Path) -> None:
+    run = train(parse_config(settings(shapes, tmp_path / "run", **OFF)), console=QUIET)
+    info, bank = load_info(run / "step_2"), load_bank(run / "step_2")
+    assert info.hidden == 0 and info.architecture.options["window"] == 0
+    assert bank["owners"].tolist() == [0, 1, 2, 3, 4, 5] and bank["factors"].shape[2] == 0
+    first = load_bank(run / "step_0")
+    for name in ("counts", "means", "deviations"):
+        assert torch.equal(bank[name][0], first[name][0])
+
+
 def test_it_continues_from_its_own_steps_only(shapes: Path, tmp_path: Path) -> None:
     star = tiny_settings("star", shapes, tmp_path / "star")
     train(parse_config(star), console=QUIET, steps=range(1))
@@ -112,10 +173,13 @@ def test_it_continues_from_its_own_steps_only(shapes: Path, tmp_path: Path) -> N
         train(parse_config(other), console=QUIET)
 
 
-def test_the_time_of_a_step_is_measured_in_its_own_stage(shapes: Path, tmp_path: Path) -> None:
+def test_the_time_of_every_stage_is_measured(shapes: Path, tmp_path: Path) -> None:
     with Runner(parse_config(settings(shapes, tmp_path / "run")), QUIET, range(1)) as runner:
+        network, classifier = runner.stage_times(0)
         runner.run()
-        method = runner.prepared.method
-        for step, stage in ((0, "network"), (1, "classifier")):
-            assert runner.seconds_per_iteration(step) > 0
-            assert method.ctx.stage.name == stage
+        assert (network.name, network.epochs, network.features) == ("network", 1, None)
+        assert (classifier.name, classifier.epochs, classifier.crops) == ("classifier", 2, 2)
+        assert network.total(10) == 10 * network.images * 2
+        assert [t.name for t in runner.stage_times(1)] == ["classifier"]
+    assert classifier.features is not None and 0 < classifier.features < classifier.images
+    assert classifier.total(10) == 10 * 2 * (classifier.images + 2 * classifier.features)

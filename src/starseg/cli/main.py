@@ -119,9 +119,13 @@ def learn(
         str | None, typer.Option(help="With --new: yes (ImageNet), no, or a file.", show_default=False)
     ] = None,
     method: Annotated[
-        str,
-        typer.Option(help="See `starseg methods`; finetune forgets the old classes.", autocompletion=complete_methods),
-    ] = "star",
+        str | None,
+        typer.Option(
+            help="See `starseg methods`; by default constellation, or star to continue from another method's step.",
+            autocompletion=complete_methods,
+            show_default=False,
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="By default from the images.", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=False)] = None,
     crop: Annotated[int | None, typer.Option(min=32, help="With --new: pixels.", show_default=False)] = None,
@@ -138,7 +142,7 @@ def learn(
         raise UserError("learn: give a step directory to continue from, or --new for a first step")
     if step_dir and (backbone or pretrained):
         raise UserError(f"--backbone, --pretrained: only with --new; the network is that of {step_dir}")
-    if method not in METHODS:
+    if method and method not in METHODS:
         raise UserError(f"--method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     known = {"yes": True, "no": False, None: None}
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
@@ -352,7 +356,7 @@ def compare(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
-    """Run STAR, fine-tuning and joint training on a small synthetic data set: minutes on a CPU, no downloads."""
+    """Run STAR, constellation, fine-tuning and joint training on a small synthetic data set; no downloads."""
     from starseg.experiments.demo import run_demo
 
     with resumable():

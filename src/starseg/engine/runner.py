@@ -21,6 +21,7 @@ from starseg.engine.publish import publish_step, step_info, write_results
 from starseg.engine.rundir import Keys, adopt, claim, refuse_to_adopt
 from starseg.engine.setup import PreparedRun, prepare
 from starseg.engine.step import Step
+from starseg.engine.trial import StageTime, TrialStep
 from starseg.errors import UserError
 from starseg.losses.reduction import AllReduceSum
 from starseg.methods import Method
@@ -111,9 +112,10 @@ class Runner:
         """Begin a step without training it, and return the method after its ``begin_step``; nothing is saved."""
         return self._step(step).begin()
 
-    def seconds_per_iteration(self, step: int, iterations: int = 3) -> float:
-        """Measure the time per iteration over a few iterations of a step, without saving anything."""
-        return self._step(step).seconds_per_iteration(iterations)
+    def stage_times(self, step: int, iterations: int = 3) -> list[StageTime]:
+        """Measure the time per iteration of each stage of a step over a few iterations, without saving anything."""
+        trial = TrialStep(self.prepared, self.fabric, step, self.console, self.all_reduce_sum, self.loss_scale)
+        return trial.stage_times(iterations)
 
     @property
     def _wanted(self) -> range:

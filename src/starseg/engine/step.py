@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -130,20 +129,6 @@ class Step:
         """Begin the step as training does, and return the method; nothing is trained or saved."""
         self._begin(self._context()[0], 1, 1e-6, Clock(self.fabric.device))
         return self.method
-
-    def seconds_per_iteration(self, iterations: int = 3) -> float:
-        """Measure the seconds per iteration, without the first; 0 if nothing is trained. Nothing is saved."""
-        ctx, memory = self._context()
-        if not self.method.stages(ctx):
-            return 0.0
-        training = self._begin(ctx, 1, 1e-6, Clock(self.fabric.device))
-        ctx.model.train()
-        loader, marks = self.data.train_loader(self.number, range(iterations), True, memory.files), []
-        for batch in itertools.islice(loader, iterations):
-            losses = training.iterate(batch)
-            sum(value.item() for value in losses.values())
-            marks.append(time.monotonic())
-        return (marks[-1] - marks[0]) / (len(marks) - 1)
 
     def _say(self, text: str) -> None:
         self.console.print(f"step {self.number}: {text}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Demo: STAR, fine-tuning and joint training on a small synthetic data set, on a CPU, without downloads."""
+"""Demo: STAR, constellation, fine-tuning and joint training on a small synthetic data set, without downloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starseg.report.page import write_report
 from starseg.report.tables import comparison_table
 from starseg.utils.files import read_json
 
-METHODS = ("star", "finetune", "joint")
+METHODS = ("star", "constellation", "finetune", "joint")
 
 
 def demo_settings() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def demo_settings() -> dict[str, Any]:
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Path]:
-    """Write the data, run the three methods, print the comparison and draw the figures.
+    """Write the data, run the methods, print the comparison and draw the figures.
 
     Fine-tuning takes its step 0 from STAR, as both train it alike.
 

@@ -18,6 +18,8 @@ EPOCHS = (10, 100)
 CROP = (128, 512)
 OLD_SHARE = 5
 """Maximum number of replayed cells of old classes per cell of the new images."""
+CLASSIFIER_ITERATIONS = 400
+"""Minimum number of iterations of a classifier on features that are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class FolderSchedule:
 # the upper bounds and the budget of FIRST those of the run on the VOC subset (benchmarks/README.md).
 FIRST = FolderSchedule(iterations=600, lr_budget=7.5, rates=(1e-3, 1e-2))
 LATER = FolderSchedule(iterations=400, lr_budget=0.125, rates=(1e-4, 1e-3))
+
+
+def method_for(source: str | None) -> str:
+    """Return the method of a new step by default.
+
+    Args:
+        source: method of the step to continue from; None for a first step.
+    """
+    return "constellation" if source in (None, "constellation") else "star"
+
+
+def classifier_epochs(iterations: int, least: int) -> int:
+    """Return the number of epochs for a number of iterations per epoch, ``least`` or more."""
+    return max(least, -(-CLASSIFIER_ITERATIONS // iterations))
 
 
 def batch_size(images: int) -> int:

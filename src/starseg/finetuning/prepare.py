@@ -34,7 +34,7 @@ _HIGHEST_ID = 254
 
 @dataclass(frozen=True)
 class LearnRequest:
-    """Arguments of `starseg learn`; None: chosen from the data or the source's run.
+    """Arguments of `starseg learn`; None: chosen from the data, the source or its run.
 
     Attributes:
         source: step directory to continue from; None for a first step.
@@ -57,7 +57,7 @@ class LearnRequest:
     masks: Path
     classes: str | None
     out: Path
-    method: str = "star"
+    method: str | None = None
     backbone: str | None = None
     pretrained: bool | Path | None = None
     crop: int | None = None

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from starseg.config import RunConfig
+from starseg.engine.setup import make_method
 from starseg.report.tables import percent
 from starseg.tasks import IGNORE
 
@@ -72,6 +73,19 @@ def _print_known(known: KnownClasses, console: Console, replayed: bool) -> None:
         )
 
 
+def _schedule(config: RunConfig, step: int, images: int) -> str:
+    """Describe the schedule of a step with a number of training images."""
+    size, own = config.train.batch_size, make_method(config).own_stage(step, bool(config.model.pretrained))
+    phase = own.schedule if own else config.train.later if step else config.train.base
+    crops = own.crops if own else 1
+    assert phase and phase.lr
+    features = f" on the features of {crops} crops per image" if own else ""
+    return (
+        f"schedule: {phase.epochs} epochs of {images * crops // size} iterations{features}, batches of {size}, crops "
+        f"of {config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
+    )
+
+
 def print_preview(
     prepared_step: PreparedStep,
     config: RunConfig,
@@ -92,8 +106,7 @@ def print_preview(
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    train, later = int(prepared_step.training.sum()), len(prepared_step.steps) > 1
-    phase = config.train.later if later else config.train.base
+    train, step = int(prepared_step.training.sum()), len(prepared_step.steps) - 1
     iterations = train // config.train.batch_size
     say(
         f"{len(prepared_step.photos)} images: {train} to train on, {int(prepared_step.val.sum())} for validation, "
@@ -108,10 +121,7 @@ def print_preview(
     for number in prepared_step.new:
         if not prepared_step.pixels[prepared_step.val, number].any():
             say(f"note: {prepared_step.names[number]} is in no validation image, so it is not scored; add images of it")
-    say(
-        f"schedule: {phase.epochs} epochs of {iterations} iterations, batches of {config.train.batch_size}, crops of "
-        f"{config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
-    )
+    say(_schedule(config, step, train))
     if known:
         _print_known(known, console, replayed=source is not None and source.stored is not None)
     if source and (share := source.replay_share(train, config.data.crop)) is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,8 +22,17 @@ from starseg.engine.rundir import LOCK, PREPARED, adopt, lock, refuse_another_ru
 from starseg.engine.runner import Runner
 from starseg.engine.setup import make_method, resolve_config
 from starseg.engine.state import begun
+from starseg.engine.trial import StageTime
 from starseg.errors import UserError
-from starseg.finetuning.defaults import FIRST, LATER, RECIPE, batch_size, crop_size
+from starseg.finetuning.defaults import (
+    FIRST,
+    LATER,
+    RECIPE,
+    batch_size,
+    classifier_epochs,
+    crop_size,
+    method_for,
+)
 from starseg.finetuning.known import known_classes
 from starseg.finetuning.prepare import (
     LearnRequest,
@@ -33,7 +43,7 @@ from starseg.finetuning.prepare import (
     prepare_step,
 )
 from starseg.finetuning.preview import before_after_table, print_preview
-from starseg.methods import METHODS
+from starseg.methods import METHODS, Stage
 from starseg.models import Architecture, make_network
 from starseg.report.tables import print_results
 from starseg.report.testset import open_test_set
@@ -60,7 +70,7 @@ def make_config(
     """The run that learns the prepared_step's last step, its schedule fitted to the number of images.
 
     Args:
-        request: its options win.
+        request: its options win; it names a method.
         source: gives network, crop and options.
         prepared_step: gives classes and images.
         root: the prepared data.
@@ -75,17 +85,23 @@ def make_config(
         network = source.info.architecture
         model |= {"backbone": network.encoder}
         if network.builder == "timm":
-            model |= {"decoder": network.decoder, "output_stride": network.stride}
+            model |= {"output_stride": network.stride}
+            if network.decoder in get_args(ModelConfig.model_fields["decoder"].annotation):
+                model |= {"decoder": network.decoder}
     else:
         pretrained = True if request.pretrained is None else request.pretrained
         rate = rate if pretrained else phase.rates[1]
         model |= {"pretrained": str(pretrained) if isinstance(pretrained, Path) else pretrained}
         model |= {"backbone": request.backbone} if request.backbone else {}
     crop = _crop(request, source, prepared_step, multiple)
-    section = METHODS[request.method].section
+    assert request.method
+    section, learner = METHODS[request.method].section, default_method(request.method)
     options = source.config.method_section(section) if source and source.config else {}
     if source and (share := source.replay_share(images, crop)) is not None:
-        options |= default_method(request.method).scale_replay(share)
+        options |= learner.scale_replay(share)
+    phases: dict[str, Any] = {"later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}}
+    if own := learner.own_stage(len(prepared_step.steps) - 1, bool(model["pretrained"])):
+        options, phases = options | _own_schedule(request, own, images * options.get("crops", own.crops) // batch), {}
     tree = {
         "method": request.method,
         "out": str(request.out),
@@ -95,10 +111,17 @@ def make_config(
         "data": {"dataset": "folder", "root": str(root), "crop": crop},
         "task": {"name": "learn", "steps": prepared_step.steps},
         "model": model,
-        "train": {"batch_size": batch, "later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}},
+        "train": {"batch_size": batch, **phases},
         "memory": {"size": 0},
     }
     return parse_config(tree | ({section: options} if options else {}), "learn")
+
+
+def _own_schedule(request: LearnRequest, stage: Stage, iterations: int) -> dict[str, Any]:
+    """Return the options of a method with a schedule of its own, for a number of iterations per epoch."""
+    assert stage.schedule
+    epochs = request.epochs or classifier_epochs(iterations, stage.schedule.epochs)
+    return {"epochs": epochs, "lr": request.lr or stage.schedule.lr}
 
 
 def _refuse_out(request: LearnRequest) -> None:
@@ -186,8 +209,10 @@ def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfi
     checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
 
 
-def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: SourceStep | None, prepared: Path) -> float:
-    """Estimate the seconds per iteration from a few iterations on part of the data; writes next to ``prepared``."""
+def _trial(
+    config: RunConfig, prepared_step: PreparedStep, source: SourceStep | None, prepared: Path
+) -> list[StageTime]:
+    """Measure a few iterations on part of the data; writes next to ``prepared``."""
     run, batch = prepared.parent / "trial", config.train.batch_size
     chosen = prepared_step.training & (prepared_step.training.cumsum() <= _TRIAL * batch)
     prepared_step.write_list(prepared / "train.txt", chosen)
@@ -201,7 +226,7 @@ def _trial_seconds(config: RunConfig, prepared_step: PreparedStep, source: Sourc
         run.mkdir()
         adopt(source.folder, run / f"step_{step - 1}")
     with Runner(parse_config(tree, "learn"), make_console(quiet=True), range(step, step + 1)) as runner:
-        return runner.seconds_per_iteration(step, _TRIAL)
+        return runner.stage_times(step, _TRIAL)
 
 
 def before_after(run: Path) -> dict[str, Any]:
@@ -256,7 +281,8 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
     Raises:
         UserError: anything in the input that must be corrected first.
     """
-    source = open_source_step(request.source, request.method) if request.source else None
+    method = request.method or method_for(checkpoint.load_info(request.source).method if request.source else None)
+    source = open_source_step(request.source, method) if request.source else None
     _refuse_out(request)
     multiple = _crop_multiple(request) if not source else source.info.architecture.stride
     out = request.out.resolve()
@@ -266,14 +292,15 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
             prepared = Path(temporary) / PREPARED
             prepared_step = prepare_step(request, source, prepared, console)
-            config = make_config(request, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
+            chosen = replace(request, method=method)
+            config = make_config(chosen, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
             _check_same_data(config, prepared)
             photos = [prepared_step.photos[i].image for i in np.flatnonzero(prepared_step.training).tolist()]
             known = known_classes(source.folder, photos) if source else None
             print_preview(prepared_step, config, source, console, known)
             if dry_run:
-                seconds = _trial_seconds(config, prepared_step, source, prepared)
-                _print_estimate(seconds, config, prepared_step, console)
+                times = _trial(config, prepared_step, source, prepared)
+                _print_estimate(times, config, prepared_step, console)
                 return None
             held = until_trained.enter_context(lock(out))
             _install(prepared, out)
@@ -291,14 +318,13 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
     return folder
 
 
-def _print_estimate(seconds: float, config: RunConfig, prepared_step: PreparedStep, console: Console) -> None:
+def _print_estimate(times: list[StageTime], config: RunConfig, prepared_step: PreparedStep, console: Console) -> None:
     """Print the estimated time of training and of the passes over the data before and after it."""
-    phase = config.train.later if len(prepared_step.steps) > 1 else config.train.base
     iterations = int(prepared_step.training.sum()) // config.train.batch_size
-    total = seconds * iterations * ((phase.epochs or 0) + 1)
+    total = sum(stage.total(iterations) for stage in times)
     console.print(
-        f"time: about {max(1, round(total))} s ({seconds:.2f} s an iteration on this machine); nothing was written, "
-        f"without --dry-run, the result is written to {config.run_dir}",
+        f"time: about {max(1, round(total))} s ({times[0].images:.2f} s an iteration on this machine); nothing was "
+        f"written, without --dry-run, the result is written to {config.run_dir}",
         highlight=False,
         soft_wrap=True,
     )

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from starseg.config import Choices, Strict
@@ -50,12 +50,22 @@ class ConstellationOptions(Strict):
     """Learning rate of the classifier."""
     crops: int = Field(4, gt=0)
     """Augmented crops of each image whose features are computed."""
+    maps: int = Field(2, gt=0)
+    """Maps of the encoder in the description of a cell, from the deepest."""
+    window: int = Field(5, ge=0)
+    """Side of the window, in cells, over which the deepest map is averaged, an odd number; 0 for no such average."""
+    image_mean: bool = True
+    """Whether the description has the average of the deepest map over the image."""
     width: int = Field(256, gt=0)
     """Feature channels after the projection."""
-    window: int = Field(5, gt=0)
-    """Side of the window, in cells, over which the deepest map is averaged."""
     floor: float = Field(0.015, ge=0)
     """Share of the total variance up to which components keep their relative variances; those above get the same."""
+    limit: float = Field(2.0, gt=0)
+    """Largest root mean square of a cell's features."""
+    hidden: int = Field(256, ge=0)
+    """Units of the classifier's hidden layer; 0 for a linear classifier."""
+    warm_start: bool = True
+    """Whether a later step starts from the previous classifier's weights."""
     modes: int = Field(8, gt=0)
     """Gaussians of a class."""
     background_modes: int = Field(16, gt=0)
@@ -66,10 +76,23 @@ class ConstellationOptions(Strict):
     """Probability from which a prediction of the previous classifier labels a background pixel."""
     balance: float = Field(0.2, ge=0, le=1)
     """Exponent of the inverse frequency by which classes are weighted: 0 for none, 1 for equal weights."""
-    draws: int = Field(2048, gt=0)
-    """Features replayed in an iteration, over all processes."""
+    draws: int = Field(2048, ge=0)
+    """Features replayed in an iteration, over all processes; 0 for no replay."""
+    replay: float = Field(1.0, gt=0, le=1)
+    """Share of the stored counts that a later step replays. The counts carried on to the next step are not scaled."""
+    reject: bool = True
+    """Whether draws are left out that the previous classifier takes for another class."""
     shift: float = Field(0.2, ge=0, le=1)
     """Probability of the new classes above which replayed background is left out; 1 for none."""
+    refit: bool = True
+    """Whether later steps fit the mixture of the background again."""
+
+    @field_validator("window")
+    @classmethod
+    def _is_odd(cls, value: int) -> int:
+        if value and not value % 2:
+            raise ValueError("expected an odd number, or 0")
+        return value
 
 
 @register_method("constellation")
@@ -79,8 +102,7 @@ class Constellation(Method):
     summary = "frozen features, mixtures of Gaussians per class, one classifier over all classes"
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
-    layout = HeadLayout((BACKGROUND_HEAD,), hidden=256)
-    later_options = frozenset({"pseudo", "draws", "shift"})
+    later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
         "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4)),
@@ -90,6 +112,7 @@ class Constellation(Method):
 
     def __init__(self, options: ConstellationOptions) -> None:
         super().__init__(options)
+        self.layout = HeadLayout((BACKGROUND_HEAD,), hidden=options.hidden)
         self.bank: GaussianBank | None = None
         self.amounts: Tensor
         self.draw_weights: Tensor
@@ -97,15 +120,24 @@ class Constellation(Method):
 
     def architecture(self, architecture: Architecture) -> Architecture:
         """Return the architecture with the descriptor as its decoder."""
-        options = {"width": self.options.width, "window": self.options.window}
+        fields = type(self.options).model_fields
+        given = {key: getattr(self.options, key) for key in ("width", "window", "maps", "image_mean", "limit")}
+        # The later ones are left out at their defaults, so that steps of versions without them can be continued.
+        options = {k: v for k, v in given.items() if k in ("width", "window") or v != fields[k].default}
         return replace(architecture, decoder="descriptor", options=options)
+
+    def own_stage(self, step: int, pretrained: bool) -> Stage | None:
+        """Return the training of the classifier; None for a step 0 that trains the network before it."""
+        trained = self.options.base == "trained" or (self.options.base == "auto" and not pretrained)
+        return None if step == 0 and trained else self._classifier_stage()
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
         """Return the training of the classifier, after that of the network in a step 0 that trains it."""
-        options = self.options
-        classifier = Stage(CLASSIFIER, StepSchedule(options.epochs, options.lr), options.crops)
-        trained = options.base == "trained" or (options.base == "auto" and not ctx.pretrained)
-        return (Stage(NETWORK), classifier) if ctx.step == 0 and trained else (classifier,)
+        own = self.own_stage(ctx.step, ctx.pretrained)
+        return (own,) if own else (Stage(NETWORK), self._classifier_stage())
+
+    def _classifier_stage(self) -> Stage:
+        return Stage(CLASSIFIER, StepSchedule(self.options.epochs, self.options.lr), self.options.crops)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why constellation cannot continue from a finished step: another network, or no bank of Gaussians."""
@@ -139,15 +171,15 @@ class Constellation(Method):
         if ctx.step == 0:
             if ctx.stage.name == CLASSIFIER:
                 self._fit_descriptor(ctx)
-                _reset(
-                    [*ctx.model.hidden.modules(), *ctx.model.lead.modules(), *ctx.model.heads.modules()], ctx.generator
-                )
         elif self.bank is None or len(self.bank) != ctx.old_classes:
             raise UserError(
                 f"step {ctx.step}: {self.name} needs the mixtures of {ctx.old_classes} old classes from step "
                 f"{ctx.step - 1}; that step was trained by another method or holds another task"
             )
         if ctx.stage.name == CLASSIFIER:
+            if ctx.step == 0 or not self.options.warm_start:
+                parts = (ctx.model.hidden, ctx.model.lead, ctx.model.heads)
+                _reset((layer for part in parts for layer in part.modules()), ctx.generator)
             self._plan(ctx)
 
     def _fit_descriptor(self, ctx: StepContext) -> None:
@@ -186,7 +218,7 @@ class Constellation(Method):
         totals = found.clone()
         if self.bank:
             self.bank = self.bank.to(ctx.device)
-            missing = self.bank.counts.double()
+            missing = self.bank.counts.double() * self.options.replay
             if ctx.task.setting == "overlap":
                 missing[1:] -= found[1 : ctx.first_new]
             missing = missing.clamp_min(0)
@@ -250,9 +282,10 @@ class Constellation(Method):
             logits: [n, C] of the classifier that is being trained.
         """
         assert ctx.old_model is not None, "only a later step draws features"
-        doubtful = _classify(ctx.old_model.classify, drawn).argmax(1) != ids
-        new = logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift
-        return torch.where(doubtful | (new & (ids == BACKGROUND)), IGNORE, ids)
+        left_out = (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
+        if self.options.reject:
+            left_out |= _classify(ctx.old_model.classify, drawn).argmax(1) != ids
+        return torch.where(left_out, IGNORE, ids)
 
     def _draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw features from the bank and return this process's share."""
@@ -269,8 +302,10 @@ class Constellation(Method):
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and that of the background to both old draws and new cells."""
         new = range(ctx.first_new, ctx.first_new + ctx.new_classes)
-        modes = {BACKGROUND: self.options.background_modes} | dict.fromkeys(new, self.options.modes)
-        background = float(self.bank.counts[0]) * ctx.stage.crops if self.bank else 0.0
+        modes, refit = dict.fromkeys(new, self.options.modes), self.bank is None or self.options.refit
+        if refit:
+            modes = {BACKGROUND: self.options.background_modes} | modes
+        background = float(self.bank.counts[0]) * ctx.stage.crops if self.bank and refit else 0.0
         share = min(1.0, _MERGED / max(background, 1.0))
         cells = partial(self._measured, ctx, background, share)
         fitted, numbers = fit_mixtures(
@@ -281,7 +316,8 @@ class Constellation(Method):
         if self.bank is None:
             self.bank = GaussianBank(**{**fitted.state_dict(), "counts": numbers.float()})
         else:
-            counts = torch.cat([numbers[:1], self.bank.counts[1:].double(), numbers[1:]])
+            old = self.bank.counts.double()
+            counts = torch.cat([numbers[:1], old[1:], numbers[1:]] if refit else [old, numbers])
             self.bank = self.bank.replace(fitted, counts)
 
     def _measured(self, ctx: StepContext, background: float, share: float) -> Iterator[tuple[Tensor, Tensor]]:
@@ -326,6 +362,10 @@ class Constellation(Method):
     def replay_counts(self) -> Tensor | None:
         """Return the counts of the bank, [1 + K]; None if there is no bank."""
         return None if self.bank is None else self.bank.counts
+
+    def scale_replay(self, share: float) -> dict[str, Any]:
+        """Return the option ``replay`` multiplied by the share."""
+        return {"replay": self.options.replay * share}
 
 
 def _reset(modules: Iterable[nn.Module], generator: torch.Generator) -> None:

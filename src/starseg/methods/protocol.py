@@ -257,6 +257,18 @@ class Method(ABC):
         """
         return (Stage("network"),)
 
+    def own_stage(self, step: int, pretrained: bool) -> Stage | None:
+        """Return the only stage of a step if the method's options ``epochs`` and ``lr`` are its schedule.
+
+        Args:
+            step: the step.
+            pretrained: whether the encoder of step 0 starts from pretrained weights.
+
+        Returns:
+            None if the step trains by ``train.base`` or ``train.later``.
+        """
+        return None
+
     def extra_maps(self) -> dict[str, Path]:
         """Return folders of greyscale maps, by the name of the maps in :attr:`Batch.extras`.
 

@@ -21,8 +21,6 @@ from starseg.ops.bilinear import resize
 _WIDTH = 256
 # Smallest standard deviation by which a channel is divided, relative to the mean of all channels.
 _LEAST = 0.1
-# Largest root mean square of a cell's features, which are about 1 on the images that the descriptor was fitted to.
-_FARTHEST = 2.0
 Grid = Sequence[int]
 
 
@@ -92,39 +90,56 @@ class Linear(nn.Module):
 
 
 class Descriptor(nn.Module):
-    """Description of each cell by the encoder's two deepest maps and their surroundings (docs/constellation.md).
+    """Description of each cell by the encoder's deepest maps and their surroundings (docs/constellation.md).
 
-    The raw description is the last map but one, the last map, and averages of the last map over a window around the
-    cell and over the image. A 1x1 convolution projects it, followed by batch norm. Both may be trained; :meth:`fit`
-    sets them to standardisation and principal component analysis.
+    The raw description is the deepest maps, and averages of the deepest one over a window around the cell and over the
+    image. A 1x1 convolution projects it, followed by batch norm. Both may be trained; :meth:`fit` sets them to
+    standardisation and principal component analysis.
 
     Args:
-        encoder: the encoder, of which the two deepest maps are used (one, if it has no more).
+        encoder: the encoder.
         output_stride: pixels per feature cell.
         width: number of feature channels D.
-        window: side of the window in cells, odd.
+        window: side of the window in cells, odd; 0 for no such average.
+        maps: how many of the encoder's maps are used, from the deepest; all if it has no more.
+        image_mean: whether the average over the image is used.
+        limit: largest root mean square of a cell's features, which are about 1 on the images that the descriptor was
+            fitted to.
     """
 
-    def __init__(self, encoder: Encoder, output_stride: int, width: int = _WIDTH, window: int = 5) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        output_stride: int,
+        width: int = _WIDTH,
+        window: int = 5,
+        maps: int = 2,
+        image_mean: bool = True,
+        limit: float = 2.0,
+    ) -> None:
         super().__init__()
-        self.width, self.window = width, window
-        self.ratios = _ratios(encoder, output_stride)[-2:]
-        self.raw_width = sum(encoder.channels[-2:]) + 2 * encoder.channels[-1]
+        self.width, self.window, self.image_mean, self.limit = width, window, image_mean, limit
+        self.ratios = _ratios(encoder, output_stride)[-maps:]
+        averages = (window > 0) + image_mean
+        self.raw_width = sum(encoder.channels[-maps:]) + averages * encoder.channels[-1]
         self.project = nn.Conv2d(self.raw_width, width, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
 
     def raw(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the raw description [N, raw_width, h, w]."""
-        found = [_to_grid(m, ratio, grid) for m, ratio in zip(maps[-2:], self.ratios, strict=True)]
-        near = F.avg_pool2d(found[-1], self.window, 1, self.window // 2, count_include_pad=False)
-        image = found[-1].mean((2, 3), keepdim=True).expand_as(found[-1])
-        return torch.cat([*found, near, image], 1)
+        found = [_to_grid(m, r, grid) for m, r in zip(maps[-len(self.ratios) :], self.ratios, strict=True)]
+        deepest = found[-1]
+        if self.window:
+            found.append(F.avg_pool2d(deepest, self.window, 1, self.window // 2, count_include_pad=False))
+        if self.image_mean:
+            found.append(deepest.mean((2, 3), keepdim=True).expand_as(deepest))
+        return torch.cat(found, 1)
 
     def forward(self, maps: Sequence[Tensor], grid: Grid) -> Tensor:
         """Compute the feature map [N, D, h, w]; cells far from all that was seen in step 0 are drawn nearer."""
         features = self.norm(self.project(self.raw(maps, grid)))
         size = features.square().mean(1, keepdim=True).sqrt()
-        return features / (size / _FARTHEST).clamp_min(1)
+        return features / (size / self.limit).clamp_min(1)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor, floor: float) -> None:

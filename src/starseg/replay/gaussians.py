@@ -58,13 +58,11 @@ class GaussianBank(TensorRecord):
         device = self.means.device
         expected = amounts[self.owners.long()] * self.weights
         numbers = (expected + torch.rand(len(expected), generator=generator, device=device)).floor().long()
-        counted = numbers.cpu().tolist()  # waits for a GPU, once in a draw
-        rows = torch.repeat_interleave(numbers, output_size=sum(counted))
+        rows = torch.repeat_interleave(numbers, output_size=int(numbers.sum()))  # Waits for a GPU, once in a draw.
         noise = torch.randn(len(rows), self.means.shape[1], generator=generator, device=device)
         features = self.means[rows].float() + self.deviations[rows].float() * noise
         common = torch.randn(len(rows), self.factors.shape[2], generator=generator, device=device)
-        parts = zip(common.split(counted), self.factors, strict=True)
-        features += torch.cat([part @ factors.float().T for part, factors in parts])
+        features += (self.factors[rows].float() @ common[:, :, None])[:, :, 0]
         return features, self.owners[rows].long()
 
     def replace(self, new: GaussianBank, counts: Tensor) -> GaussianBank:
