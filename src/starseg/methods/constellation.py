@@ -116,6 +116,7 @@ class Constellation(Method):
         self.bank: GaussianBank | None = None
         self.amounts: Tensor
         self.draw_weights: Tensor
+        self.draw_size: int | None = None
         self.class_weights: Tensor
 
     def architecture(self, architecture: Architecture) -> Architecture:
@@ -225,6 +226,8 @@ class Constellation(Method):
             owed = (missing / per_pass).float()
             self.amounts = self.options.draws * owed.sqrt() / owed.sqrt().sum().clamp_min(1e-12)
             self.draw_weights = owed / self.amounts.clamp_min(1e-12)
+            if ctx.device.type == "cuda":  # a fixed size, as a random one would make every iteration wait for the GPU
+                self.draw_size = self.options.draws + len(self.bank.owners)
             totals[: ctx.first_new] += missing
         share = totals.clamp_min(1) / totals.sum()
         self.class_weights = share.pow(-self.options.balance).float()
@@ -259,7 +262,7 @@ class Constellation(Method):
             labels = sample_at_stride(batch.labels, ctx.model.stride).flatten().long()
             logits = output.logits.float().movedim(1, -1).flatten(0, -2)
             return {"ce": self._cross_entropy(logits, labels, torch.ones_like(logits[:, 0]))}
-        drawn, ids = self._draw(self.amounts, ctx.generator) if ctx.old_model else (None, batch.labels)
+        drawn, ids = self._draw(self.amounts, ctx.generator, self.draw_size) if ctx.old_model else (None, batch.labels)
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
         logits = output.logits.float()[0, :, :, 0].T
@@ -267,7 +270,8 @@ class Constellation(Method):
         weights = self.class_weights[labels.where(labels != IGNORE, 0)]
         if output.extra_logits is not None and drawn is not None:
             extra = output.extra_logits.float()
-            weights = torch.cat([weights, (self.draw_weights * self.class_weights[: ctx.first_new])[ids]])
+            drawn_weights = self.draw_weights * self.class_weights[: ctx.first_new]
+            weights = torch.cat([weights, drawn_weights[ids.where(ids != IGNORE, 0)]])
             logits, labels = torch.cat([logits, extra]), torch.cat([labels, self._plausible(ctx, drawn, ids, extra)])
         return {"ce": self._cross_entropy(logits, labels, weights)}
 
@@ -278,7 +282,7 @@ class Constellation(Method):
         Args:
             ctx: context of the step.
             drawn: [n, D].
-            ids: [n] class from whose mixture each was drawn.
+            ids: [n] class from whose mixture each was drawn, 255 in rows without a feature.
             logits: [n, C] of the classifier that is being trained.
         """
         assert ctx.old_model is not None, "only a later step draws features"
@@ -287,10 +291,10 @@ class Constellation(Method):
             left_out |= _classify(ctx.old_model.classify, drawn).argmax(1) != ids
         return torch.where(left_out, IGNORE, ids)
 
-    def _draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, amounts: Tensor, generator: torch.Generator, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw features from the bank and return this process's share."""
         assert self.bank is not None, "begin_step refuses a later step without a bank"
-        features, ids = self.bank.draw(amounts, generator)
+        features, ids = self.bank.draw(amounts, generator, size)
         return features[self.ctx.rank :: self.ctx.world], ids[self.ctx.rank :: self.ctx.world]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
