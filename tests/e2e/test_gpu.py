@@ -1,9 +1,11 @@
 """A run on a GPU equals one on a CPU up to rounding, is repeatable on request, and does not wait for the GPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from starseg.config import parse_config
 from starseg.contract import check_resume, tiny_settings
+from starseg.data.samples import Batch
 from starseg.engine.checkpoint import load_bank, load_model
 from starseg.engine.fit import StepTraining
 from starseg.experiments.train import train
 from starseg.inference.predictor import load
 from starseg.methods import METHODS
-from starseg.replay.gaussians import GaussianBank
 from starseg.utils.files import read_json
 
 pytestmark = [
@@ -57,60 +59,70 @@ def test_losses_of_a_later_step_are_those_of_a_cpu(tiny: dict, tmp_path: Path) -
     assert torch.equal(load_bank(gpu / "step_1")["counts"][:4], load_bank(cpu / "step_1")["counts"][:4])
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_trains_two_steps(name: str, shapes: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(name, shapes, tmp_path / "run", accelerator="gpu", precision="auto")
+@contextmanager
+def _sync_debug_mode(mode: str) -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _train_two_steps(name: str, data: Path, out: Path, watch: Callable[[], AbstractContextManager[object]]) -> set[int]:
+    """Train the first two steps; return the numbers of those whose iterations ran inside ``watch()``.
+
+    The first iteration of a stage is not watched, because it counts what is replayed.
+    """
+    iterate, watched = StepTraining.iterate, set()
+
+    def observed(training: StepTraining, raw: Batch) -> dict[str, Tensor]:
+        if not training.iteration:
+            return iterate(training, raw)
+        watched.add(training.ctx.step)
+        with watch():
+            return iterate(training, raw)
+
+    settings = tiny_settings(name, data, out, accelerator="gpu", precision="auto")
     del settings["task"]["steps"][2:]
-    steps = sorted(train(parse_config(settings), console=_QUIET).glob("step_*"))
+    with patch.object(StepTraining, "iterate", observed):
+        train(parse_config(settings), console=_QUIET)
+    return watched
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_trains_two_steps_without_waiting_for_the_gpu(name: str, shapes: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watched = _train_two_steps(name, shapes, tmp_path / "run", partial(_sync_debug_mode, "warn"))
+    steps = sorted((tmp_path / "run").glob("step_*"))
     assert len(steps) == (1 if name == "joint" else 2)
+    assert watched == ({0} if name in ("joint", "segacil") else {0, 1})
     for step in steps:
         assert read_json(step / "metrics.json")["miou"]["all"] is not None
         assert all(value.isfinite().all() for value in load_model(step)[0].state_dict().values())
     image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
     assert load(steps[-1], "cuda").predict(image).shape == (90, 120)
+    waits = {f"{w.filename}:{w.lineno}: {w.message}" for w in caught if "synchronizing" in str(w.message)}
+    assert not waits, "\n".join(sorted(waits))
 
 
-def test_deterministic_runs_are_equal(tiny: dict, tmp_path: Path) -> None:
-    runs = [_run(tiny, tmp_path / name, accelerator="gpu", deterministic=True) for name in ("a", "b")]
+@pytest.mark.parametrize("name", ["star", "constellation"])
+def test_an_iteration_passes_the_check_that_raises_errors(name: str, shapes: Path, tmp_path: Path) -> None:
+    assert _train_two_steps(name, shapes, tmp_path / "run", partial(_sync_debug_mode, "error")) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["star", "constellation"])
+def test_deterministic_runs_are_equal(name: str, shapes: Path, tmp_path: Path) -> None:
+    runs = []
+    for folder in ("a", "b"):
+        settings = tiny_settings(name, shapes, tmp_path / folder, accelerator="gpu", deterministic=True)
+        runs.append(train(parse_config(settings), range(2), _QUIET))
     one, two = (load_model(run / "step_1")[0].state_dict() for run in runs)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (load_bank(run / "step_1") for run in runs)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("name", ["star", "constellation"])
 def test_a_deterministic_step_resumes_bitwise(name: str, shapes: Path, tmp_path: Path) -> None:
     check_resume(name, shapes, tmp_path, accelerator="gpu", deterministic=True)
-
-
-@contextmanager
-def _sync_debug_mode(mode: str | int) -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@pytest.mark.parametrize("name", ["star", "constellation"])
-def test_an_iteration_does_not_wait_for_the_gpu(
-    name: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Except the first of a stage, which counts what is replayed, and constellation's draw, whose size is random."""
-    iterate, draw, checked = StepTraining.iterate, GaussianBank.draw, set()
-
-    def watched(training: StepTraining, raw: Any) -> dict[str, Tensor]:
-        if not training.iteration:
-            return iterate(training, raw)
-        checked.add(training.ctx.step)
-        with _sync_debug_mode("error"):
-            return iterate(training, raw)
-
-    def exempt(*args: Any) -> tuple[Tensor, Tensor]:
-        with _sync_debug_mode("default"):
-            return draw(*args)
-
-    monkeypatch.setattr(StepTraining, "iterate", watched)
-    monkeypatch.setattr(GaussianBank, "draw", exempt)
-    settings = tiny_settings(name, shapes, tmp_path / "run", accelerator="gpu", precision="auto")
-    train(parse_config(settings), range(2), _QUIET)
-    assert checked == {0, 1}

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from starseg.cli.main import main
 from starseg.config import dump_config
-from starseg.engine.checkpoint import load_model
+from starseg.engine.checkpoint import is_finished, load_model
 from starseg.errors import UserError
 from starseg.experiments import compare
+from starseg.experiments.plan import train_runs
 from starseg.methods import METHODS, recipes
 
 
@@ -180,3 +181,27 @@ def test_runs_under_other_conditions_are_not_compared(config: Path, tmp_path: Pa
     compare.make_plan(config, ["joint"], [0], tmp_path, ["data.workers=2"])
     with pytest.raises(UserError, match=r"other conditions \(star_seed0\):\n  data.crop: 64 there, 32 now"):
         compare.make_plan(config, ["joint"], [0], tmp_path, ["data.crop=32"])
+
+
+def test_several_jobs_give_the_same_results(config: Path, tmp_path: Path) -> None:
+    plans = [compare.make_plan(config, ["finetune", "joint"], [0], tmp_path / name, []) for name in "ab"]
+    torch.set_num_threads(1)
+    for plan, jobs in zip(plans, (1, 2), strict=True):
+        assert train_runs(plan, Console(quiet=True), jobs) == {}
+    found = [[compare.figures(run.run_dir)["all"] for run in plan.runs if plan.steps(run) is None] for plan in plans]
+    assert found[0] == found[1] and len(found[0]) == 2
+    assert "step 0" in (tmp_path / "b" / "joint_seed0.log").read_text()
+
+
+def test_failing_jobs_do_not_keep_the_others_from_the_table(config: Path, tmp_path: Path) -> None:
+    overrides = ["star.mbce=1e38", "star.pos_weight=1e38"]
+    plan = compare.make_plan(config, ["star", "star-m", "joint"], [0], tmp_path, overrides)
+    failed = train_runs(plan, Console(quiet=True), 2)
+    assert "step 0" in str(failed["star_seed0"]) and set(failed) == {"star_seed0", "star-m_seed0"}
+    assert is_finished(tmp_path / "joint_seed0" / "step_0")
+
+
+def test_jobs_of_several_processes_are_refused(config: Path, tmp_path: Path) -> None:
+    plan = compare.make_plan(config, ["star"], [0], tmp_path, ["train.devices=2"])
+    with pytest.raises(UserError, match="--jobs: runs of several processes"):
+        train_runs(plan, Console(quiet=True), 2)

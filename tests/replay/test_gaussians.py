@@ -51,6 +51,20 @@ def test_a_mixture_has_the_moments_of_its_class() -> None:
         torch.testing.assert_close(drawn.T.cov(), own.T.cov(), atol=0.15, rtol=0.05)
 
 
+def test_a_draw_of_fixed_size_marks_the_rows_beyond_it() -> None:
+    cells = blobs(6000)
+    bank, _ = fit(cells, {0: 3, 1: 2, 2: 1})
+    amounts = torch.tensor([0.0, 9_000.3, 9_000.6])
+    features, ids = bank.draw(amounts, generator(1), 20_000)
+    numbers = torch.bincount(ids, minlength=256)
+    assert features.shape == (20_000, 6) and numbers.nonzero().flatten().tolist() == [1, 2, 255]
+    assert (ids[-1900:] == 255).all() and (numbers[1:3] - amounts[1:]).abs().max() <= 2
+    for class_id in (1, 2):
+        drawn, own = features[ids == class_id], joined(cells, class_id)
+        torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.3, rtol=0)
+        torch.testing.assert_close(drawn.T.cov(), own.T.cov(), atol=0.15, rtol=0.05)
+
+
 def test_far_blobs_get_a_mode_each() -> None:
     bank, _ = fit(blobs(6000), {1: 2})
     first, second = sorted(bank.means[:, 0].tolist())

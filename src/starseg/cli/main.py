@@ -381,13 +381,15 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at the same time, each in its own process.")] = 1,
     ceilings: Annotated[
         bool, typer.Option("--ceilings/--no-ceilings", help="Add joint training on the same frozen network.")
     ] = True,
 ) -> None:
     """Train several methods and seeds in the same way and compare them; a later call adds methods or seeds."""
     from starseg.engine.launch import is_leader
-    from starseg.experiments.compare import add_ceilings, make_plan, run_plan, write_comparison
+    from starseg.experiments.compare import add_ceilings, make_plan, write_comparison
+    from starseg.experiments.plan import run_plan
     from starseg.experiments.sweep import make_sweep, run_sweep
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -396,13 +398,13 @@ def compare(
     if sweep:
         tuning = make_sweep(config, names, numbers, out, overrides or [], sweep)
         with resumable():
-            failed = run_sweep(tuning, console, ceilings)
+            failed = run_sweep(tuning, console, ceilings, jobs)
     else:
         plan = make_plan(config, names, numbers, out, overrides or [])
         if ceilings:
             add_ceilings(plan)
         with resumable():
-            failed = run_plan(plan, console)
+            failed = run_plan(plan, console, jobs)
         if is_leader():
             write_comparison(out, console)
     if failed:

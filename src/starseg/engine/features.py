@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -39,10 +39,15 @@ class FeatureCache:
         return len(self.features)
 
     def batch(self, rows: Tensor | slice, device: torch.device) -> Batch:
-        """Return the crops in ``rows`` as a batch without images, with features in single precision."""
-        features = self.features[rows].to(device, non_blocking=True).float()
-        none = torch.zeros(len(features), 3, 0, 0, dtype=torch.uint8)
-        return Batch(none, self.labels[rows], self.indices[rows], {FEATURES: features})
+        """Return the crops in ``rows`` as a batch without images, with features in single precision on the device.
+
+        The batch is pinned for a GPU, because copies from other memory wait for it.
+        """
+        none = torch.zeros(len(self.indices[rows]), 3, 0, 0, dtype=torch.uint8)
+        batch = Batch(none, self.labels[rows], self.indices[rows], {FEATURES: self.features[rows]})
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        return replace(batch, extras={FEATURES: batch.extras[FEATURES].to(device, non_blocking=True).float()})
 
     def ordered(self, size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all crops in batches of ``size``, on the device."""

@@ -6,7 +6,6 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from starseg.config import RunConfig, change_config, load_config
-from starseg.engine.checkpoint import is_finished
 from starseg.engine.rundir import FREE_KEYS, differences
 from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
-from starseg.experiments.train import train
+from starseg.experiments.plan import Plan
 from starseg.methods import METHODS
 from starseg.report.facts import forgetting
 from starseg.report.page import SweepTable, write_page
 from starseg.utils.files import read_json, write_atomic
 from starseg.utils.overrides import override
-from starseg.utils.terminal import labelled
 
 GROUPS = ("old", "new", "all", "harmonic")
 STORED = ("network bytes", "bank bytes", "image bytes")
@@ -37,27 +34,6 @@ Runs = Mapping[str, Sequence[Path]]
 _TABLES = (("seeds", *GROUPS), ("forgetting", "plasticity", CEILING, SHARE), COLUMNS[-2 - len(STORED) :])
 """Columns of the tables on the terminal, which is too narrow for all of them at once."""
 _DECIMALS = dict.fromkeys((*GROUPS, "forgetting", "plasticity", CEILING, SHARE, "seconds a step"), 1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Runs of a comparison.
-
-    Attributes:
-        runs: one configuration per method and seed, those that train a shared base step first.
-        only_base: directories of runs of which step 0 is all that is needed.
-        folder: the folder of the comparison; messages name a run by its path within it.
-        ceilings: runs that learn all classes at once on the frozen network of another run (:func:`add_ceilings`).
-    """
-
-    runs: list[RunConfig]
-    only_base: set[Path]
-    folder: Path
-    ceilings: list[RunConfig] = field(default_factory=list)
-
-    def name(self, run: RunConfig) -> str:
-        """Return the name of a run in messages."""
-        return run.run_dir.relative_to(self.folder).as_posix()
 
 
 def run_name(method: str, seed: int) -> str:
@@ -173,45 +149,6 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
     options = resolved.method_section(method.section)
     train = resolved.train
     return train.base, train.warmup, train.weight_decay, options.get("pos_weight"), options.get("mbce", 1.0)
-
-
-def run_plan(plan: Plan, console: Console) -> list[str]:
-    """Train the unfinished runs, resuming interrupted ones; a failing run does not stop the others.
-
-    Returns:
-        The names of runs that failed.
-
-    Raises:
-        UserError: all of them did.
-    """
-    failed = train_runs(plan, console)
-    if failed and len(failed) == len(plan.runs) + len(plan.ceilings):
-        raise next(iter(failed.values()))
-    return list(failed)
-
-
-def train_runs(plan: Plan, console: Console) -> dict[str, UserError]:
-    """Train the unfinished runs, resuming interrupted ones, and report those that fail.
-
-    Returns:
-        The errors of the runs that failed, by the run's name.
-    """
-    failed: dict[str, UserError] = {}
-    lost: set[Path] = set()
-    for config in (*plan.runs, *plan.ceilings):
-        name = plan.name(config)
-        console.rule(name)
-        try:
-            source = config.start_from or config.model.frozen_from
-            if source and source.parent in lost:
-                raise UserError(f"step 0 is missing, as the run that trains it failed: {source.parent}")
-            train(config, range(1) if config.run_dir in plan.only_base else None, console)
-        except UserError as error:
-            failed[name] = error
-            if not is_finished(config.run_dir / "step_0"):
-                lost.add(config.run_dir)
-            console.print(labelled("failed:", "red", f"{name}: {error}"), soft_wrap=True)
-    return failed
 
 
 def figures(run: Path) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
 from starseg.experiments.compare import (
     SWEEP,
-    Plan,
     add_ceilings,
     check_method_names,
     comma_separated,
@@ -36,10 +35,9 @@ from starseg.experiments.compare import (
     lends,
     print_rows,
     refuse_other_conditions,
-    run_plan,
-    train_runs,
     write_comparison,
 )
+from starseg.experiments.plan import Plan, run_plan, train_runs
 from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import has_later_steps
 from starseg.report.page import SweepTable
@@ -250,13 +248,14 @@ def make_sweep(
     return found
 
 
-def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True) -> list[str]:
+def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True, jobs: int = 1) -> list[str]:
     """Tune the methods, train each with its best setting, and write the tables; finished runs are not repeated.
 
     Args:
         sweep: the grid points and the two stages of their runs.
         console: where progress and tables are printed.
         ceilings: whether the final runs include the upper bounds of methods that freeze their network.
+        jobs: how many runs are trained at the same time.
 
     Returns:
         The names of methods without a finished grid point, and of final runs that failed.
@@ -264,7 +263,7 @@ def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True) -> list[str
     Raises:
         UserError: no method has a finished grid point, or all final runs failed.
     """
-    out, tuned = sweep.final.out, tune(sweep, console)
+    out, tuned = sweep.final.out, tune(sweep, console, jobs)
     if is_leader():
         print_rows(tuned.rows, "tuning: mIoU of all classes on held-out training images in percent", console)
         out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +273,7 @@ def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True) -> list[str
     plan = sweep.final.plan(tuned.best.values(), sweep.seeds)
     if ceilings:
         add_ceilings(plan)
-    failed = run_plan(plan, console)
+    failed = run_plan(plan, console, jobs)
     if is_leader():
         caption = (
             "Each method has the setting with the highest mIoU of all classes after the last step, trained with seed "
@@ -288,7 +287,7 @@ def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True) -> list[str
     return [*tuned.failed, *failed]
 
 
-def tune(sweep: Sweep, console: Console) -> Tuned:
+def tune(sweep: Sweep, console: Console, jobs: int = 1) -> Tuned:
     """Train all grid points of methods that have several, and choose the best of each method.
 
     Of equal points, the first is chosen. A failing point is reported and left out.
@@ -296,7 +295,7 @@ def tune(sweep: Sweep, console: Console) -> Tuned:
     seed = sweep.seeds[0]
     several = [point for points in sweep.points.values() if len(points) > 1 for point in points]
     plan = sweep.tuning.plan(several, [seed])
-    failed = {sweep.tuning.out / name for name in train_runs(plan, console)}
+    failed = {sweep.tuning.out / name for name in train_runs(plan, console, jobs)}
     best, rows, lost = {}, [], []
     for method, points in sweep.points.items():
         places = [sweep.tuning.run_dir(point, seed) for point in points]

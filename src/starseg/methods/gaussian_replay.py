@@ -89,6 +89,7 @@ class GaussianReplay(Method):
         self.totals: Tensor
         self.amounts: Tensor
         self.draw_weights: Tensor
+        self.draw_size: int | None = None
         self.class_weights: Tensor
 
     def classifier_stage(self) -> Stage:
@@ -147,6 +148,8 @@ class GaussianReplay(Method):
             owed = (missing / per_pass).float()
             self.amounts = self.options.draws * owed.sqrt() / owed.sqrt().sum().clamp_min(1e-12)
             self.draw_weights = owed / self.amounts.clamp_min(1e-12)
+            if ctx.device.type == "cuda":  # a fixed size, as a random one would make every iteration wait for the GPU
+                self.draw_size = self.options.draws + len(self.bank.owners)
             totals[: ctx.first_new] += missing
         self.totals = totals
         share = totals.clamp_min(1) / totals.sum()
@@ -187,7 +190,7 @@ class GaussianReplay(Method):
             labels = sample_at_stride(batch.labels, ctx.model.stride).flatten().long()
             logits = output.logits.float().movedim(1, -1).flatten(0, -2)
             return {"ce": self._cross_entropy(logits, labels, torch.ones_like(logits[:, 0]))}
-        drawn, ids = self._draw(self.amounts, ctx.generator) if self.bank else (None, batch.labels)
+        drawn, ids = self._draw(self.amounts, ctx.generator, self.draw_size) if self.bank else (None, batch.labels)
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
         logits = output.logits.float()[0, :, :, 0].T
@@ -195,7 +198,8 @@ class GaussianReplay(Method):
         weights = self.class_weights[labels.where(labels != IGNORE, 0)]
         if output.extra_logits is not None and drawn is not None:
             extra = output.extra_logits.float()
-            weights = torch.cat([weights, (self.draw_weights * self.class_weights[: ctx.first_new])[ids]])
+            drawn_weights = self.draw_weights * self.class_weights[: ctx.first_new]
+            weights = torch.cat([weights, drawn_weights[ids.where(ids != IGNORE, 0)]])
             logits, labels = torch.cat([logits, extra]), torch.cat([labels, self._plausible(ctx, drawn, ids, extra)])
         return {"ce": self._cross_entropy(logits, labels, weights)}
 
@@ -206,7 +210,7 @@ class GaussianReplay(Method):
         Args:
             ctx: context of the step.
             drawn: [n, D].
-            ids: [n] class from whose mixture each was drawn.
+            ids: [n] class from whose mixture each was drawn, 255 in rows without a feature.
             logits: [n, C] of the classifier that is being trained.
         """
         left_out = (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
@@ -214,10 +218,10 @@ class GaussianReplay(Method):
             left_out |= self._previous(ctx, drawn).argmax(1) != ids
         return torch.where(left_out, IGNORE, ids)
 
-    def _draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, amounts: Tensor, generator: torch.Generator, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw features from the bank and return this process's share."""
         assert self.bank is not None, "begin_step refuses a later step without a bank"
-        features, ids = self.bank.draw(amounts, generator)
+        features, ids = self.bank.draw(amounts, generator, size)
         return features[self.ctx.rank :: self.ctx.world], ids[self.ctx.rank :: self.ctx.world]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

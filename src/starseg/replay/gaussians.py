@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starseg.replay.record import TensorRecord
+from starseg.tasks import IGNORE
 
 RESERVOIR = 4096
 """Cells of a class on which the modes are clustered."""
@@ -44,26 +45,30 @@ class GaussianBank(TensorRecord):
     def __len__(self) -> int:
         return len(self.counts) - 1
 
-    def draw(self, amounts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, amounts: Tensor, generator: torch.Generator, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw features.
 
         Args:
             amounts: [1 + K] float, expected number of features of the background and of each class.
             generator: on the bank's device.
+            size: number of rows to return, at least the sum of ``amounts`` plus the number of modes; by default as many
+                as features are drawn. That number is random, so that without ``size`` the draw waits for a GPU.
 
         Returns:
-            Features [n, D] float32 and their training ids [n] int64. The number of each mode is its expected number,
-            rounded up or down at random.
+            Features [n, D] float32 and their training ids [n] int64, 255 in rows beyond the features drawn. The number
+            of features of each mode is its expected number, rounded up or down at random.
         """
         device = self.means.device
         expected = amounts[self.owners.long()] * self.weights
         numbers = (expected + torch.rand(len(expected), generator=generator, device=device)).floor().long()
-        rows = torch.repeat_interleave(numbers, output_size=int(numbers.sum()))  # Waits for a GPU, once in a draw.
+        ends = numbers.cumsum(0)
+        places = torch.arange(int(ends[-1]) if size is None else size, device=device)
+        rows = torch.searchsorted(ends, places, right=True).clamp_max(len(numbers) - 1)
         noise = torch.randn(len(rows), self.means.shape[1], generator=generator, device=device)
         features = self.means[rows].float() + self.deviations[rows].float() * noise
         common = torch.randn(len(rows), self.factors.shape[2], generator=generator, device=device)
         features += (self.factors[rows].float() @ common[:, :, None])[:, :, 0]
-        return features, self.owners[rows].long()
+        return features, torch.where(places < ends[-1], self.owners[rows].long(), IGNORE)
 
     def replace(self, new: GaussianBank, counts: Tensor) -> GaussianBank:
         """Return a bank with the modes of ``new`` in place of those of the same classes.
