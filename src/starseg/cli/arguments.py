@@ -24,3 +24,15 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="Also write the results to this file.", callback=_in_a_folder, show_default=False),
 ]
+
+
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse comma-separated numbers ("0.75,1").
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UserError(f"{option}: expected numbers with commas between them, got {text!r}") from None
