@@ -16,6 +16,7 @@ from starseg.data.images import read_mask
 from starseg.engine.checkpoint import load_bank, load_info, load_model
 from starseg.errors import UserError
 from starseg.finetuning.run import LearnRequest, learn
+from starseg.inference.onnx import export_onnx
 from starseg.inference.predictor import load, step_rule
 from starseg.models.extended import ExtendedSegmenter
 
@@ -159,3 +160,71 @@ def test_refining_calibrates_the_old_logits(
         pixels = images((64, 64))
         before, after = (m.predict(pixels) for m in (old, new))
     assert torch.equal(after[:, :4], before * scale + bias)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision:lraspp_mobilenet_v3_large",
+        "smp:FPN",
+        "transformers:Segformer",
+    ],
+)
+def test_a_class_is_learnt_again_and_replaces_the_old_one(
+    name: str, original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    step, hearts = _adopted(original(name), tmp_path / "run"), photos(5)
+    (old, before), pixels = load_model(step), images((64, 64), 4)
+    again, value = before.names[2], before.predicted_ids[2]
+    learnt, shown = _learn(step, hearts, again.upper(), tmp_path / "out", replace=again)
+    assert f"{again}: learnt again; it replaces the old {again}" in shown
+    assert f"wherever neither {again} nor the old {again} is predicted, the predictions stay exactly as" in shown
+    new, after = load_model(learnt)
+    by_id = [dict(zip(info.dataset_ids, info.names, strict=True)) for info in (before, after)]
+    assert by_id[0] == by_id[1] and after.dataset_ids == [0, 1, 3, 2] and after.head_sizes == [2, 1]
+    assert before.predictable == after.predictable
+    with torch.inference_mode():
+        logits, more = old.predict(pixels), new.predict(pixels)
+    assert torch.equal(more[:, :3], logits[:, [0, 1, 3]])
+    found = sorted(hearts[0].iterdir())[:4]
+    for one, other in zip(load(step).predict(found), load(learnt).predict(found), strict=True):
+        kept = (one != value) & (other != value)
+        assert (one[kept] == other[kept]).all() and kept.any()
+    assert _learn(step, hearts, again.upper(), tmp_path / "out", replace=again)[0] == learnt
+
+
+def test_a_network_whose_class_was_replaced_is_exported_and_learns_on(
+    original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
+    learnt, _ = _learn(step, hearts, "b", tmp_path / "out", replace="b")
+    export_onnx(learnt, tmp_path / "net.onnx", QUIET)
+    second, _ = _learn(learnt, photos(4), "star", tmp_path / "second")
+    info = load_info(second)
+    assert info.names == ["background", "a", "c", "b", "star"] and info.dataset_ids == [0, 1, 3, 2, 4]
+    _check_kept(learnt, second, images((64, 64), 4), hearts[0])
+    with pytest.raises(UserError, match=r"--replace b: the network of .* has been extended"):
+        learn(LearnRequest(learnt, *hearts, "b", tmp_path / "third", replace="b"), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        ("b", {}, "nothing to learn, .* knows all of b; name a new class, or give --replace b to learn it again"),
+        ("heart", {"replace": "dog"}, "--replace dog: .* knows no such class; expected one of a, b, c"),
+        ("heart", {"replace": "b"}, "--replace b: --classes heart does not name it"),
+        ("b", {"replace": "b", "method": "mib"}, "--replace: only constellation-extend has this option, not mib"),
+    ],
+)
+def test_wrong_replacements(
+    classes: str,
+    options: dict[str, str],
+    message: str,
+    original: Make,
+    photos: Callable[[int], tuple[Path, Path]],
+    tmp_path: Path,
+) -> None:
+    step = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        learn(LearnRequest(step, *photos(5), classes, tmp_path / "out", **options), QUIET)
+    assert not (tmp_path / "out").exists()

@@ -136,6 +136,10 @@ def learn(
     refine: Annotated[
         bool, typer.Option("--refine", help="Adopted network: calibrate the old logits as well.")
     ] = False,
+    replace: Annotated[
+        str | None,
+        typer.Option(help="Adopted network: the old class that is learnt again.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
 ) -> None:
     """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
@@ -153,7 +157,7 @@ def learn(
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
     options = (method, backbone, weights, crop, epochs, lr, val_share, seed, not no_background, tuple(ignore or []))
     with resumable():
-        request = LearnRequest(step_dir, images, masks, classes, out, *options, photos, part_of, refine)
+        request = LearnRequest(step_dir, images, masks, classes, out, *options, photos, part_of, refine, replace)
         run(request, console, dry_run)
 
 

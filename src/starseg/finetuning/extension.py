@@ -32,7 +32,9 @@ def method_of(request: LearnRequest, info: StepInfo | None) -> str:
     method = request.method or (EXTEND if extendable else method_for(info.method if info else None))
     if method == "constellation" and extendable:
         method = EXTEND
-    given = [f"--{name.replace('_', '-')}" for name in ("photos", "part_of", "refine") if getattr(request, name)]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("photos", "part_of", "refine", "replace") if getattr(request, name)
+    ]
     if given and method != EXTEND:
         raise UserError(f"{given[0]}: only {EXTEND} has this option, not {method}; leave it out")
     return method
@@ -54,7 +56,7 @@ def extension_options(request: LearnRequest, source: SourceStep, root: Path) -> 
         names = [name.casefold() for name in source.info.names]
         if request.part_of.casefold() not in names[1:]:
             raise UserError(
-                f"--part-of {request.part_of}: {source.folder} knows no such class; expected one of "
+                f"--part-of {request.part_of}: {request.source} knows no such class; expected one of "
                 f"{', '.join(source.info.names[1:])}"
             )
         within = names.index(request.part_of.casefold(), 1)

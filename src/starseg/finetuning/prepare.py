@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -22,14 +23,13 @@ from starseg.data.validation import split_images
 from starseg.engine import checkpoint
 from starseg.errors import UserError
 from starseg.finetuning.defaults import replay_share
+from starseg.finetuning.ids import assign_ids, assign_mask_ids
 from starseg.finetuning.known import check_background
 from starseg.finetuning.question import describe_values, doubt, mismatch, values_in_masks
 from starseg.inference.hub import is_export
 from starseg.methods import METHODS, Method
 from starseg.tasks import BACKGROUND, IGNORE
 from starseg.utils.files import write_json, write_lines
-
-_HIGHEST_ID = 254
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LearnRequest:
         epochs, lr: of the new step.
         val_share: of the images, kept for validation.
         seed: of the run and the split.
-        photos, part_of, refine: only for an extended network, see :mod:`starseg.finetuning.extension`.
+        photos, part_of, refine, replace: only for an extended network, see :mod:`starseg.finetuning.extension`.
     """
 
     source: Path | None
@@ -72,6 +72,15 @@ class LearnRequest:
     photos: str | None = None
     part_of: str | None = None
     refine: bool = False
+    replace: str | None = None
+
+
+class Replaced(NamedTuple):
+    """A class that is learnt again: name, dataset id, and id in predicted masks."""
+
+    name: str
+    dataset_id: int
+    mask_id: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class SourceStep:
         config: configuration of its run, if that is next to it.
         stored: [1 + K] stored feature cells of the background and of each old class, of which the new step replays
             some; None if it replays none.
+        replaced: the class that the step has no longer, because it is learnt again.
     """
 
     folder: Path
@@ -91,6 +101,7 @@ class SourceStep:
     state: dict[str, Tensor]
     config: RunConfig | None
     stored: Tensor | None
+    replaced: Replaced | None = None
 
     @property
     def groups(self) -> list[list[int]]:
@@ -194,72 +205,6 @@ def _can_continue(name: str, info: checkpoint.StepInfo, state: dict[str, Tensor]
         return default_method(name).can_continue(info, state) is None
     except UserError:
         return False
-
-
-def assign_ids(classes: ClassList, source: SourceStep | None) -> tuple[tuple[str, ...], list[int], np.ndarray]:
-    """Assign a dataset id to every class.
-
-    Known classes keep theirs, new ones follow the highest. In a first step, ids are the values in the masks, or these
-    plus 1 if 0 is the value of a class.
-
-    Returns:
-        Names by dataset id, the new dataset ids, and [256] uint8 dataset ids by class index, with 255 for index 0 if
-        there is no background.
-
-    Raises:
-        UserError: nothing is new, or there are too many classes.
-    """
-    known = dict(zip(source.info.dataset_ids, source.info.names, strict=True)) if source else {0: classes.names[0]}
-    ids = {name.casefold(): number for number, name in known.items() if number}
-    names, first = dict(known), max(known) + 1
-    table = np.arange(256, dtype=np.uint8)
-    if not classes.background:
-        table[BACKGROUND] = IGNORE
-    values = {index: value for value, index in classes.labels.classes.items() if index}
-    shift = 1 if BACKGROUND in values.values() else 0
-    for index, name in enumerate(classes.names[1:], 1):
-        number = ids.get(name.casefold())
-        if number is None:
-            number = max(names) + 1 if source else values[index] + shift
-            names[number] = name
-        if number > _HIGHEST_ID:
-            raise UserError(f"--classes {classes.source}: more than {_HIGHEST_ID} classes in all; masks have 8 bits")
-        table[index] = number
-    new = [number for number in names if number >= first]
-    if source and not new:
-        raise UserError(
-            f"--classes {classes.source}: nothing to learn, {source.folder} knows all of "
-            f"{', '.join(classes.names[1:])}; name a new class"
-        )
-    return tuple(names.get(i, f"unused-{i}") for i in range(max(names) + 1)), new, table
-
-
-def assign_mask_ids(classes: ClassList, table: np.ndarray, source: SourceStep | None) -> dict[int, int]:
-    """Assign an id in predicted masks to every dataset id, where they differ.
-
-    In a first step it is the value in the user's masks. In a later step, known classes keep theirs, and new ones have
-    the value in the new masks, or if it is taken, the one after the highest.
-
-    Args:
-        classes: the class list.
-        table: [256] uint8, dataset ids by class index.
-        source: the step to continue from.
-
-    Returns:
-        Ids in masks by dataset id, 255 for the background if there is none; empty if all are the same.
-    """
-    values = {index: value for value, index in classes.labels.classes.items()}
-    if source and source.info.mask_ids is None:
-        return {}
-    ids = dict(zip(source.info.dataset_ids, source.info.predicted_ids, strict=True)) if source else {}
-    if not source:
-        ids[BACKGROUND] = values.get(BACKGROUND, IGNORE)
-    for index in range(1, len(classes.names)):
-        taken = set(ids.values())
-        top = max(taken - {IGNORE}, default=-1)
-        free = (v for v in (values[index], *range(top + 1, IGNORE), *range(IGNORE)) if v not in taken)
-        ids.setdefault(int(table[index]), next(free))
-    return {} if all(number == value for number, value in ids.items()) else ids
 
 
 def prepare_step(request: LearnRequest, source: SourceStep | None, folder: Path, console: Console) -> PreparedStep:
@@ -376,6 +321,7 @@ def _write_prepared(folder: Path, prepared_step: PreparedStep, request: LearnReq
         stat = path.stat()
         digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     about: dict[str, object] = {"photos": request.photos} if request.photos else {}
+    about |= {"replace": request.replace} if request.replace else {}
     about |= {
         "source": str(request.source.resolve()) if request.source else None,
         "step": len(prepared_step.steps) - 1,

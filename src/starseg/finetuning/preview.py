@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -82,14 +82,17 @@ def _print_known(known: KnownClasses, config: RunConfig, say: Callable[[str], No
         )
 
 
-def _describe_extension(prepared_step: PreparedStep, config: RunConfig, names: Sequence[str]) -> str:
-    """Say what the extension of a network does to its earlier classes, with names by training id."""
+def _describe_extension(prepared_step: PreparedStep, config: RunConfig, source: SourceStep) -> str:
+    """Say what the extension of a network does to its earlier classes."""
     options = make_method(config).options
     new = ", ".join(prepared_step.names[number] for number in prepared_step.new)
-    rival = f"the part of {names[options.within]} that is {new}" if options.within > 0 else new
+    rival = f"the part of {source.info.names[options.within]} that is {new}" if options.within > 0 else new
     if options.refine:
         return f"learns {rival}; --refine: a factor and an offset for each logit of the old classes are trained as well"
-    return f"learns {rival}; wherever {new} is not predicted, the predictions stay exactly as they were"
+    where = f"{new} is not predicted"
+    if source.replaced:
+        where = f"neither {new} nor the old {source.replaced.name} is predicted"
+    return f"learns {rival}; wherever {where}, the predictions stay exactly as they were"
 
 
 def _schedule(config: RunConfig, step: int, images: int) -> str:
@@ -147,8 +150,10 @@ def print_preview(
         if not prepared_step.pixels[prepared_step.val, number].any():
             say(f"note: {prepared_step.names[number]} is in no validation image, so it is not scored; add images of it")
     say(_schedule(config, step, train))
+    if source and source.replaced:
+        say(f"{source.replaced.name}: learnt again; it replaces the old {source.replaced.name}")
     if config.method == EXTEND and source:
-        say(_describe_extension(prepared_step, config, source.info.names))
+        say(_describe_extension(prepared_step, config, source))
     if known:
         console.print(_known_table(known))
         _print_known(known, config, say, replayed=source is not None and source.stored is not None)

@@ -188,7 +188,8 @@ def _command(request: LearnRequest, classes: str, background: bool, ignored: Seq
         words += ["--ignore", value]
     words += ["--out", request.out]
     defaults = type(request).__dataclass_fields__
-    for name in ("method", "backbone", "pretrained", "crop", "epochs", "lr", "val_share", "seed", "photos", "part_of"):
+    given = ("method", "backbone", "pretrained", "crop", "epochs", "lr", "val_share", "seed")
+    for name in (*given, "photos", "part_of", "replace"):
         value = getattr(request, name)
         if value != defaults[name].default:
             text = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value

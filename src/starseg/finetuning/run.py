@@ -44,6 +44,7 @@ from starseg.finetuning.prepare import (
     prepare_step,
 )
 from starseg.finetuning.preview import before_after_table, print_preview
+from starseg.finetuning.replacement import without_class
 from starseg.finetuning.unlabelled import mark_seen, unlabelled_classes
 from starseg.methods import METHODS, Stage
 from starseg.models import Architecture, make_network
@@ -60,7 +61,7 @@ def _crop(request: LearnRequest, source: SourceStep | None, prepared_step: Prepa
     if source:
         if request.crop not in (None, source.info.crop):
             raise UserError(
-                f"--crop {request.crop}: {source.folder} was trained on crops of {source.info.crop}, on which its "
+                f"--crop {request.crop}: {request.source} was trained on crops of {source.info.crop}, on which its "
                 "stored statistics rest; leave --crop out"
             )
         return source.info.crop
@@ -195,8 +196,10 @@ def _install(prepared: Path, run: Path) -> None:
     prepared.rename(target)
 
 
-def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfig, console: Console) -> None:
-    """Copy the source step into the run directory, evaluated on the validation images of the new step."""
+def _take_over(
+    source: SourceStep, prepared_step: PreparedStep, config: RunConfig, origin: Path | None, console: Console
+) -> None:
+    """Copy the source step, which comes from ``origin``, into the run directory, evaluated on the validation images."""
     info = source.info
     target = config.run_dir / f"step_{info.step}"
     if checkpoint.is_finished(target):
@@ -213,7 +216,7 @@ def _take_over(source: SourceStep, prepared_step: PreparedStep, config: RunConfi
     if adopted := adopted_figures(source.folder):
         figures["adopted"] = adopted
     bank = checkpoint.load_bank(source.folder)
-    checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(source.folder))
+    checkpoint.save_imported(target, model.cpu(), info, bank, figures, str(origin))
 
 
 def _trial(
@@ -304,6 +307,9 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
     if not dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as until_trained:
+        if source and request.replace:
+            smaller = Path(until_trained.enter_context(tempfile.TemporaryDirectory(prefix="starseg-learn-")))
+            source = without_class(source, request.replace, smaller / f"step_{source.info.step}")
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
             prepared = Path(temporary) / PREPARED
             prepared_step = prepare_step(request, source, prepared, console)
@@ -323,7 +329,7 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
             _install(prepared, out)
         if source:
             mark_seen(out / PREPARED, source, unlabelled_classes(source, prepared_step), console)
-            _take_over(source, prepared_step, config, console)
+            _take_over(source, prepared_step, config, request.source, console)
         step = len(prepared_step.steps) - 1
         listeners = [print_results(console)]
         with Runner(config, console, range(step, step + 1), listeners=listeners, lock=held) as runner:

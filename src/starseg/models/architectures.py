@@ -43,6 +43,7 @@ class Architecture:
         builder: key of :data:`starseg.models.builders.BUILDERS`.
         options: options of the builder, plain JSON values.
         extension: what was added to the network afterwards.
+        dropped: for each class head, outputs of its weights that are no longer used; empty if there are none at all.
     """
 
     encoder: str
@@ -51,6 +52,7 @@ class Architecture:
     builder: str = "timm"
     options: dict[str, Any] = field(default_factory=dict)
     extension: Extension | None = None
+    dropped: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: ModelConfig) -> Architecture:

@@ -8,7 +8,7 @@ training ids is 1 + the sum of their sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +39,39 @@ SIGMOID = HeadLayout()
 SOFTMAX = HeadLayout((BACKGROUND,))
 
 
-def make_head(channels: int, classes: int, conv: bool) -> nn.Module:
-    """Create a randomly initialised head: [N, channels, h, w] -> [N, classes, h, w]."""
-    last = nn.Conv2d(channels, classes, 1)
+class PartialConv2d(nn.Conv2d):
+    """A 1x1 convolution without some of its outputs, which leaves the others exactly as they were.
+
+    With fewer weights, libraries may choose another algorithm, whose sums are rounded differently.
+
+    Args:
+        channels: number of input channels.
+        outputs: number of outputs that are returned.
+        dropped: positions among all outputs of those that are not.
+    """
+
+    kept: Tensor
+
+    def __init__(self, channels: int, outputs: int, dropped: Sequence[int]) -> None:
+        every = outputs + len(dropped)
+        super().__init__(channels, every, 1)
+        self.register_buffer("kept", torch.tensor([i for i in range(every) if i not in dropped]), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the outputs that are not dropped: [N, channels, h, w] -> [N, outputs, h, w]."""
+        return super().forward(features).index_select(1, self.kept)
+
+
+def make_head(channels: int, classes: int, conv: bool, dropped: Sequence[int] = ()) -> nn.Module:
+    """Create a randomly initialised head: [N, channels, h, w] -> [N, classes, h, w].
+
+    Args:
+        channels: number of input channels.
+        classes: number of classes.
+        conv: whether there is a 3x3 convolution in front; see :class:`HeadLayout`.
+        dropped: outputs of the last layer that are not used.
+    """
+    last = PartialConv2d(channels, classes, dropped) if dropped else nn.Conv2d(channels, classes, 1)
     if not conv:
         return last
     first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -58,6 +88,8 @@ def last_layer(head: nn.Module) -> nn.Conv2d:
 def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
     layer = last_layer(head)
     assert layer.bias is not None
+    if isinstance(layer, PartialConv2d):
+        return layer.weight[layer.kept], layer.bias[layer.kept]
     return layer.weight, layer.bias
 
 

@@ -163,8 +163,9 @@ class Segmenter(nn.Module):
 
     def add_head(self, classes: int) -> None:
         """Append a randomly initialised head for ``classes`` new classes."""
-        like = next(self.encoder.parameters())
-        self.heads.append(make_head(self._head_width, classes, self.layout.conv).to(like.device))
+        like, dropped = next(self.encoder.parameters()), dict(enumerate(self.architecture.dropped))
+        head = make_head(self._head_width, classes, self.layout.conv, dropped.get(len(self.heads), ()))
+        self.heads.append(head.to(like.device))
         self.head_sizes.append(classes)
 
     def cut_heads(self, keep: int) -> list[nn.Module]:
