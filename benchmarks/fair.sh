@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.." || exit 2
 out=$1 jobs=$2
 shift 2
 starseg=(${PYTHON:-python3} -m starseg)
-export PYTHONPATH=$PWD/src
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 "${starseg[@]}" compare benchmarks/voc_subset.yaml "$@" --methods joint --seeds 0,1,2 --jobs "$jobs" \
     --out "$out/joint" --sweep train.base.lr=0.002,0.01 --sweep train.base.epochs=5,15 &
 "${starseg[@]}" compare benchmarks/voc_subset.yaml "$@" train.base.epochs=10 \

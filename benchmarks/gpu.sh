@@ -24,7 +24,7 @@ trap 'rm -rf "$work"' EXIT
 exec > >(tee "$out/log.txt") 2>&1
 
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 STARSEG_CACHE=$work/cache
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 STARSEG_CACHE=$work/cache
 starseg=("$python" -m starseg)
 failed=()
 

@@ -73,8 +73,8 @@ def _learn(step: Path, data: tuple[Path, Path], name: str, out: Path, **options:
     [
         "torchvision:lraspp_mobilenet_v3_large",
         pytest.param("smp:Unet", marks=pytest.mark.slow),
-        "smp:FPN",
-        "transformers:Segformer",
+        pytest.param("smp:FPN", marks=pytest.mark.slow),
+        pytest.param("transformers:Segformer", marks=pytest.mark.slow),
         pytest.param("transformers:Beit", marks=pytest.mark.slow),
         pytest.param("torchvision:deeplabv3_mobilenet_v3_large", marks=pytest.mark.slow),
     ],

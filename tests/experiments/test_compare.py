@@ -16,7 +16,7 @@ from starseg.config import dump_config
 from starseg.engine.checkpoint import is_finished, load_model
 from starseg.errors import UserError
 from starseg.experiments import compare
-from starseg.experiments.plan import train_runs
+from starseg.experiments.plan import run_plan, train_runs
 from starseg.methods import METHODS, recipes
 
 
@@ -146,7 +146,7 @@ def test_methods_that_freeze_their_network_have_a_ceiling(config: Path, tmp_path
     assert [run.model.frozen_from for run in (*plan.runs, *plan.ceilings)] == 3 * [given]
     plan = compare.make_plan(config, ["segacil", "constellation", "star"], [0], out, options)
     compare.add_ceilings(plan)
-    assert not compare.run_plan(plan, Console(quiet=True))
+    assert not run_plan(plan, Console(quiet=True))
     compare.write_comparison(out, Console(quiet=True))
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO((out / "compare.csv").read_text()))}
     assert rows["star"]["ceiling"] == rows["star"]["% of ceiling"] == "-" and len(rows) == 3

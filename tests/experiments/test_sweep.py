@@ -173,6 +173,27 @@ CHANGED = {
     "adapter": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5, "adc": False},
     "star-basic": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "replay": 0.5},
     "segacil": {"uncertainty": 0.1},
+    "constellation-extend": {
+        "within": -1,
+        "refine": True,
+        "margin": 1.0,
+        "photos": "photos.txt",
+        "epochs": 2,
+        "lr": 0.2,
+        "crops": 2,
+        "window": 3,
+        "width": 16,
+        "floor": 0.1,
+        "modes": 2,
+        "background_modes": 2,
+        "factors": 1,
+        "pseudo": 0.9,
+        "balance": 0.5,
+        "draws": 100,
+        "replay": 0.5,
+        "reject": False,
+        "shift": 0.5,
+    },
 }
 
 

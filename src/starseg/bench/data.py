@@ -132,7 +132,12 @@ def measure_data(folder: Path, crop: int, count: int, repeats: int) -> dict[str,
             lambda images: Segmenter.normalize(network, images), collated
         ),
     }
-    medians = alternate(list(timed.values()), repeats, time.process_time)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader worker
+    try:
+        medians = alternate(list(timed.values()), repeats, time.process_time)
+    finally:
+        torch.set_num_threads(threads)
     found: dict[str, Any] = {name: seconds / count for name, seconds in zip(timed, medians, strict=True)}
     parts = {name: found.pop(name) for name in list(timed)[3:]}
     return {"speedup": found["dense_seconds"] / found["seconds"], **found, "parts": parts, "files": kind}

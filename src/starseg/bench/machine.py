@@ -12,9 +12,9 @@ from torch import Tensor
 from starseg.bench.timing import alternate, bench_device
 from starseg.utils.precision import is_bf16_fast
 
-# Shapes of a ResNet-101 at 512 px with output stride 16: one matrix product (2048 x 2304 x 256) and the corresponding
-# 3x3 convolution of two images.
-_SIDE, _CHANNELS, _IMAGES = 32, 256, 2
+# Shapes of a ResNet-101 at 512 px with output stride 16: one matrix product (2048 x 2304 x 256 on a CPU) and the
+# corresponding 3x3 convolution. On a GPU, two images would measure little but the time of a launch.
+_SIDE, _CHANNELS, _IMAGES = 32, 256, {"cpu": 2, "cuda": 256}
 SPEED_COLUMNS = ("GFLOP/s", "machine's convolution", "machine's matrix product", "of its convolution")
 _CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "sve", "bf16")
 
@@ -53,9 +53,10 @@ def machine_speed(device: torch.device, dtype: torch.dtype, repeats: int = 5) ->
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    rows, columns = _IMAGES * _SIDE * _SIDE, 9 * _CHANNELS
+    images_at_once = _IMAGES[device.type]
+    rows, columns = images_at_once * _SIDE * _SIDE, 9 * _CHANNELS
     left, right = draw(rows, columns), draw(columns, _CHANNELS)
-    images = draw(_IMAGES, _CHANNELS, _SIDE, _SIDE).contiguous(memory_format=torch.channels_last)
+    images = draw(images_at_once, _CHANNELS, _SIDE, _SIDE).contiguous(memory_format=torch.channels_last)
     weight = draw(_CHANNELS, _CHANNELS, 3, 3).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         seconds = alternate([lambda: left @ right, lambda: F.conv2d(images, weight, padding=1)], repeats)

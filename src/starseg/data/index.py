@@ -58,7 +58,7 @@ def pixels_per_id(mask: np.ndarray, columns: int = 256) -> np.ndarray:
     return np.append(counts[: columns - 1], counts[columns - 1 : WIDE_IGNORE].sum()).astype(np.int32)
 
 
-def _count(mask: Path, image: Path | None, columns: int) -> np.ndarray:
+def _count(mask: Path, image: Path | None, columns: int = 256) -> np.ndarray:
     ids = read_mask(mask, wide=columns > 256)
     if image is not None:
         refuse_other_size(image_size(image), ids.shape, mask)

@@ -61,14 +61,14 @@ class GaussianBank(TensorRecord):
         device = self.means.device
         expected = amounts[self.owners.long()] * self.weights
         numbers = (expected + torch.rand(len(expected), generator=generator, device=device)).floor().long()
-        ends = numbers.cumsum(0)
-        places = torch.arange(int(ends[-1]) if size is None else size, device=device)
-        rows = torch.searchsorted(ends, places, right=True).clamp_max(len(numbers) - 1)
+        total = numbers.sum()
+        places = torch.arange(int(total) if size is None else size, device=device)
+        rows = torch.searchsorted(numbers.cumsum(0), places, right=True).clamp_max(len(numbers) - 1)
         noise = torch.randn(len(rows), self.means.shape[1], generator=generator, device=device)
         features = self.means[rows].float() + self.deviations[rows].float() * noise
         common = torch.randn(len(rows), self.factors.shape[2], generator=generator, device=device)
         features += (self.factors[rows].float() @ common[:, :, None])[:, :, 0]
-        return features, torch.where(places < ends[-1], self.owners[rows].long(), IGNORE)
+        return features, torch.where(places < total, self.owners[rows].long(), IGNORE)
 
     def replace(self, new: GaussianBank, counts: Tensor) -> GaussianBank:
         """Return a bank with the modes of ``new`` in place of those of the same classes.
