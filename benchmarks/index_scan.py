@@ -9,8 +9,8 @@ scanning the masks and then loaded from its cache.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +25,7 @@ def main(archive: Path, ids: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["STARSEG_CACHE"] = str(root / "cache")
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
+        subprocess.run(["tar", "-xf", archive, "-C", root], check=True)
         stems = tuple(ids.read_text().split())
         masks = tuple(root / "SegmentationClassAug" / f"{stem}.png" for stem in stems)
         split = Split(masks, masks, stems)

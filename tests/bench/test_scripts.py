@@ -5,7 +5,6 @@ import json
 import runpy
 import shutil
 import subprocess
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -45,8 +44,7 @@ def test_a_packed_subset_is_a_data_set_of_limited_size(shapes: Path, tmp_path: P
         pack(shapes, tmp_path / "none.tar", 0.1)
     assert "training and" in pack(shapes, tmp_path / "some.tar", limit)
     assert (tmp_path / "some.tar").stat().st_size <= 1e6 * limit
-    with tarfile.open(tmp_path / "some.tar") as tar:
-        tar.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xf", tmp_path / "some.tar", "-C", tmp_path], check=True)
     some = open_dataset(DataConfig(root=tmp_path / "PascalVOC2012"))
     assert 0 < len(some.train.images) < len(whole.train.images) and 0 < len(some.test.images) < len(whole.test.images)
     assert some.train.images[-1].read_bytes() == (shapes / "JPEGImages" / some.train.images[-1].name).read_bytes()

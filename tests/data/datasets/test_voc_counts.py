@@ -1,6 +1,6 @@
 """Images per step of the real train_aug set equal the published counts."""
 
-import tarfile
+import subprocess
 
 import numpy as np
 import pytest
@@ -28,8 +28,7 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     if not archive.is_file():
         pytest.skip(f"needs the real VOC masks at {archive}; set STARSEG_SHARED to the folder that holds data/")
     folder = tmp_path_factory.mktemp("masks")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
     return scan_masks([folder / "SegmentationClassAug" / f"{i}.png" for i in ids.read_text().split()])
 
 
