@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from starseg.errors import UserError
 
 Setting = Literal["overlap", "disjoint", "domain"]
 """Which training images a step may see: those of its new classes, or in "domain" those of its new domains."""
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
 CLASS_SETTINGS: tuple[Setting, ...] = ("overlap", "disjoint")
 """The settings in which a step learns new classes."""
 Steps = tuple[tuple[int, ...], ...]

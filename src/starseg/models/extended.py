@@ -127,9 +127,7 @@ class ExtendedSegmenter(Segmenter):
         hidden = self.hidden(found[-2])
         own = torch.cat([head(hidden) for head in (*self.lead.values(), *self.heads[: self.extension.heads])], 1)
         described = self.descriptor(found, grid)
-        extra = None
-        if extra_features is not None and len(extra_features):
-            extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
+        extra = self._classify_extra(extra_features)
         features = torch.cat([described, to_grid(own, self._ratio, grid)], 1)
         return Output(features, self._extend(own, described), extra, found if maps else None)
 

@@ -256,10 +256,14 @@ class Segmenter(nn.Module):
             images = self._fit(images)
             found = self.encoder(images)
             features = self.decoder(found, self._grid(found, images))
-        extra = None
-        if extra_features is not None and len(extra_features):
-            extra = self.classify(extra_features.T[None, :, :, None])[0, :, :, 0].T
+        extra = self._classify_extra(extra_features)
         return Output(features, self.classify(features), extra, found if maps else None)
+
+    def _classify_extra(self, features: Tensor | None) -> Tensor | None:
+        """Compute the logits [M, C] of replayed features [M, D]; None if there are none."""
+        if features is None or not len(features):
+            return None
+        return self.classify(features.T[None, :, :, None])[0, :, :, 0].T
 
     def _fit(self, images: Tensor) -> Tensor:
         """Resize images to the nearest size that the encoder accepts."""

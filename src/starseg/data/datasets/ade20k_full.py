@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from starseg.data.datasets.base import Dataset, Split, distinct, read_lines
+from starseg.data.datasets.base import Dataset, Split, distinct, list_split, read_lines
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
-from starseg.data.images import is_image
 from starseg.errors import UserError
 from starseg.tasks import IGNORE
 
@@ -24,11 +23,7 @@ _EXPECTED = (
 
 
 def _split(root: Path, name: str) -> Split:
-    images = tuple(sorted(filter(is_image, (root / "images_detectron2" / name).glob("*.jpg"))))
-    if not images:
-        raise UserError(f"{root}: no images_detectron2/{name}/*.jpg; {_EXPECTED}")
-    masks = tuple(root / "annotations_detectron2" / name / f"{image.stem}.tif" for image in images)
-    return Split(images, masks, tuple(image.stem for image in images))
+    return list_split(root, f"images_detectron2/{name}", f"annotations_detectron2/{name}", ".tif", _EXPECTED)
 
 
 def open_ade_full(root: Path) -> Dataset:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from starseg.data.images import is_image
 from starseg.data.labels import LabelMap
 from starseg.errors import UserError
 from starseg.tasks import BACKGROUND
@@ -47,6 +48,25 @@ class Split:
 
 
 NO_FILES = Split((), (), ())
+
+
+def list_split(root: Path, images: str, masks: str, mask_suffix: str, layout: str) -> Split:
+    """List the JPEG images of a folder, sorted by name, with the masks of the same stems; masks need not exist.
+
+    Args:
+        root: folder of the data set.
+        images: folder of the images in it.
+        masks: folder of the masks in it.
+        mask_suffix: what follows the stem in the name of a mask.
+        layout: end of the error message: what ``root`` must contain.
+
+    Raises:
+        UserError: there are no images.
+    """
+    files = tuple(sorted(filter(is_image, (root / images).glob("*.jpg"))))
+    if not files:
+        raise UserError(f"{root}: no {images}/*.jpg; {layout}")
+    return Split(files, tuple(root / masks / f"{f.stem}{mask_suffix}" for f in files), tuple(f.stem for f in files))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from starseg.data.datasets.base import Dataset, Split
+from starseg.data.datasets.base import Dataset, Split, list_split
 from starseg.data.datasets.spec import DatasetSpec, register_dataset
-from starseg.data.images import is_image
-from starseg.errors import UserError
 from starseg.tasks import IGNORE
 
 _NAMES_TEXT = """
@@ -55,11 +53,7 @@ _TASKS = {"joint": (tuple(_CLASSES),), "156-15": (tuple(c for c in _CLASSES if c
 
 
 def _split(root: Path, name: str, mask_suffix: str, layout: str) -> Split:
-    images = sorted(filter(is_image, (root / "images" / name).glob("*.jpg")))
-    if not images:
-        raise UserError(f"{root}: no images/{name}/*.jpg; {layout}")
-    masks = tuple(root / "annotations" / name / f"{image.stem}{mask_suffix}" for image in images)
-    return Split(tuple(images), masks, tuple(image.stem for image in images))
+    return list_split(root, f"images/{name}", f"annotations/{name}", mask_suffix, layout)
 
 
 def open_164k(root: Path) -> Dataset:
