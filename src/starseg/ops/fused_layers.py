@@ -53,6 +53,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that returns its input unchanged if the preceding convolution has already applied it."""
 
     fused = False
+    _known: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def constant(self) -> bool:
@@ -60,14 +61,37 @@ class BatchNorm2d(nn.BatchNorm2d):
 
         False during an export to ONNX, where fusing is left to the exported graph.
         """
-        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        learns = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, [C] each."""
+        """Return scale and shift, [C] each.
+
+        While the layer is constant they are computed once: on a GPU, launching these five kernels for every layer takes
+        longer than the layer.
+        """
+        if not self.constant or torch.compiler.is_compiling() or self.weight.is_inference():
+            return self._affine_map()
+        state = self._state()
+        if self._known is None or self._known[0] != state:
+            with torch.no_grad():
+                self._known = state, self._affine_map()
+        return self._known[1]
+
+    def _affine_map(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
+
+    def _state(self) -> tuple[object, ...]:
+        """Identify the values of parameters and statistics without reading them.
+
+        PyTorch does not count an update of the running statistics in training as a change of theirs, but it counts one
+        of the number of batches. Tensors made in inference mode cannot be used in training.
+        """
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
+        values = ((t.data_ptr(), t.device, t.dtype, t._version) for t in tensors if t is not None)
+        return torch.is_inference_mode_enabled(), *values
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W], or return it unchanged if the preceding convolution has done so."""
