@@ -226,6 +226,15 @@ def test_a_sweep_over_later_options_trains_step_0_once(config: Path, tmp_path: P
     ]
 
 
+def test_points_with_other_encoder_rates_have_their_own_step_0(config: Path, tmp_path: Path) -> None:
+    keys = ["train.encoder_lr=0,0.1,1", LATER]
+    sweep = make_sweep(config, ["mib", "joint"], [0], tmp_path / "out", [], keys)
+    plan = sweep.tuning.plan([point for found in sweep.points.values() for point in found], [0])
+    bases = [run for run in plan.runs if run.run_dir in plan.only_base]
+    assert [(run.method, run.train.encoder_lr) for run in bases] == [("lwf", 0), ("lwf", 0.1), ("lwf", 1)]
+    assert len(plan.runs) == 3 + 6 + 3
+
+
 def test_the_tuning_never_reads_the_test_images(config: Path, shapes: Path, tmp_path: Path) -> None:
     root = shutil.copytree(shapes, tmp_path / "data")
     unreadable = [*root.glob("JPEGImages/val_*"), *root.glob("SegmentationClass/val_*")]

@@ -48,7 +48,14 @@ from starseg.utils.terminal import labelled
 VALIDATION = 0.2
 """Share of the training images that is held out unless `data.validation` is given."""
 BEST = "best"
-_BASE_KEYS = ("train.base.epochs", "train.base.lr", "train.warmup", "train.weight_decay", "recipe")
+_BASE_KEYS = (
+    "train.base.epochs",
+    "train.base.lr",
+    "train.warmup",
+    "train.weight_decay",
+    "train.encoder_lr",
+    "recipe",
+)
 _LATER_KEYS = ("train.later.epochs", "train.later.lr", "memory.size")
 _MAX_NAME = 100
 
