@@ -82,9 +82,9 @@ def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True, jobs: int =
     if is_leader():
         caption = (
             "Each method has the setting with the highest mIoU of all classes after the last step, trained with seed "
-            f"{sweep.seeds[0]} and evaluated on {sweep.share:.0%} of the training images, which were held out.{_shortlist_note(sweep)} "
-            f"Training and evaluation of the finished steps took {_seconds(tuned.runs):,.0f} s in the tuning and "
-            f"{_seconds(plan.runs):,.0f} s in the final runs."
+            f"{sweep.seeds[0]} and evaluated on {sweep.share:.0%} of the training images, which were held out."
+            f"{_shortlist_note(sweep)} Training and evaluation of the finished steps took "
+            f"{_seconds(tuned.runs):,.0f} s in the tuning and {_seconds(plan.runs):,.0f} s in the final runs."
         )
         console.print(caption, highlight=False)
         runs = [run.run_dir for run in plan.runs if run.run_dir not in plan.only_base and plan.name(run) not in failed]
