@@ -120,6 +120,9 @@ class TrainConfig(Strict):
     """Fraction of the iterations with a linear warm-up; by default the recipe's."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of SGD (momentum 0.9, Nesterov)."""
+    encoder_lr: float = Field(1.0, ge=0)
+    """Factor on the encoder's learning rate in all steps. 0 freezes the encoder: its weights, the statistics of its
+    norm layers and its dropout."""
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
     """`auto`: bf16 if the hardware supports it natively, fp16 on older GPUs, otherwise float32. `32` uses float32
     without TF32; evaluation has its own `eval.precision`."""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from starseg.cli.main import main
-from starseg.config import dump_config
+from starseg.config import change_config, dump_config
 from starseg.engine.checkpoint import is_finished, load_model
 from starseg.errors import UserError
 from starseg.experiments import compare
@@ -183,11 +184,16 @@ def test_runs_under_other_conditions_are_not_compared(config: Path, tmp_path: Pa
         compare.make_plan(config, ["joint"], [0], tmp_path, ["data.crop=32"])
 
 
-def test_several_jobs_give_the_same_results(config: Path, tmp_path: Path) -> None:
+def test_several_jobs_give_the_same_results(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [compare.make_plan(config, ["finetune", "joint"], [0], tmp_path / name, []) for name in "ab"]
     torch.set_num_threads(1)
     for plan, jobs in zip(plans, (1, 2), strict=True):
         assert train_runs(plan, Console(quiet=True), jobs) == {}
+    monkeypatch.setattr("starseg.experiments.plan._Job", None)
+    assert train_runs(plans[1], Console(quiet=True), 2) == {}, "finished runs need no process"
+    others = [change_config(run, ["train.warmup=0.5"]) for run in plans[1].runs]
+    failed = train_runs(replace(plans[1], runs=others), Console(quiet=True), 2)
+    assert len(failed) == len(others) and all("train.warmup" in str(error) for error in failed.values())
     found = [[compare.figures(run.run_dir)["all"] for run in plan.runs if plan.steps(run) is None] for plan in plans]
     assert found[0] == found[1] and len(found[0]) == 2
     assert "step 0" in (tmp_path / "b" / "joint_seed0.log").read_text()

@@ -15,8 +15,9 @@ from rich.console import Console
 from starseg.cli.main import main
 from starseg.config import override, parse_config
 from starseg.errors import UserError
-from starseg.experiments.sweep import Point, make_sweep, parse_grid, run_sweep, tune
+from starseg.experiments.sweep import Point, make_sweep, parse_grid
 from starseg.experiments.train import train
+from starseg.experiments.tuning import run_sweep, tune
 from starseg.methods import METHODS
 
 LATER = "train.later.lr=0.001,0.002"
@@ -226,6 +227,15 @@ def test_a_sweep_over_later_options_trains_step_0_once(config: Path, tmp_path: P
     ]
 
 
+def test_points_with_other_encoder_rates_have_their_own_step_0(config: Path, tmp_path: Path) -> None:
+    keys = ["train.encoder_lr=0,0.1,1", LATER]
+    sweep = make_sweep(config, ["mib", "joint"], [0], tmp_path / "out", [], keys)
+    plan = sweep.tuning.plan([point for found in sweep.points.values() for point in found], [0])
+    bases = [run for run in plan.runs if run.run_dir in plan.only_base]
+    assert [(run.method, run.train.encoder_lr) for run in bases] == [("lwf", 0), ("lwf", 0.1), ("lwf", 1)]
+    assert len(plan.runs) == 3 + 6 + 3
+
+
 def test_the_tuning_never_reads_the_test_images(config: Path, shapes: Path, tmp_path: Path) -> None:
     root = shutil.copytree(shapes, tmp_path / "data")
     unreadable = [*root.glob("JPEGImages/val_*"), *root.glob("SegmentationClass/val_*")]
@@ -300,3 +310,46 @@ def test_equal_points_leave_the_first(run: Callable[..., str], tmp_path: Path) -
     run("--methods", "plop", "--sweep", "plop.pod=0.1,0.2", "task.steps=[[disc, square, triangle, hexagon, heart]]")
     rows = table(tmp_path / "out" / "sweep.csv")
     assert rows[0]["validation mIoU"] == rows[1]["validation mIoU"] and rows[0]["chosen"] == "yes"
+
+
+def test_a_shortlist_tunes_later_steps_from_the_best_settings_of_step_0(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    argv = ["--methods", "finetune,star,joint", "--shortlist", "1", "--sweep", "train.encoder_lr=0,1", "--sweep", LATER]
+    said = run(*argv)
+    first = {
+        path.parent.parent.name: json.loads(path.read_text()) for path in out.glob("sweep/star/base_step/*/*/r*.json")
+    }
+    scores = {name.removeprefix("train.encoder_lr="): each["steps"][0]["miou"]["all"] for name, each in first.items()}
+    assert scores.keys() == {"0", "1"} and all(len(each["steps"]) == 1 for each in first.values())
+    best, other = sorted(scores, key=lambda value: -scores[value])
+    rows = table(out / "sweep.csv")
+    for method in ("finetune", "star"):
+        left_out, *kept = [row for row in rows if row["method"] == method]
+        assert (left_out["train.encoder_lr"], left_out["train.later.lr"]) == (other, "-")
+        assert (left_out["step 0 mIoU"], left_out["validation mIoU"], left_out["chosen"]) == (
+            f"{scores[other]:.2f}",
+            "-",
+            "",
+        )
+        assert [row["train.later.lr"] for row in kept] == ["0.001", "0.002"]
+        assert {(row["train.encoder_lr"], row["step 0 mIoU"]) for row in kept} == {(best, f"{scores[best]:.2f}")}
+        assert sorted(row["chosen"] for row in kept) == ["", "yes"]
+        assert len(list(out.glob(f"sweep/{method}/train*"))) == 2
+    assert [row["step 0 mIoU"] for row in rows if row["method"] == "joint"] == ["-", "-"]
+    assert "tuning of step 0" in said and "tuned only from the setting of step 0 with" in " ".join(said.split())
+    again = run(*argv)
+    assert "learning" not in again and table(out / "sweep.csv") == rows
+
+
+def test_a_shortlist_needs_a_sweep(run: Callable[..., str]) -> None:
+    assert "--shortlist: tunes with the values of --sweep" in run("--methods", "star", "--shortlist", "2", code=2)
+
+
+def test_a_shortlist_leaves_out_a_diverging_step_0(run: Callable[..., str], tmp_path: Path) -> None:
+    argv = ["--methods", "star", "--shortlist", "1", "--sweep", "star.pos_weight=3e38,4"]
+    assert "failed: sweep/star/base_step/star.pos_weight=3e38/seed0" in run(*argv)
+    rows = table(tmp_path / "out" / "sweep.csv")
+    assert (rows[0]["step 0 mIoU"], rows[0]["chosen"]) == ("failed", "")
+    assert rows[1]["star.pos_weight"] == "4" and rows[1]["chosen"] == "yes" and len(rows) == 2

@@ -269,6 +269,12 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    shortlist: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --sweep: tune later steps only from the N best settings of step 0.", show_default=False
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs trained at the same time, each in its own process.")] = 1,
     ceilings: Annotated[
         bool, typer.Option("--ceilings/--no-ceilings", help="Add joint training on the same frozen network.")
@@ -278,13 +284,16 @@ def compare(
     from starseg.engine.launch import is_leader
     from starseg.experiments.compare import add_ceilings, make_plan, write_comparison
     from starseg.experiments.plan import run_plan
-    from starseg.experiments.sweep import make_sweep, run_sweep
+    from starseg.experiments.sweep import make_sweep
+    from starseg.experiments.tuning import run_sweep
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise UserError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}")
+    if shortlist and not sweep:
+        raise UserError("--shortlist: tunes with the values of --sweep, which is missing")
     names, numbers = [m.strip() for m in methods.split(",")], [int(s) for s in seeds.split(",")]
     if sweep:
-        tuning = make_sweep(config, names, numbers, out, overrides or [], sweep)
+        tuning = make_sweep(config, names, numbers, out, overrides or [], sweep, shortlist)
         with resumable():
             failed = run_sweep(tuning, console, ceilings, jobs)
     else:

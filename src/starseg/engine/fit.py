@@ -44,13 +44,28 @@ def lr_factor(iteration: int, total: int, warmup: float) -> float:
     return poly * (0.001 * (1 - alpha) + alpha)
 
 
-def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: float) -> SGD:
-    """Create SGD with Nesterov momentum 0.9, with the method's parameter groups."""
+def make_optimizer(method: Method, ctx: StepContext, lr: float, weight_decay: float, encoder_lr: float = 1.0) -> SGD:
+    """Create SGD with Nesterov momentum 0.9, with the method's parameter groups.
+
+    Args:
+        method: the method.
+        ctx: context of the step.
+        lr: base learning rate.
+        weight_decay: weight decay of the groups that have one.
+        encoder_lr: factor on the learning rate of the encoder's parameters; unless it is 1, they form groups of their
+            own.
+    """
+    encoder = set(ctx.model.encoder.parameters()) if encoder_lr != 1 else set()
     groups = []
     for group in method.param_groups(ctx):
-        if parameters := [p for p in group.module.parameters() if p.requires_grad]:
-            decay = weight_decay if group.decay else 0.0
-            groups.append({"params": parameters, "lr": lr * group.lr, "name": group.name, "weight_decay": decay})
+        decay = weight_decay if group.decay else 0.0
+        trained = [p for p in group.module.parameters() if p.requires_grad]
+        slower, others = [p for p in trained if p in encoder], [p for p in trained if p not in encoder]
+        name = f"{group.name}: encoder" if others else group.name
+        for parameters, title, factor in ((slower, name, encoder_lr), (others, group.name, 1.0)):
+            if parameters:
+                rate = lr * group.lr * factor
+                groups.append({"params": parameters, "lr": rate, "name": title, "weight_decay": decay})
     optimizer = SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
     # Fused SGD would leave uninitialised memory in the momentum buffer if the loss scaler skips the first iteration.
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -83,7 +98,7 @@ class StepTraining:
         ctx: context of the step.
         epochs: number of epochs.
         lr: base learning rate.
-        config: batch size, warm-up, weight decay, compilation and micro-batches.
+        config: batch size, warm-up, weight decay, the encoder's learning rate, compilation and micro-batches.
         clock: clock that measures the parts of the step.
         stage: index of the stage of the step.
         before: iterations of the step's earlier stages, which the logs count as well.
@@ -105,7 +120,7 @@ class StepTraining:
         assert config.warmup is not None, "resolved by the runner"
         self.fabric, self.method, self.ctx, self.epochs, self.clock = fabric, method, ctx, epochs, clock
         self.total, self.iteration, self.batch_size = epochs * ctx.iterations, 0, config.batch_size
-        self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay)
+        self.optimizer = make_optimizer(method, ctx, lr, config.weight_decay, config.encoder_lr)
         self.schedule = LambdaLR(self.optimizer, partial(lr_factor, total=self.total, warmup=config.warmup))
         network: Any
         old: Any

@@ -263,6 +263,8 @@ class Step:
         self.method.freeze(ctx)
         if ctx.frozen:
             ctx.model.freeze_network()
+        elif self.config.train.encoder_lr == 0:
+            ctx.model.freeze_encoder()
         synchronise_norm(ctx.model.train(), self.fabric)
         ctx.model.eval()
         with torch.no_grad(), clock.time("statistics"):

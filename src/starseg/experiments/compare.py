@@ -148,7 +148,8 @@ def _first_step(config: RunConfig) -> tuple[Any, ...]:
     resolved, method = resolve_config(config)
     options = resolved.method_section(method.section)
     train = resolved.train
-    return train.base, train.warmup, train.weight_decay, options.get("pos_weight"), options.get("mbce", 1.0)
+    alike = (train.base, train.warmup, train.weight_decay, train.encoder_lr)
+    return *alike, options.get("pos_weight"), options.get("mbce", 1.0)
 
 
 def figures(run: Path) -> dict[str, Any]:

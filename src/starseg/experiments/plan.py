@@ -19,8 +19,11 @@ from rich.console import Console
 
 from starseg.config import RunConfig
 from starseg.engine.checkpoint import is_finished
+from starseg.engine.rundir import refuse_another_run
+from starseg.engine.setup import resolve_config
 from starseg.errors import Stopped, UserError, message
 from starseg.experiments.train import train
+from starseg.utils.files import read_json
 from starseg.utils.machine import cores
 from starseg.utils.terminal import labelled, make_console
 
@@ -132,20 +135,38 @@ def _several_at_once(
         while waiting or running:
             unfinished = {run.run_dir for run in waiting} | {job.config.run_dir for job in running.values()}
             for config in [run for run in waiting if _source(run) not in unfinished]:
-                if (error := _missing_base(config, lost)) is not None:
+                if (error := _missing_base(config, lost)) is not None or _is_done(plan, config):
                     waiting.remove(config)
-                    yield config, error
+                    yield config, error or _other_config(config)
                 elif slots:
                     waiting.remove(config)
                     job = _Job(config, plan.steps(config), slots.pop(0), jobs)
                     running[job.process.sentinel] = job
                     console.print(f"started {plan.name(config)}", highlight=False)
-            for sentinel in wait(list(running)):
+            for sentinel in wait(list(running)) if running else ():
                 job = running.pop(sentinel)  # type: ignore[arg-type]
                 slots.append(job.slot)
                 error = job.error()
                 console.print(f"{'ended' if error else 'finished'} {plan.name(job.config)}", highlight=False)
                 yield job.config, error
+
+
+def _is_done(plan: Plan, config: RunConfig) -> bool:
+    """Return whether all needed steps of a run are finished, so that no process has to be started for it."""
+    steps, results = plan.steps(config), config.run_dir / "results.json"
+    if not results.is_file():
+        return False
+    steps = steps or range(read_json(results)["run"]["steps"])
+    return all(is_finished(config.run_dir / f"step_{step}") for step in steps)
+
+
+def _other_config(config: RunConfig) -> UserError | None:
+    """Return the error if a run directory holds a run with another configuration."""
+    try:
+        refuse_another_run(config.run_dir, resolve_config(config)[0])
+    except UserError as error:
+        return error
+    return None
 
 
 class _Job:

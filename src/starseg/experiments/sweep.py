@@ -1,4 +1,4 @@
-"""Comparison of methods at their best settings: each is tuned on held-out training images, then compared as usual.
+"""The grid of a comparison of methods at their best settings (:mod:`starseg.experiments.tuning`).
 
 The runs of a comparison in ``out`` with a sweep:
 
@@ -20,35 +20,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from starseg.config import RunConfig, load_config
-from starseg.engine.launch import is_leader
 from starseg.engine.setup import check_method, resolve_config
 from starseg.errors import UserError
 from starseg.experiments.compare import (
     SWEEP,
-    add_ceilings,
     check_method_names,
-    comma_separated,
-    finished_runs,
     lends,
-    print_rows,
     refuse_other_conditions,
-    write_comparison,
 )
-from starseg.experiments.plan import Plan, run_plan, train_runs
+from starseg.experiments.plan import Plan
 from starseg.methods import METHODS, method_options
 from starseg.methods.recipes import has_later_steps
-from starseg.report.page import SweepTable
-from starseg.utils.files import read_json, write_atomic
 from starseg.utils.overrides import override
-from starseg.utils.terminal import labelled
 
 VALIDATION = 0.2
 """Share of the training images that is held out unless `data.validation` is given."""
 BEST = "best"
-_BASE_KEYS = ("train.base.epochs", "train.base.lr", "train.warmup", "train.weight_decay", "recipe")
+_BASE_KEYS = (
+    "train.base.epochs",
+    "train.base.lr",
+    "train.warmup",
+    "train.weight_decay",
+    "train.encoder_lr",
+    "recipe",
+)
 _LATER_KEYS = ("train.later.epochs", "train.later.lr", "memory.size")
 _MAX_NAME = 100
 
@@ -66,7 +63,7 @@ class Point:
     @property
     def name(self) -> str:
         """The setting as a folder name, such as ``train.base.lr=0.01``; ``default`` without any key."""
-        text = ",".join(f"{key}={_text(value)}" for key, value in sorted(self.setting.items())) or "default"
+        text = ",".join(f"{key}={text_of(value)}" for key, value in sorted(self.setting.items())) or "default"
         safe = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:_MAX_NAME]
         return safe if safe == text else f"{safe}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -99,35 +96,36 @@ class Stage:
         """
         plan = Plan([], set(), self.out)
         for seed, point in itertools.product(seeds, points):
-            place = self.run_dir(point, seed)
-            run = self._configure(point, seed, place)
+            run = self.configure(point, seed)
             resolve_config(run)
-            if _later_steps(run):
-                base = self._base_step(point, run, seed)
+            if later_steps(run):
+                base = self.base_step(point, seed)
                 if base.run_dir not in plan.only_base:
                     plan.only_base.add(base.run_dir)
                     plan.runs.append(base)
-                run = self._configure(point, seed, place, override("start_from", str(base.run_dir / "step_0")))
+                run = self.configure(point, seed, None, override("start_from", str(base.run_dir / "step_0")))
             plan.runs.append(run)
         if plan.runs:
             earlier = sorted((self.out / self.kind).glob("*/*/seed*/config.yaml"))
             refuse_other_conditions(earlier, plan.runs[0], self.out)
         return plan
 
-    def _configure(self, point: Point, seed: int, place: Path, *more: str) -> RunConfig:
+    def configure(self, point: Point, seed: int, place: Path | None = None, *more: str) -> RunConfig:
+        """Return the configuration of a grid point's run, by default in its own directory."""
         setting = (override(key, value) for key, value in point.setting.items())
-        run = (f"method={point.method}", f"seed={seed}", override("out", str(place)))
+        run = (f"method={point.method}", f"seed={seed}", override("out", str(place or self.run_dir(point, seed))))
         config = load_config(self.config, [*self.overrides, *setting, *run, *more])
         check_method(config)
         return config
 
-    def _base_step(self, point: Point, run: RunConfig, seed: int) -> RunConfig:
+    def base_step(self, point: Point, seed: int) -> RunConfig:
         """Return the run that trains step 0 for a grid point: by :attr:`Method.base_step` if its settings are equal."""
+        run = self.configure(point, seed)
         for method in (METHODS[point.method].base_step, point.method):
-            setting = {key: value for key, value in point.setting.items() if _affects_step_0(key, method)}
+            setting = {key: value for key, value in point.setting.items() if affects_step_0(key, method)}
             base = Point(method, setting)
             place = self.out / self.kind / method / "base_step" / base.name / f"seed{seed}"
-            lender = self._configure(base, seed, place)
+            lender = self.configure(base, seed, place)
             if lends(lender, run):
                 break
         resolve_config(lender)
@@ -143,6 +141,7 @@ class Sweep:
         points: grid points by method, in the order of the values on the command line.
         seeds: seeds of the final runs; the first one is that of the tuning.
         share: share of the training images that is held out for the tuning.
+        shortlist: number of settings of step 0 from which later steps are tuned; None for all.
         tuning, final: the two stages.
     """
 
@@ -150,25 +149,9 @@ class Sweep:
     points: Mapping[str, Sequence[Point]]
     seeds: Sequence[int]
     share: float
+    shortlist: int | None
     tuning: Stage
     final: Stage
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Result of the tuning.
-
-    Attributes:
-        best: the chosen grid point of each method that has one.
-        rows: table of all grid points, one row each.
-        runs: all runs of the tuning.
-        failed: methods of which every grid point failed.
-    """
-
-    best: Mapping[str, Point]
-    rows: Sequence[dict[str, str]]
-    runs: Sequence[RunConfig]
-    failed: Sequence[str]
 
 
 def parse_grid(assignments: Iterable[str]) -> Grid:
@@ -183,7 +166,7 @@ def parse_grid(assignments: Iterable[str]) -> Grid:
         _check_key(key)
         try:
             values = yaml.safe_load(f"[{text}]")
-            names = [_text(value) for value in values]
+            names = [text_of(value) for value in values]
         except (yaml.YAMLError, TypeError) as error:
             raise UserError(f"--sweep {assignment}: expected KEY=V1,V2,... with values as in YAML") from error
         if not values:
@@ -203,6 +186,7 @@ def make_sweep(
     out: Path,
     overrides: Sequence[str],
     sweep: Sequence[str],
+    shortlist: int | None = None,
 ) -> Sweep:
     """Configure every grid point, so that all mistakes are found before training starts.
 
@@ -213,6 +197,7 @@ def make_sweep(
         out: the folder of the comparison.
         overrides: "key=value" for all runs.
         sweep: "key=value,value,..." each; a key concerns only those methods that use it.
+        shortlist: number of settings of step 0 from which later steps are tuned; all by default.
 
     Raises:
         UserError: a method or key does not exist, a key concerns no method or may not be swept, a value is refused, or
@@ -241,83 +226,12 @@ def make_sweep(
         },
         list(dict.fromkeys(seeds)),
         share,
+        shortlist,
         Stage(out, SWEEP, config, [*overrides, f"data.validation={share}"]),
         Stage(out, BEST, config, [*overrides, "data.validation=null"]),
     )
     found.tuning.plan([point for points in found.points.values() for point in points], seeds[:1])
     return found
-
-
-def run_sweep(sweep: Sweep, console: Console, ceilings: bool = True, jobs: int = 1) -> list[str]:
-    """Tune the methods, train each with its best setting, and write the tables; finished runs are not repeated.
-
-    Args:
-        sweep: the grid points and the two stages of their runs.
-        console: where progress and tables are printed.
-        ceilings: whether the final runs include the upper bounds of methods that freeze their network.
-        jobs: how many runs are trained at the same time.
-
-    Returns:
-        The names of methods without a finished grid point, and of final runs that failed.
-
-    Raises:
-        UserError: no method has a finished grid point, or all final runs failed.
-    """
-    out, tuned = sweep.final.out, tune(sweep, console, jobs)
-    if is_leader():
-        print_rows(tuned.rows, "tuning: mIoU of all classes on held-out training images in percent", console)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "sweep.csv", comma_separated(tuned.rows).encode())
-    if not tuned.best:
-        raise UserError("no grid point of any method finished; the reasons are listed above")
-    plan = sweep.final.plan(tuned.best.values(), sweep.seeds)
-    if ceilings:
-        add_ceilings(plan)
-    failed = run_plan(plan, console, jobs)
-    if is_leader():
-        caption = (
-            "Each method has the setting with the highest mIoU of all classes after the last step, trained with seed "
-            f"{sweep.seeds[0]} and evaluated on {sweep.share:.0%} of the training images, which were held out. "
-            f"Training and evaluation of the finished steps took {_seconds(tuned.runs):,.0f} s in the tuning and "
-            f"{_seconds(plan.runs):,.0f} s in the final runs."
-        )
-        console.print(caption, highlight=False)
-        runs = [run.run_dir for run in plan.runs if run.run_dir not in plan.only_base and plan.name(run) not in failed]
-        write_comparison(out, console, runs, SweepTable(caption, tuned.rows))
-    return [*tuned.failed, *failed]
-
-
-def tune(sweep: Sweep, console: Console, jobs: int = 1) -> Tuned:
-    """Train all grid points of methods that have several, and choose the best of each method.
-
-    Of equal points, the first is chosen. A failing point is reported and left out.
-    """
-    seed = sweep.seeds[0]
-    several = [point for points in sweep.points.values() if len(points) > 1 for point in points]
-    plan = sweep.tuning.plan(several, [seed])
-    failed = {sweep.tuning.out / name for name in train_runs(plan, console, jobs)}
-    best, rows, lost = {}, [], []
-    for method, points in sweep.points.items():
-        places = [sweep.tuning.run_dir(point, seed) for point in points]
-        scores = [None if place in failed else _score(place) for place in places]
-        known = [score for score in scores if score is not None]
-        if known or len(points) == 1:
-            best[method] = points[scores.index(max(known)) if known else 0]
-        else:
-            lost.append(method)
-            console.print(labelled("failed:", "red", f"{method}: no grid point finished"))
-        for point, place, score in zip(points, places, scores, strict=True):
-            seconds = _seconds([run for run in plan.runs if run.run_dir == place])
-            rows.append(
-                {"method": method}
-                | {key: _text(point.setting[key]) if key in point.setting else "-" for key in sweep.keys}
-                | {
-                    "validation mIoU": "-" if len(points) == 1 else "failed" if score is None else f"{score:.2f}",
-                    "seconds": f"{seconds:.0f}" if seconds else "-",
-                    "chosen": "yes" if point is best.get(method) else "",
-                }
-            )
-    return Tuned(best, rows, plan.runs, lost)
 
 
 def _check_key(key: str) -> None:
@@ -340,37 +254,22 @@ def _concerns(key: str, run: RunConfig) -> bool:
     if key == "memory.size":
         return method.memory is not None
     if key.startswith("train.later."):
-        return _later_steps(run)
+        return later_steps(run)
     return key in _BASE_KEYS or key.partition(".")[0] == method.section
 
 
-def _affects_step_0(key: str, method: str) -> bool:
+def affects_step_0(key: str, method: str) -> bool:
+    """Return whether a swept key can change step 0 of a method."""
     section, _, option = key.partition(".")
     return key in _BASE_KEYS or (section == METHODS[method].section and option not in METHODS[method].later_options)
 
 
-def _later_steps(run: RunConfig) -> bool:
+def later_steps(run: RunConfig) -> bool:
+    """Return whether a run has steps after step 0."""
     method = METHODS[run.method]
     return has_later_steps(run, method, method.complete_options(method_options(run.method, run), None))
 
 
-def _score(run: Path) -> float | None:
-    """Return the mIoU of all classes after the last step; None if the run is not finished."""
-    if not finished_runs([run]):
-        return None
-    score: float | None = read_json(run / "results.json")["steps"][-1]["miou"]["all"]
-    return score
-
-
-def _seconds(runs: Iterable[RunConfig]) -> float:
-    """Add up the seconds of all finished steps, without those copied from another run."""
-    total = 0.0
-    for run in runs:
-        results = run.run_dir / "results.json"
-        steps = read_json(results)["steps"] if results.is_file() else []
-        total += sum(step["seconds"] for step in steps[1 if run.start_from else 0 :])
-    return total
-
-
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Return a value as it is written on the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -197,7 +197,13 @@ class Segmenter(nn.Module):
 
     def freeze_network(self) -> None:
         """Freeze encoder and decoder in addition: parameters, statistics of norm layers and dropout."""
-        parts = [self.encoder, self.decoder]
+        self._freeze_parts([self.encoder, self.decoder])
+
+    def freeze_encoder(self) -> None:
+        """Freeze the encoder in addition; its forward pass then builds no autograd graph."""
+        self._freeze_parts([self.encoder])
+
+    def _freeze_parts(self, parts: Sequence[nn.Module]) -> None:
         for part in parts:
             part.requires_grad_(False)
         self._frozen = [*self._frozen, *parts]
