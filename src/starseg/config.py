@@ -58,7 +58,7 @@ class DataConfig(Strict):
     workers: int | Literal["auto"] = Field("auto")
     """Loader workers. `auto`: with a GPU up to 8 per process, limited by the number of cores and the size of
     `/dev/shm`; 0 on a CPU. The number never changes a result."""
-    cache: Literal["off", "auto", "ram"] = "off"
+    cache: Literal["off", "auto", "ram"] = "auto"
     """Keep decoded training images and masks in memory: `auto` if they take at most half of the available memory; `ram`
     refuses to start if they do not fit. It never changes a result (docs/performance.md)."""
 

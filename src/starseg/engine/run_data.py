@@ -259,5 +259,5 @@ def open_data(
     data.check(steps)
     if fabric:
         loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
-        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console, dataset.labels.wide)
+        loading.cache = make_cache(config.data.cache, dataset.train, console, dataset.labels.wide)
     return data
