@@ -30,6 +30,17 @@ def test_a_block_is_found_by_its_name_until_it_is_closed() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
+def test_a_block_of_another_user_or_without_a_size_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [shared_memory.create("empty", 0), shared_memory.create(NAME, SIZE)]
+    assert shared_memory.find("empty") is None
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    assert shared_memory.find(NAME) is None
+    for block in blocks:
+        os.close(block)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
 def test_what_is_not_written_yet_is_counted_once_per_block() -> None:
     blocks = [shared_memory.create(NAME, SIZE), shared_memory.create("other", SIZE)]
     blocks.append(os.dup(blocks[0]))

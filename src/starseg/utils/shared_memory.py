@@ -42,9 +42,10 @@ def find(name: str, root: Path = Path("/proc")) -> int | None:
         A new file descriptor; None if there is no such block.
     """
     for path, found in _blocks(root):
-        # A block has no size yet while it is created.
         with suppress(OSError):  # its process may have ended, or may not let others look into it
-            if found == name and path.stat().st_size:
+            status = path.stat()
+            # A block has no size yet while it is created. Root would also find blocks of other users.
+            if found == name and status.st_size and status.st_uid == os.getuid():
                 return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     return None
 
