@@ -58,9 +58,12 @@ class DataConfig(Strict):
     workers: int | Literal["auto"] = Field("auto")
     """Loader workers. `auto`: with a GPU up to 8 per process, limited by the number of cores and the size of
     `/dev/shm`; 0 on a CPU. The number never changes a result."""
-    cache: Literal["off", "auto", "ram"] = "off"
+    cache: Literal["off", "auto", "ram"] = "auto"
     """Keep decoded training images and masks in memory: `auto` if they take at most half of the available memory; `ram`
     refuses to start if they do not fit. It never changes a result (docs/performance.md)."""
+    decode: Literal["full", "scaled"] = "full"
+    """`scaled`: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the training crop is reduced as much, which is
+    faster for large photos, changes results slightly, and turns the cache off (docs/performance.md)."""
 
 
 class TaskConfig(Strict):
@@ -327,6 +330,11 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
         raise UserError(
             f"{source}:\ndata.crop: {config.data.crop} is no multiple of model.output_stride "
             f"({config.model.output_stride}); the statistics are taken on that grid"
+        )
+    if config.data.decode == "scaled" and config.data.cache == "ram":
+        raise UserError(
+            f"{source}:\ndata.cache: ram keeps whole images, which data.decode=scaled does not decode; use "
+            "data.cache=off or data.decode=full"
         )
     world, parts = config.train.devices * config.train.num_nodes, config.train.accumulate
     if config.train.batch_size < 2 * world * parts:

@@ -1,6 +1,11 @@
 """The image cache: what it keeps, and that it changes no sample."""
 
+import multiprocessing
+import os
 import shutil
+from dataclasses import astuple
+from io import StringIO
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +22,16 @@ from starseg.data.images import read_image, read_mask
 from starseg.data.loader import PersistentLoader
 from starseg.data.samples import EpochSampler, StepDataset
 from starseg.errors import UserError
+from starseg.utils import shared_memory
 
 COUNT, CROP = 8, 48
-DECODED = COUNT * 64 * 64 * 4
+SIZE = COUNT * (64 * 64 * 4 + 2)
+
+
+@pytest.fixture(autouse=True)
+def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes of this machine that run starseg do not share their memory with the test."""
+    monkeypatch.setattr(shared_memory, "_PREFIX", f"starseg-test-{os.getpid()}-")
 
 
 @pytest.fixture
@@ -71,24 +83,101 @@ def test_a_rotated_photograph_and_a_palette_image_keep_their_shapes(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("setting", "available", "processes", "kept"),
+    ("setting", "available", "kept"),
     [
-        ("off", 10 * DECODED, 1, False),
-        ("auto", 2 * DECODED, 1, True),
-        ("auto", 2 * DECODED - 1, 1, False),
-        ("auto", 4 * DECODED - 1, 2, False),
-        ("ram", DECODED, 1, True),
-        ("ram", 3 * DECODED, 3, True),
+        ("off", 10 * SIZE, False),
+        ("auto", 2 * SIZE, True),
+        ("auto", 2 * SIZE - 1, False),
+        ("auto", SIZE - 1, False),
+        ("ram", SIZE, True),
     ],
 )
 def test_the_cache_setting_decides_what_is_kept(
-    setting: str, available: int, processes: int, kept: bool, split: Split, monkeypatch: pytest.MonkeyPatch
+    setting: str, available: int, kept: bool, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "available_memory", lambda: available)
-    assert (make_cache(setting, split, processes, Console(quiet=True)) is not None) == kept
+    said = StringIO()
+    assert (make_cache(setting, split, Console(file=said, width=200)) is not None) == kept
+    lines = said.getvalue().splitlines()
+    if setting == "off":
+        assert not lines
+    else:
+        assert len(lines) == 1 and f"8 images and masks are {'' if kept else 'not '}kept in memory: 0.0 GB" in lines[0]
 
 
 def test_a_data_set_that_does_not_fit_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "available_memory", lambda: 2 * DECODED - 1)
-    with pytest.raises(UserError, match=r"data\.cache: 8 decoded images .* each of 2 process\(es\); set it to off"):
-        make_cache("ram", split, 2, Console(quiet=True))
+    monkeypatch.setattr(cache_module, "available_memory", lambda: SIZE - 1)
+    with pytest.raises(UserError, match=r"data\.cache: 8 decoded images .* available are 0\.0 GB; set it to off"):
+        make_cache("ram", split, Console(quiet=True))
+
+
+def test_auto_caches_only_where_the_available_memory_is_known(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module.sys, "platform", "darwin")
+    assert make_cache("auto", split, Console(quiet=True)) is None
+
+
+def test_no_memory_is_promised_twice(split: Split, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three data sets of the same size, half the memory is enough for the first two, until one of them is filled."""
+    others = [
+        Split(*(files[first : first + COUNT] for files in astuple(open_voc(shapes).train)[:3])) for first in (8, 16)
+    ]
+    monkeypatch.setattr(cache_module, "_CHUNK", 64 * 64)
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 3 * SIZE)
+    first, second, third = (make_cache("auto", each, Console(quiet=True)) for each in (split, *others))
+    assert first and second and third is None
+    for path in split.images:
+        first.image(path)
+    for path in split.masks:
+        first.mask(path)
+    # What is filled is no longer promised; here the available memory does not shrink by it.
+    assert make_cache("auto", others[1], Console(quiet=True))
+
+
+def test_a_cache_stops_growing_before_the_memory_is_used_up(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_CHUNK", 64 * 64 * 3)
+    left = 32 * SIZE
+    monkeypatch.setattr(cache_module, "available_memory", lambda: left)
+    cache = make_cache("ram", split, Console(quiet=True))
+    assert cache is not None
+    cache.image(split.images[0])
+    left = 2 * SIZE
+    want = [read_image(path) for path in split.images]
+    assert all(torch.equal(cache.image(path), image) for path, image in zip(split.images, want, strict=True))
+    for path in split.images:
+        path.unlink()
+    assert torch.equal(cache.image(split.images[0]), want[0])
+    with pytest.raises(UserError):
+        cache.image(split.images[1])
+
+
+def _fill(split: Split, filled: Event, done: Event) -> None:
+    cache = make_cache("auto", split, Console(quiet=True))
+    assert cache is not None
+    for image, mask in zip(split.images, split.masks, strict=True):
+        cache.image(image), cache.mask(mask)
+    filled.set()
+    done.wait()
+
+
+def test_runs_on_the_same_files_share_their_memory(split: Split) -> None:
+    """Also after the process that created it has ended; a changed file is read again."""
+    want, context = _batches(split, None, 0, range(2)), multiprocessing.get_context("fork")
+    filled, done = context.Event(), context.Event()
+    process = context.Process(target=_fill, args=(split, filled, done))
+    process.start()
+    assert filled.wait(60)
+    said = StringIO()
+    cache = make_cache("auto", split, Console(file=said, width=200))
+    assert "8 images and masks are shared with another process" in said.getvalue()
+    done.set()
+    process.join()
+    kept = split.images[0].read_bytes()
+    for path in split.images:
+        path.write_bytes(b"")
+    got = _batches(split, cache, 2, range(2))
+    assert all(map(torch.equal, got, want))
+    for path in split.images:
+        path.write_bytes(kept)
+    changed = make_cache("auto", split, Console(quiet=True))
+    assert changed is not None and cache is not None
+    assert torch.equal(changed.image(split.images[1]), cache.image(split.images[0]))

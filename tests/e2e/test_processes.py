@@ -1,9 +1,10 @@
-"""One process and two give the same bank, losses, weights and confusion matrix."""
+"""One process and several give the same bank, losses, weights and confusion matrix."""
 
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from e2e.nodes import DEVICE, NotPermitted, two_nodes
 from starseg.config import parse_config
 from starseg.engine.runner import train
 from starseg.utils.files import read_json
@@ -152,3 +154,43 @@ def test_two_tasks_started_by_slurm(nodes: int, shared: dict, one: Path, tmp_pat
     ]
     _in_two_processes([job, job], ranks)
     _same_losses(one, tmp_path / "tasks", 1)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[tuple[str, str]]]:
+    try:
+        with two_nodes() as created:
+            yield created
+    except NotPermitted as error:
+        pytest.skip(f"needs two network namespaces: {error}")
+
+
+@pytest.mark.parametrize("method", ["star", "constellation"])
+def test_two_nodes_of_two_processes(method: str, tiny_tree: dict, nodes: list[tuple[str, str]], tmp_path: Path) -> None:
+    """Four processes on two nodes that share no network device, not even loopback."""
+    settings = {**tiny_tree, "method": method, "train": {**tiny_tree["train"], "batch_size": 8}}
+    one = train(parse_config({**settings, "out": str(tmp_path / "one")}), range(2), _QUIET)
+    config = _config({**settings, "start_from": str(one / "step_0")}, tmp_path / "four")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    place = [f"--master-addr={nodes[0][1]}", "--master-port=29500"]
+    job = ["-m", "starseg", "train", str(config), "--steps", "0-1", "--devices", "2", "--num-nodes", "2"]
+    commands = [
+        ["ip", "netns", "exec", name, *launcher, f"--node-rank={rank}", *place, *job]
+        for rank, (name, _) in enumerate(nodes)
+    ]
+    _in_two_processes(commands, [{"GLOO_SOCKET_IFNAME": DEVICE}] * 2)
+    four = tmp_path / "four"
+    a, b = (load_file(run / "step_1" / "bank.safetensors") for run in (one, four))
+    ours, theirs = (torch.tensor(read_json(run / "step_1" / "metrics.json")["confusion"]) for run in (one, four))
+    difference = (ours - theirs).abs().sum() / ours.sum()
+    if method == "star":
+        _same_losses(one, four, 1)
+        assert torch.equal(a["counts"], b["counts"]) and difference < 0.01
+        for name in ("prototypes", "noise", "norm_mean", "norm_std"):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+    else:
+        # Each process draws its batches of features, and the cells from which a mixture starts, from its own images.
+        assert torch.equal(a["counts"][1:], b["counts"][1:]) and difference < 0.05
+        assert a["counts"][0] == pytest.approx(float(b["counts"][0]), rel=0.01)
+        old = (a["owners"] > 0) & (a["owners"] < 4)
+        assert torch.equal(a["owners"], b["owners"]) and torch.equal(a["means"][old], b["means"][old])

@@ -195,6 +195,39 @@ def read_image(path: Path) -> Tensor:
         return image_tensor(image, str(path))
 
 
+def scalable_size(path: Path) -> tuple[int, int] | None:
+    """Return height and width of an image that :func:`read_scaled` can read: an upright RGB JPEG; otherwise None.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    with _opened(path, "image") as image:
+        scalable = image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
+        return (image.height, image.width) if scalable else None
+
+
+def read_scaled(path: Path, box: tuple[int, int, int, int], scale: int) -> Tensor:
+    """Read a part of a JPEG at a reduced size, which the decoder computes from a part of the DCT coefficients.
+
+    Args:
+        path: a file of which :func:`scalable_size` is known.
+        box: top, left, height and width of the part in pixels of the whole image, multiples of ``scale``.
+        scale: 2, 4 or 8 pixels along each axis become one; the last of a row or column stands for the rest.
+
+    Returns:
+        [3, height / scale, width / scale] uint8.
+
+    Raises:
+        UserError: the file is unreadable or truncated.
+    """
+    top, left, height, width = (edge // scale for edge in box)
+    with _opened(path, "image") as image:
+        reduced = -(-image.width // scale), -(-image.height // scale)
+        image.draft("RGB", (image.width // scale, image.height // scale))
+        assert image.size == reduced, "the decoder reduces by 2, 4 and 8, and rounds up"
+        return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
+
+
 def transparent_pixels(path: Path) -> np.ndarray:
     """Return the mask of partly or fully transparent pixels of an image file, [H, W] bool, upright.
 

@@ -65,7 +65,14 @@ def _count(mask: Path, image: Path | None, columns: int = 256) -> np.ndarray:
     return pixels_per_id(ids, columns)
 
 
-def _key(root: Path, files: Sequence[Path], columns: int) -> str:
+def files_key(root: Path, files: Sequence[Path], columns: int) -> str:
+    """Return a digest of the names of files relative to ``root``, their sizes and modification times.
+
+    Args:
+        root: folder of the files.
+        files: in order.
+        columns: number of ids that are counted, 256 or more.
+    """
     kind = f"{_VERSION} {columns}" if columns > 256 else str(_VERSION)
     digest = hashlib.sha256(f"{kind} {root.resolve()}".encode(errors="surrogateescape"))
     for path in files:
@@ -125,7 +132,7 @@ def _cached_scan(dataset: Dataset, split: Split) -> np.ndarray:
     if cache is None:
         _note_not_cached("this user has no home directory")
         return scan_masks(split.masks, split.images, columns)
-    path = cache / "index" / f"{_key(dataset.root, (*split.images, *split.masks), columns)}.npz"
+    path = cache / "index" / f"{files_key(dataset.root, (*split.images, *split.masks), columns)}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # missing or damaged
         return file["pixels"]
     pixels = scan_masks(split.masks, split.images, columns)

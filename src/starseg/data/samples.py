@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 
 from starseg.data.cache import ImageCache
 from starseg.data.datasets.base import Split
-from starseg.data.images import read_image, read_mask, refuse_other_size
-from starseg.data.transforms import eval_transform, train_transform
+from starseg.data.images import read_image, read_mask, read_scaled, refuse_other_size, scalable_size
+from starseg.data.transforms import draw_crop, eval_transform
 
 Epoch = int | str
 _NARROW = 256
@@ -108,6 +108,7 @@ class SampleRequest:
         crop: side of the square crop in pixels; None for the whole image.
         seed: seed of the augmentation; None for the test transform.
         maps: names and files of grey PNGs that are cropped like the mask; all zeros for an exemplar.
+        scaled: whether a JPEG of which a crop is reduced is decoded at a reduced size (`data.decode`).
     """
 
     image: Path
@@ -118,6 +119,7 @@ class SampleRequest:
     crop: int | None
     seed: int | None
     maps: tuple[tuple[str, Path], ...] = ()
+    scaled: bool = False
 
     def read(self, cache: ImageCache | None = None) -> Batch:
         """Load the sample: a :class:`Batch` of one image, without the first dimension.
@@ -125,30 +127,53 @@ class SampleRequest:
         Raises:
             UserError: a file cannot be read, or the sizes of image and mask differ.
         """
-        image = cache.image(self.image) if cache else read_image(self.image)
-
-        def grey(path: Path, table: bytes | None) -> Tensor:
-            wide = table is not None and len(table) > _NARROW
-            mask = relabel(cache.mask(path, wide) if cache else read_mask(path, wide=wide), table)[None]
-            refuse_other_size(image.shape[1:], mask.shape[1:], path)
-            return mask
-
-        mask = grey(self.mask, self.table)
-        if self.maps:
-            maps = (torch.zeros_like(mask) if self.exemplar else grey(path, None) for _, path in self.maps)
-            mask = torch.cat([mask, *maps])
         if self.crop and self.seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would also seed the GPUs, whose random state fork_rng does not restore here.
-                torch.default_generator.manual_seed(self.seed)
-                image, mask = train_transform(image, mask, self.crop)
-        elif self.crop:
-            image, mask = eval_transform(image, mask, self.crop)
+            image, mask = self._read_train_crop(self.crop, self.seed, cache)
+        else:
+            image = self._read_image(cache)
+            mask = self._read_masks(image.shape[1:], cache)
+            if self.crop:
+                image, mask = eval_transform(image, mask, self.crop)
         # Beside int32 labels, maps have their type until here.
         extras = {name: values.to(torch.uint8) for (name, _), values in zip(self.maps, mask[1:], strict=True)}
         if self.exemplar is not None:
             extras[EXEMPLAR] = torch.tensor(self.exemplar)
         return Batch(image, mask[0], torch.tensor(self.index), extras)
+
+    def _read_train_crop(self, side: int, seed: int, cache: ImageCache | None) -> tuple[Tensor, Tensor]:
+        """Read a random crop of the image, [3, side, side], and of its masks, [1 + maps, side, side]."""
+        image = None
+        if not self.scaled or (size := scalable_size(self.image)) is None:
+            image = self._read_image(cache)
+            size = image.shape[1], image.shape[2]
+        mask = self._read_masks(size, cache)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also seed the GPUs, whose random state fork_rng does not restore here.
+            torch.default_generator.manual_seed(seed)
+            crop = draw_crop(size)
+        if image is None and (scale := crop.scale(side)) > 1:
+            crop = crop.aligned(scale, size)
+            image = crop.resize(read_scaled(self.image, crop.box, scale), side)
+        else:
+            image = crop.apply(self._read_image(cache) if image is None else image, side)
+        return image, crop.apply_to_mask(mask, side)
+
+    def _read_image(self, cache: ImageCache | None) -> Tensor:
+        return cache.image(self.image) if cache else read_image(self.image)
+
+    def _read_masks(self, size: Sequence[int], cache: ImageCache | None) -> Tensor:
+        """Read the mask, relabelled, and the maps of an image of (height, width), [1 + maps, H, W]."""
+
+        def grey(path: Path, table: bytes | None) -> Tensor:
+            wide = table is not None and len(table) > _NARROW
+            mask = relabel(cache.mask(path, wide) if cache else read_mask(path, wide=wide), table)[None]
+            refuse_other_size(size, mask.shape[1:], path)
+            return mask
+
+        mask = grey(self.mask, self.table)
+        if not self.maps:
+            return mask
+        return torch.cat([mask, *(torch.zeros_like(mask) if self.exemplar else grey(p, None) for _, p in self.maps)])
 
 
 class StepDataset:
@@ -163,6 +188,7 @@ class StepDataset:
         exemplars: number of exemplars, which are the last files of ``split``.
         exemplar_table: relabelling of exemplars, by default ``table``.
         maps: folders of grey PNGs with the stems of the images, by name in the extras.
+        scaled: whether JPEGs whose crops are reduced are decoded at a reduced size.
     """
 
     def __init__(
@@ -175,9 +201,10 @@ class StepDataset:
         exemplars: int = 0,
         exemplar_table: np.ndarray | None = None,
         maps: Mapping[str, Path] | None = None,
+        scaled: bool = False,
     ) -> None:
         self.split, self.positions, self.crop, self.seed, self.maps = split, positions, crop, seed, maps or {}
-        self.exemplars, self.first_exemplar = exemplars, len(split) - exemplars
+        self.exemplars, self.first_exemplar, self.scaled = exemplars, len(split) - exemplars, scaled
         # All requests share the same bytes object, so that it is pickled only once per batch.
         self.table = table.tobytes()
         self.exemplar_table = self.table if exemplar_table is None else exemplar_table.tobytes()
@@ -200,6 +227,7 @@ class StepDataset:
             self.crop,
             None if self.seed is None else sample_seed(*self.seed, epoch, index),
             tuple((name, extra_map(folder, path)) for name, folder in self.maps.items()),
+            self.scaled,
         )
 
     def __getitem__(self, key: tuple[Epoch, int]) -> Batch:

@@ -166,6 +166,7 @@ class RunData:
             kept,
             labels.compose(self.task.relabelling(step, "test")) if all_seen else table,
             self.maps,
+            self.config.data.decode == "scaled",
         )
         size, batch = self.samples(step, kept), self.config.train.batch_size
         drawn = len(crops) - size
@@ -259,5 +260,6 @@ def open_data(
     data.check(steps)
     if fabric:
         loading.workers, loading.pinned = workers_for(config, fabric), fabric.device.type == "cuda"
-        loading.cache = make_cache(config.data.cache, dataset.train, config.train.devices, console, dataset.labels.wide)
+        if config.data.decode == "full":
+            loading.cache = make_cache(config.data.cache, dataset.train, console, dataset.labels.wide)
     return data

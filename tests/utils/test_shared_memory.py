@@ -1,0 +1,59 @@
+"""Memory shared by processes that know its name."""
+
+import os
+import sys
+
+import pytest
+
+from starseg.utils import shared_memory
+
+NAME, SIZE = f"test-{os.getpid()}", 2**20
+
+
+@pytest.fixture(autouse=True)
+def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_PREFIX", f"starseg-test-{os.getpid()}-")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
+def test_a_block_is_found_by_its_name_until_it_is_closed() -> None:
+    assert shared_memory.find(NAME) is None
+    block = shared_memory.create(NAME, SIZE)
+    assert shared_memory.find("other") is None
+    found = shared_memory.find(NAME)
+    assert found is not None
+    os.pwrite(block, b"abc", SIZE - 3)
+    assert os.pread(found, 3, SIZE - 3) == b"abc"
+    os.close(block)
+    os.close(found)
+    assert shared_memory.find(NAME) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
+def test_a_block_of_another_user_or_without_a_size_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [shared_memory.create("empty", 0), shared_memory.create(NAME, SIZE)]
+    assert shared_memory.find("empty") is None
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    assert shared_memory.find(NAME) is None
+    for block in blocks:
+        os.close(block)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
+def test_what_is_not_written_yet_is_counted_once_per_block() -> None:
+    blocks = [shared_memory.create(NAME, SIZE), shared_memory.create("other", SIZE)]
+    blocks.append(os.dup(blocks[0]))
+    assert shared_memory.unwritten_bytes() == 2 * SIZE
+    os.pwrite(blocks[0], bytes(SIZE // 2), 0)
+    assert shared_memory.unwritten_bytes() == 3 * SIZE // 2
+    for block in blocks:
+        os.close(block)
+
+
+def test_without_memfd_a_block_is_a_temporary_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    block = shared_memory.create(NAME, SIZE)
+    assert os.fstat(block).st_size == SIZE and os.fstat(block).st_nlink == 0
+    assert shared_memory.find(NAME) is None
+    os.close(block)
