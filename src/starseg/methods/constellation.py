@@ -177,7 +177,7 @@ class Constellation(GaussianReplay):
 
     def _agreed(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
         """Return the labels [n], with background ignored where the classifier predicts a class."""
-        taken = classify_cells(ctx.model.classify, features).argmax(1) != BACKGROUND
+        taken = classify_cells(ctx, ctx.model, features).argmax(1) != BACKGROUND
         return torch.where((labels == BACKGROUND) & taken, IGNORE, labels)
 
     def replay_counts(self) -> Tensor | None:
