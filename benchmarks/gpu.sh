@@ -50,6 +50,10 @@ fi
 part tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu --durations=10 --junitxml="$out/tests.xml" tests/e2e/test_gpu.py
 part bench 150 "${starseg[@]}" bench ${quick:+--quick} --json "$out/bench.json"
 
+step=(--seconds 45)
+[[ $quick ]] && step=(--batch 2 --crop 64 --backbone test_resnet --repeats 1 --seconds 1)
+part step 100 "$python" benchmarks/compile_step.py "${step[@]}"
+
 subset=${SUBSET:-benchmarks/subset.tar}
 if [[ ! -f $subset ]]; then
     subset=$work/subset.tar

@@ -34,6 +34,17 @@ def test_images_at_once_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "test_resnet, 32 px, an image: " in capsys.readouterr().out
 
 
+def test_compile_step_measures_what_a_cpu_can(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    main = runpy.run_path(str(ROOT / "benchmarks" / "compile_step.py"))["main"]
+    rows = main.__globals__["ROWS"]
+    monkeypatch.setitem(main.__globals__, "ROWS", [row for row in rows if row.mode in (None, "graph")])
+    main(["--batch", "2", "--crop", "64", "--backbone", "test_resnet", "--repeats", "1"])
+    shown = capsys.readouterr().out
+    assert shown.count("images/s") == 8 and "failed" not in shown and "graph" not in shown
+    main(["--batch", "2", "--crop", "64", "--backbone", "test_resnet", "--seconds", "0"])
+    assert capsys.readouterr().out.count("not measured") == 8
+
+
 def test_a_packed_subset_is_a_data_set_of_limited_size(shapes: Path, tmp_path: Path) -> None:
     pack = runpy.run_path(str(ROOT / "benchmarks" / "pack_subset.py"))["pack"]
     pack.__globals__["weights"] = lambda: []

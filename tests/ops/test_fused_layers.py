@@ -165,3 +165,41 @@ def test_replaced_batch_norms_are_applied() -> None:
                 setattr(parent, name, other)
     model.fuse_batch_norm()
     torch.testing.assert_close(model(image).logits, want)
+
+
+def test_scale_and_shift_are_computed_again_only_after_a_change() -> None:
+    """By training, in place, by loading a state, or by converting the module."""
+    norm = BatchNorm2d(3).eval().requires_grad_(False)
+
+    def check(times: int) -> None:
+        calls.clear()
+        for _ in range(3):
+            found = norm.affine_map()
+            want = norm.weight / (norm.running_var + norm.eps).sqrt()
+            torch.testing.assert_close(found, (want, norm.bias - norm.running_mean * want))
+        assert len(calls) == times
+
+    calls: list[None] = []
+    compute = norm._affine_map
+    norm._affine_map = lambda: calls.append(None) or compute()  # type: ignore[method-assign]
+    check(1)
+    check(0)
+    norm.train()(torch.randn(2, 3, 4, 4))
+    norm.eval()
+    check(1)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    check(1)
+    norm.running_mean.add_(1)
+    check(1)
+    norm.load_state_dict(BatchNorm2d(3).state_dict())
+    check(1)
+    norm.double()
+    check(1)
+    with torch.inference_mode():
+        assert norm.affine_map()[0].is_inference()
+    assert not norm.affine_map()[0].is_inference()
+    del norm._affine_map
+    twin = copy.deepcopy(norm)
+    twin.running_var.mul_(4)
+    torch.testing.assert_close(twin.affine_map()[0], norm.affine_map()[0] / 2, rtol=1e-5, atol=0)

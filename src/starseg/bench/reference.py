@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -100,13 +100,11 @@ def dense_later(
 
 
 def unfused(network: Segmenter) -> Segmenter:
-    """Copy a network with torch's own convolutions and batch norms."""
+    """Copy a network with the convolutions and batch norms of torch and timm."""
     network = copy.deepcopy(network)
+    theirs = {own: layer for layer, own in fused_layers.OWN_LAYERS.items()}
     for module in network.modules():
-        if isinstance(module, fused_layers.Conv2d):
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
-        elif isinstance(module, fused_layers.BatchNorm2d):
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        module.__class__ = theirs.get(type(module), type(module))
     return network
 
 

@@ -77,8 +77,13 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
     lean, dense = path.lean(), path.dense()
     if not torch.isclose(lean, dense, rtol=1e-3):
         raise RuntimeError(f"{case}: loss {lean.item()}, densely {dense.item()}")
+    half = StepPath(case, backbone, "bf16-mixed") if is_bf16_fast(bench_device()) else None
+    if half:
+        half.lean()
     before = dict(path.training.clock.read())
-    seconds, dense_seconds = alternate([path.lean, path.dense], repeats, warm=True)
+    # All of them take turns, so that the load of the machine changes their times alike.
+    calls = [path.lean, path.dense, *([half.lean] if half else [])]
+    seconds, dense_seconds, *bf16 = alternate(calls, repeats, warm=True)
     split = {part: (path.training.clock.read()[part] - before[part]) / repeats for part in PARTS}
     peaks, flops = [peak_bytes(path.lean), peak_bytes(path.dense)], count_flops(path.dense)
     found: dict[str, Any] = {
@@ -87,12 +92,9 @@ def measure_step(case: Case, repeats: int, backbone: str = BACKBONE) -> dict[str
         "networks_share": sum(split[part] for part in _NETWORKS) / sum(split.values()),
         "speed": {"float32": beside_machine(flops, seconds, torch.float32)},
     }
-    if is_bf16_fast(bench_device()):
-        half = StepPath(case, backbone, "bf16-mixed")
-        half.lean()
-        (found["bf16_seconds"],) = alternate([half.lean], repeats, warm=True)
-        found["bf16_speedup"] = dense_seconds / found["bf16_seconds"]
-        found["speed"]["bfloat16"] = beside_machine(flops, found["bf16_seconds"], torch.bfloat16)
+    if bf16:
+        found |= {"bf16_seconds": bf16[0], "bf16_speedup": dense_seconds / bf16[0]}
+        found["speed"]["bfloat16"] = beside_machine(flops, bf16[0], torch.bfloat16)
     return found
 
 

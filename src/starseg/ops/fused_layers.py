@@ -7,6 +7,8 @@
   over only the pixels that the tap reads, where that was measured to be faster (:data:`BY_TAPS`). In channels_last,
   oneDNN's kernel can be slower than a matrix product and also multiplies the padding, which is most of a dilated tap's
   work on a small map.
+- On a CPU, the gradients of depthwise convolutions are computed as in :mod:`starseg.ops.depthwise`, where that was
+  measured to be faster (:data:`DEPTHWISE`).
 
 Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels out.
 """
@@ -19,16 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm import layers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
+
+from starseg.ops.depthwise import DepthwiseConv2d, is_depthwise
 
 # The matrix product of a tap has in_channels columns; if there are few, copying costs more than the product saves.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
 
 
 class Faster(NamedTuple):
-    """For which convolutions the weight gradient by taps is faster than oneDNN's.
+    """For which convolutions the gradients of this package are faster than oneDNN's.
 
     Attributes:
         plain: those without stride and dilation.
@@ -46,13 +51,22 @@ BY_TAPS = {
     ("AVX512", torch.float32): Faster(plain=False, strided=True, dilated=True),
     ("AVX512_BF16", torch.bfloat16): Faster(plain=False, strided=False, dilated=True),
 }
-"""Measured choices by CPU capability and data type (benchmarks/weight_gradients.py); other CPUs use oneDNN's kernel."""
+"""Where weight gradients are computed by taps, as measured by CPU capability and data type
+(benchmarks/weight_gradients.py); other CPUs use oneDNN's kernel."""
+
+DEPTHWISE = {
+    ("AVX2", torch.float32): Faster(plain=False, strided=False, dilated=True),
+    ("AVX512", torch.float32): Faster(plain=False, strided=False, dilated=True),
+    ("AVX512_BF16", torch.bfloat16): Faster(plain=True, strided=True, dilated=True),
+}
+"""The same for the gradients of depthwise convolutions (the same script)."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that returns its input unchanged if the preceding convolution has already applied it."""
 
     fused = False
+    _known: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def constant(self) -> bool:
@@ -60,18 +74,51 @@ class BatchNorm2d(nn.BatchNorm2d):
 
         False during an export to ONNX, where fusing is left to the exported graph.
         """
-        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        learns = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, [C] each."""
+        """Return scale and shift, [C] each.
+
+        While the layer is constant they are computed once: on a GPU, launching these five kernels for every layer takes
+        longer than the layer.
+        """
+        if not self.constant or torch.compiler.is_compiling() or self.weight.is_inference():
+            return self._affine_map()
+        state = self._state()
+        if self._known is None or self._known[0] != state:
+            with torch.no_grad():
+                self._known = state, self._affine_map()
+        return self._known[1]
+
+    def _affine_map(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
+    def _state(self) -> tuple[object, ...]:
+        """Identify the values of parameters and statistics without reading them.
+
+        PyTorch does not count an update of the running statistics in training as a change of theirs, but it counts one
+        of the number of batches. Tensors made in inference mode cannot be used in training.
+        """
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
+        values = ((t.data_ptr(), t.device, t.dtype, t._version) for t in tensors if t is not None)
+        return torch.is_inference_mode_enabled(), *values
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W], or return it unchanged if the preceding convolution has done so."""
         return x if self.fused and self.constant else super().forward(x)
+
+
+class BatchNormAct2d(BatchNorm2d, layers.BatchNormAct2d):
+    """The same for timm's batch norm with an activation, as in EfficientNet and MobileNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [N, C, H, W] unless the preceding convolution has done so, and apply the activation."""
+        if self.fused and self.constant:
+            return self.act(self.drop(x))
+        return layers.BatchNormAct2d.forward(self, x)
 
 
 class Conv2d(nn.Conv2d):
@@ -91,15 +138,34 @@ class Conv2d(nn.Conv2d):
                 scale, shift = norm.affine_map()
                 weight = weight * scale[:, None, None, None]
                 bias = shift if bias is None else bias * scale + shift
-        if _by_taps(self, x, bias):
+        if (faster := _faster_gradients(self, x, bias)) is not None:
             dtype = _compute_dtype(x)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            return _ByTaps.apply(x, weight, bias, self.stride, self.padding, self.dilation)
+            return faster.apply(x, weight, bias, self.stride, self.padding, self.dilation)
         return self._conv_forward(x, weight, bias)
 
 
-def _by_taps(conv: Conv2d, x: Tensor, bias: Tensor | None) -> bool:
-    return (
+class Conv2dSame(Conv2d):
+    """The same for timm's convolution with TensorFlow's padding, which depends on the size of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad and convolve x [N, C, H, W], and apply the fused batch norm."""
+        sides, strides, dilations = list(self.kernel_size), list(self.stride), list(self.dilation)
+        return super().forward(layers.pad_same(x, sides, strides, dilations))
+
+
+OWN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: Conv2d,
+    layers.Conv2dSame: Conv2dSame,
+    nn.BatchNorm2d: BatchNorm2d,
+    layers.BatchNormAct2d: BatchNormAct2d,
+}
+"""The layers of this module that replace those of PyTorch and timm."""
+
+
+def _faster_gradients(conv: Conv2d, x: Tensor, bias: Tensor | None) -> type[torch.autograd.Function] | None:
+    """Return the convolution whose gradients are faster than PyTorch's; None if there is none."""
+    possible = (
         torch.is_grad_enabled()
         and conv.weight.requires_grad
         and not (bias is not None and bias.requires_grad)
@@ -107,13 +173,18 @@ def _by_taps(conv: Conv2d, x: Tensor, bias: Tensor | None) -> bool:
         and (torch.is_autocast_enabled("cpu") or x.dtype == conv.weight.dtype)
         and not torch.compiler.is_compiling()
         and x.is_contiguous(memory_format=torch.channels_last)
-        and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and conv.in_channels >= _FEWEST_CHANNELS
-        and 1 < conv.weight[0, 0].numel() <= _MOST_TAPS
-        and _are_taps_faster(conv, _compute_dtype(x))
+        and conv.weight[0, 0].numel() > 1
     )
+    if not possible:
+        return None
+    if is_depthwise(conv):
+        return DepthwiseConv2d if _is_faster(DEPTHWISE, conv, _compute_dtype(x)) else None
+    narrow = conv.in_channels < _FEWEST_CHANNELS or conv.weight[0, 0].numel() > _MOST_TAPS
+    if conv.groups > 1 or narrow or not _is_faster(BY_TAPS, conv, _compute_dtype(x)):
+        return None
+    return _ByTaps
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -121,10 +192,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _are_taps_faster(conv: Conv2d, dtype: torch.dtype) -> bool:
+def _is_faster(measured: dict[tuple[str, torch.dtype], Faster], conv: Conv2d, dtype: torch.dtype) -> bool:
     # Tests compare gradients in float64, which is treated like float32.
     dtype = torch.float32 if dtype == torch.float64 else dtype
-    if (faster := BY_TAPS.get((cpu_capability(dtype), dtype))) is None:
+    if (faster := measured.get((cpu_capability(dtype), dtype))) is None:
         return False
     if max(conv.dilation) > 1:
         return faster.dilated
@@ -210,7 +281,7 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
 
 
 def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
-    """Replace the plain convolutions and batch norms of a network by those of this module, if it has batch norms.
+    """Replace the convolutions and batch norms of a network by those of this module.
 
     A batch norm is fused with the preceding convolution if nothing else reads the convolution's output, as determined
     from the autograd graph of one small forward pass.
@@ -219,19 +290,23 @@ def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
         network: module that returns a map or a list of maps.
         inputs: arguments of the small forward pass.
     """
-    if not any(type(module) in (nn.BatchNorm2d, BatchNorm2d) for module in network.modules()):
-        return
     for module in network.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = Conv2d
-        elif type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            module.__class__ = BatchNorm2d
+        own = OWN_LAYERS.get(type(module))
+        if own is not None and not (isinstance(module, nn.BatchNorm2d) and _is_bare(module)):
+            module.__class__ = own
         if isinstance(module, Conv2d):
             module.norm = ()
         elif isinstance(module, BatchNorm2d):
             module.fused = False
+    if not any(isinstance(module, BatchNorm2d) for module in network.modules()):
+        return
     for conv, norm in _pairs(network, inputs):
         conv.norm, norm.fused = (norm,), True
+
+
+def _is_bare(norm: nn.BatchNorm2d) -> bool:
+    """Return whether a batch norm has no parameters or keeps no statistics."""
+    return not (norm.affine and norm.track_running_stats)
 
 
 def _pairs(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Conv2d, BatchNorm2d]]:
