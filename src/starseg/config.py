@@ -142,7 +142,7 @@ class TrainConfig(Strict):
     """Number of micro-batches into which a batch is split to save memory: same losses and gradients at the cost of one
     more forward pass; batch norm in training mode sees one micro-batch at a time (docs/performance.md)."""
     save_minutes: float = Field(10, gt=0)
-    """Maximum time in minutes between two saves of the training state, which is also saved after each epoch."""
+    """Maximum time in minutes between two saves of the training state; also saved after each epoch over images."""
     deterministic: bool = False
     """Use deterministic algorithms on a GPU (also `--deterministic`); runs on a CPU are always bitwise reproducible."""
 

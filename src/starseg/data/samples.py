@@ -26,6 +26,8 @@ EXEMPLAR = "exemplar"
 """Key in a batch's extras: [N] bool, whether an image is from the exemplar memory; only in a step with exemplars."""
 FEATURES = "features"
 """Key of feature maps that replace the images of a batch, [N, D, h, w]; the labels are then [N, h, w]."""
+ROWS = "rows"
+"""Key of the positions [N] of a batch's crops among those whose features the engine holds in memory."""
 SALIENCY = "saliency"
 """Key of saliency maps in a batch's extras."""
 

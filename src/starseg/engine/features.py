@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from starseg.data.samples import FEATURES, Batch, sample_seed
+from starseg.data.samples import FEATURES, ROWS, Batch, sample_seed
 from starseg.models import Segmenter
 from starseg.replay.statistics import sample_at_stride
 from starseg.utils.precision import Precision
@@ -26,7 +26,8 @@ class FeatureCache:
     """Features of this process's share of the crops of a step.
 
     Attributes:
-        features: [n, D, c, 1] in half precision; the c cells of a crop are all of its cells, or a random choice.
+        features: [n, D, c, 1] in half precision; the c cells of a crop are all of its cells, or a random choice. The
+            channels of a cell lie together in memory, as the classifier reads them.
         labels: [n, c, 1] uint8 training ids.
         indices: [n] positions of the images in the split's file list.
     """
@@ -43,11 +44,16 @@ class FeatureCache:
 
         The batch is pinned for a GPU, because copies from other memory wait for it.
         """
-        none = torch.zeros(len(self.indices[rows]), 3, 0, 0, dtype=torch.uint8)
-        batch = Batch(none, self.labels[rows], self.indices[rows], {FEATURES: self.features[rows]})
+        if isinstance(rows, slice):
+            rows = torch.arange(*rows.indices(len(self)))
+        none = torch.zeros(len(rows), 3, 0, 0, dtype=torch.uint8)
+        features = self.features.movedim(1, -1).index_select(0, rows).movedim(-1, 1)
+        batch = Batch(none, self.labels[rows], self.indices[rows], {FEATURES: features, ROWS: rows})
         if device.type == "cuda":
             batch = batch.pin_memory()
-        return replace(batch, extras={FEATURES: batch.extras[FEATURES].to(device, non_blocking=True).float()})
+        return replace(
+            batch, extras={**batch.extras, FEATURES: batch.extras[FEATURES].to(device, non_blocking=True).float()}
+        )
 
     def ordered(self, size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all crops in batches of ``size``, on the device."""
@@ -75,7 +81,7 @@ def compute_features(
 
     Args:
         model: network in eval mode.
-        batches: normalised batches.
+        batches: normalised batches. A CPU processes them in parts whose maps stay in its cache.
         samples: an upper bound of the number of their images.
         autocast: context manager for the forward passes.
         seed: seed of the choice of cells if there are more than :data:`MAX_CELLS`.
@@ -84,17 +90,18 @@ def compute_features(
     draw, parts = torch.Generator().manual_seed(seed), []
     for batch in batches:
         with autocast():
-            features = model(batch.images).features
+            features = torch.cat([model(part).features for part in model.parts(batch.images)])
         labels = sample_at_stride(batch.labels, model.feature_stride).flatten(1).cpu()
-        vectors = features.to(torch.float16).flatten(2).cpu()
+        vectors = features.to(torch.float16).flatten(2).movedim(1, 2).cpu()
         there = labels.shape[1]
         kept = max(1, min(cells or there, MAX_CELLS // max(1, samples)))
         if kept < there:
             chosen = torch.stack([torch.randperm(there, generator=draw)[:kept] for _ in labels])
             labels = labels.gather(1, chosen)
-            vectors = vectors.gather(2, chosen[:, None].expand(-1, vectors.shape[1], -1))
-        parts.append((vectors[..., None], labels[..., None], batch.indices.cpu()))
-    return FeatureCache(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            vectors = vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
+        parts.append((vectors, labels[..., None], batch.indices.cpu()))
+    vectors, labels, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    return FeatureCache(vectors.movedim(2, 1)[..., None], labels, indices)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,9 @@ class StepTraining:
             bar.advance()
             # Reading values from a GPU, and communication between processes, stall the GPU.
             checks = last or self.fabric.device.type == "cpu" or len(self.pending_losses) >= _LOG_EVERY
-            due = (checks or self.fabric.world_size == 1) and guard.due(last)
+            # An epoch over features held in memory may take less time than a save.
+            ends = last and (self.ctx.cached is None or self.iteration == self.total)
+            due = (checks or self.fabric.world_size == 1) and guard.due(ends)
             if checks or due:
                 self._check_finite(epoch)
             if last or self.iteration % _LOG_EVERY == 1:

@@ -1,4 +1,4 @@
-"""The training state of an unfinished step: saved at the end of each epoch, every few minutes and on SIGTERM or Ctrl-C.
+"""The training state of an unfinished step: saved after each epoch over images, every few minutes and on Ctrl-C.
 
 ``resume.ckpt`` begins with a line that contains the format version and the SHA-256 of the rest; the rest is a torch
 file of tensors, numbers and text, read with ``weights_only=True``. The previously saved state is kept as

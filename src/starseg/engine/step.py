@@ -194,6 +194,7 @@ class Step:
             pretrained=bool(self.config.model.pretrained),
             crop=self.config.data.crop,
             frozen=self.config.model.frozen_from is not None,
+            autocast=fabric.autocast,
         )
         return replace(context, stage=next(iter(self.method.stages(context)), context.stage)), memory
 

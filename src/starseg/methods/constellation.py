@@ -140,7 +140,8 @@ class Constellation(GaussianReplay):
             modes = {BACKGROUND: self.options.background_modes} | modes
         background = float(self.bank.counts[0]) * ctx.stage.crops if self.bank and refit else 0.0
         share = min(1.0, _MERGED / max(background, 1.0))
-        cells = partial(self._measured, ctx, background, share)
+        agreed: list[Tensor] = []
+        cells = partial(self._measured, ctx, background, share, agreed)
         fitted, numbers = fit_mixtures(
             cells, modes, self.options.factors, ctx.generator, ctx.all_reduce_sum, ctx.rank, ctx.world
         )
@@ -153,31 +154,41 @@ class Constellation(GaussianReplay):
             counts = torch.cat([numbers[:1], old[1:], numbers[1:]] if refit else [old, numbers])
             self.bank = self.bank.replace(fitted, counts)
 
-    def _measured(self, ctx: StepContext, background: float, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def _measured(
+        self, ctx: StepContext, background: float, share: float, agreed: list[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield cells with their labels, then draws of the old background; see :meth:`_agreed`.
 
         Args:
             ctx: context of the step.
             background: number of cells that the old background stands for.
             share: random share of the background, old and new, that is taken.
+            agreed: labels of an earlier pass, which are used again; the first pass fills the empty list.
         """
+        for number, (features, labels) in enumerate(self._cells_and_draws(ctx, background, share)):
+            if number == len(agreed):
+                agreed.append(self._agreed(ctx, features, labels))
+            yield features, agreed[number]
+
+    def _cells_and_draws(self, ctx: StepContext, background: float, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the cells and draws of :meth:`_measured`, the same in every pass."""
         # The second generator is in the same state in every process.
         choice, generator = (torch.Generator(ctx.device).manual_seed(seed) for seed in (1 + ctx.rank, 0))
         for batch in self._batches(ctx):
             features, labels = self._cells(ctx, batch)
             dropped = torch.rand(labels.shape, generator=choice, device=ctx.device) >= share
             labels = torch.where((labels == BACKGROUND) & dropped, IGNORE, labels)
-            yield features, self._agreed(ctx, features, labels)
+            yield features, labels
         parts = math.ceil(background * share / _AT_ONCE)
         for _ in range(parts):
             amounts = torch.zeros_like(self.amounts)
             amounts[0] = background * share / parts
             drawn, ids = self._draw(amounts, generator)
-            yield drawn, self._agreed(ctx, drawn, ids)
+            yield drawn, ids
 
     def _agreed(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
         """Return the labels [n], with background ignored where the classifier predicts a class."""
-        taken = classify_cells(ctx.model.classify, features).argmax(1) != BACKGROUND
+        taken = classify_cells(ctx, ctx.model, features).argmax(1) != BACKGROUND
         return torch.where((labels == BACKGROUND) & taken, IGNORE, labels)
 
     def replay_counts(self) -> Tensor | None:

@@ -133,7 +133,7 @@ class ConstellationExtend(GaussianReplay):
         Cells that the classifier in training takes for a new class are ignored.
         """
         chance, winner = self._previous(ctx, features).softmax(1).max(1)
-        new = classify_cells(ctx.model.classify, features).argmax(1) >= ctx.first_new
+        new = classify_cells(ctx, ctx.model, features).argmax(1) >= ctx.first_new
         seen = torch.where((chance > self.options.pseudo) & ~new, winner, IGNORE)
         return torch.where(labels == BACKGROUND, seen, labels)
 

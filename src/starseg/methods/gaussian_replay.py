@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from starseg.config import Choices, Strict
-from starseg.data.samples import FEATURES, Batch
+from starseg.data.samples import FEATURES, ROWS, Batch
 from starseg.methods.protocol import Method, Network, Stage, StepContext
 from starseg.methods.recipes import StepSchedule
 from starseg.models import Segmenter
@@ -78,6 +78,8 @@ class GaussianReplay(Method):
     Attributes:
         bank: the mixtures; None before the first are fitted.
         totals: [C] cells of each training id in the step's images and in what is replayed.
+        known: [n, c] uint8 labels of the cells that the engine holds in memory, completed by the previous classifier;
+            None if it holds none.
     """
 
     wide = False
@@ -87,6 +89,7 @@ class GaussianReplay(Method):
         super().__init__(options)
         self.bank: GaussianBank | None = None
         self.totals: Tensor
+        self.known: Tensor | None = None
         self.amounts: Tensor
         self.draw_weights: Tensor
         self.draw_size: int | None = None
@@ -133,9 +136,12 @@ class GaussianReplay(Method):
         """Count the cells of each class in the images, and compute what is missing of the old classes."""
         classes = ctx.first_new + ctx.new_classes
         found = torch.zeros(classes, dtype=torch.float64, device=ctx.device)
+        parts = []
         for batch in self._batches(ctx):
-            features, labels = self._cells(ctx, batch)
-            found += count_ids(self._labels(ctx, features, labels), classes)
+            labels = self._labels(ctx, *self._cells(ctx, batch))
+            found += count_ids(labels, classes)
+            parts.append(labels.to(torch.uint8).view(len(batch), -1))
+        self.known = torch.cat(parts) if ctx.cached else None
         found = ctx.all_reduce_sum(found) / ctx.stage.crops
         per_pass = ctx.iterations / ctx.stage.crops
         totals = found.clone()
@@ -180,7 +186,7 @@ class GaussianReplay(Method):
     def _previous(self, ctx: StepContext, features: Tensor) -> Tensor:
         """Return the previous classifier's logits [n, C] of features [n, D]."""
         assert ctx.old_model is not None, "step 0 has no previous classifier"
-        return classify_cells(ctx.old_model.classify, features)
+        return classify_cells(ctx, ctx.old_model, features)
 
     def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
         """Return the cross-entropy of the batch's cells, and in a later step of replayed features."""
@@ -194,7 +200,10 @@ class GaussianReplay(Method):
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
         logits = output.logits.float()[0, :, :, 0].T
-        labels = self._labels(ctx, features, labels)
+        if self.known is not None and ROWS in batch.extras:
+            labels = self.known[batch.extras[ROWS]].flatten().long()
+        else:
+            labels = self._labels(ctx, features, labels)
         weights = self.class_weights[labels.where(labels != IGNORE, 0)]
         if output.extra_logits is not None and drawn is not None:
             extra = output.extra_logits.float()
@@ -243,6 +252,7 @@ class GaussianReplay(Method):
         self.bank = GaussianBank.from_state_dict(state) if state else None
 
 
-def classify_cells(classify: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """Return the logits [n, C] of features [n, D]."""
-    return classify(features.T[None, :, :, None])[0, :, :, 0].T.float()
+def classify_cells(ctx: StepContext, model: Segmenter, features: Tensor) -> Tensor:
+    """Return the logits [n, C] of features [n, D], computed in the precision of training."""
+    with ctx.autocast():
+        return model.classify_cells(features).float()

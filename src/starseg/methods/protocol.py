@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -140,6 +141,7 @@ class StepContext:
         cached: starts one pass over the features that the engine holds in memory (:attr:`Stage.crops`), with batches as
             in training but without the order of an epoch; None if it holds none.
         crop: side of the training crops in pixels.
+        autocast: context manager of forward passes in the precision of training.
     """
 
     task: TaskSequence
@@ -158,6 +160,7 @@ class StepContext:
     stage: Stage = Stage("network")
     cached: Callable[[], Iterator[Batch]] | None = None
     crop: int = 512
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def new_classes(self) -> int:

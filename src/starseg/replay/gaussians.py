@@ -6,7 +6,8 @@ Shape letters: K classes without the background, M modes of all classes, D featu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,11 +65,19 @@ class GaussianBank(TensorRecord):
         total = numbers.sum()
         places = torch.arange(int(total) if size is None else size, device=device)
         rows = torch.searchsorted(numbers.cumsum(0), places, right=True).clamp_max(len(numbers) - 1)
-        noise = torch.randn(len(rows), self.means.shape[1], generator=generator, device=device)
-        features = self.means[rows].float() + self.deviations[rows].float() * noise
-        common = torch.randn(len(rows), self.factors.shape[2], generator=generator, device=device)
-        features += (self.factors[rows].float() @ common[:, :, None])[:, :, 0]
+        means, deviations, factors = self._single
+        noise = torch.randn(len(rows), means.shape[1], generator=generator, device=device)
+        features = means.index_select(0, rows).addcmul_(deviations.index_select(0, rows), noise)
+        common = torch.randn(len(rows), len(factors), generator=generator, device=device)
+        for factor, scores in zip(factors, common.T, strict=True):
+            features.addcmul_(factor.index_select(0, rows), scores[:, None])
         return features, torch.where(places < total, self.owners[rows].long(), IGNORE)
+
+    @cached_property
+    def _single(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means [M, D], deviations [M, D] and factors [R, M, D] in single precision."""
+        factors = self.factors.movedim(2, 0).float()
+        return self.means.float(), self.deviations.float(), factors.contiguous()
 
     def replace(self, new: GaussianBank, counts: Tensor) -> GaussianBank:
         """Return a bank with the modes of ``new`` in place of those of the same classes.
@@ -117,7 +126,7 @@ def fit_mixtures(
     moments = [_Moments.zeros(centre) for centre in centres]
     for features, labels in cells():
         for class_id, moment in zip(modes, moments, strict=True):
-            moment.update(features[labels == class_id])
+            moment.update(features.index_select(0, (labels == class_id).nonzero()[:, 0]))
     parts, counts = [], []
     for class_id, moment in zip(modes, moments, strict=True):
         moment = moment.reduce(all_reduce_sum)
@@ -131,21 +140,42 @@ def fit_mixtures(
 
 def _sample(cells: Cells, ids: list[int], size: int, draw: torch.Generator) -> list[Tensor]:
     """Draw up to ``size`` cells of each class uniformly from one pass: those with the smallest random keys."""
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept = [_Reservoir(size) for _ in ids]
     for features, labels in cells():
         keys = torch.rand(len(labels), generator=draw, device=features.device)
-        for place, class_id in enumerate(ids):
-            own = labels == class_id
-            values, order = features[own], keys[own]
-            if place < len(kept):
-                values, order = torch.cat([kept[place][0], values]), torch.cat([kept[place][1], order])
-            least = order.argsort()[:size]
-            part = (values[least], order[least])
-            if place < len(kept):
-                kept[place] = part
-            else:
-                kept.append(part)
-    return [values for values, _ in kept]
+        for reservoir, class_id in zip(kept, ids, strict=True):
+            reservoir.add(features, keys, labels == class_id)
+    return [reservoir.values() for reservoir in kept]
+
+
+@dataclass
+class _Reservoir:
+    """The ``size`` features with the smallest keys; more are held in between, so that few are copied often."""
+
+    size: int
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    held: int = 0
+    limit: Tensor | None = None
+
+    def add(self, features: Tensor, keys: Tensor, own: Tensor) -> None:
+        """Add those of the features [n, D] with keys [n] that the mask [n] chooses."""
+        if self.limit is not None:
+            own = own & (keys < self.limit)
+        rows = own.nonzero()[:, 0]
+        self.parts.append((features.index_select(0, rows), keys[rows]))
+        self.held += len(rows)
+        if self.held > 2 * self.size:
+            self.parts = [self._least()]
+            self.held, self.limit = self.size, self.parts[0][1][-1]
+
+    def values(self) -> Tensor:
+        """Return the features, by ascending key."""
+        return self._least()[0]
+
+    def _least(self) -> tuple[Tensor, Tensor]:
+        values, keys = (torch.cat(part) for part in zip(*self.parts, strict=True))
+        least = keys.argsort()[: self.size]
+        return values.index_select(0, least), keys[least]
 
 
 def _gather(part: Tensor, size: int, all_reduce_sum: Callable[[Tensor], Tensor], rank: int, world: int) -> Tensor:
@@ -196,8 +226,10 @@ class _Moments:
         if not len(features):
             return
         nearest = torch.cdist(features, self.centres).argmin(1)
-        for mode, centre in enumerate(self.centres):
-            own = features[nearest == mode] - centre
+        sizes = torch.bincount(nearest, minlength=len(self.centres)).tolist()
+        parts = features.index_select(0, nearest.argsort(stable=True)).split(sizes)
+        for mode, (part, centre) in enumerate(zip(parts, self.centres, strict=True)):
+            own = part - centre
             self.number[mode] += len(own)
             self.total[mode] += own.sum(0).double()
             self.products[mode] += (own.T @ own).double()
@@ -235,7 +267,8 @@ def _factorise(covariance: Tensor, factors: int) -> tuple[Tensor, Tensor]:
     top = min(factors, len(variance))
     for _ in range(_FACTOR_ROUNDS if top else 0):
         scale = rest.sqrt()
-        values, vectors = torch.linalg.eigh(covariance / scale[:, None] / scale)
+        # Single precision takes half the time, and the factors are stored in half precision.
+        values, vectors = torch.linalg.eigh((covariance / scale[:, None] / scale).float())
         common[:, :top] = scale[:, None] * vectors[:, -top:] * (values[-top:] - 1).clamp_min(0).sqrt()
         rest = (variance - common.square().sum(1)).maximum(least)
     return rest.sqrt(), common
