@@ -150,6 +150,15 @@ def test_a_cache_stops_growing_before_the_memory_is_used_up(split: Split, monkey
         cache.image(split.images[1])
 
 
+def test_without_shared_memory_forked_workers_share_the_cache(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "create", lambda name, size: None)
+    want, cache = _batches(split, None, 0, range(2)), make_cache("ram", split, Console(quiet=True))
+    got = _batches(split, cache, 2, range(1))
+    for path in (*split.images, *split.masks):
+        path.unlink()
+    assert all(map(torch.equal, [*got, *_batches(split, cache, 2, range(1, 2))], want))
+
+
 def _fill(split: Split, filled: Event, done: Event) -> None:
     cache = make_cache("auto", split, Console(quiet=True))
     assert cache is not None

@@ -15,10 +15,16 @@ def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "_PREFIX", f"starseg-test-{os.getpid()}-")
 
 
+def _block(name: str, size: int) -> int:
+    created = shared_memory.create(name, size)
+    assert created is not None
+    return created
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
 def test_a_block_is_found_by_its_name_until_it_is_closed() -> None:
     assert shared_memory.find(NAME) is None
-    block = shared_memory.create(NAME, SIZE)
+    block = _block(NAME, SIZE)
     assert shared_memory.find("other") is None
     found = shared_memory.find(NAME)
     assert found is not None
@@ -31,7 +37,7 @@ def test_a_block_is_found_by_its_name_until_it_is_closed() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
 def test_a_block_of_another_user_or_without_a_size_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = [shared_memory.create("empty", 0), shared_memory.create(NAME, SIZE)]
+    blocks = [_block("empty", 0), _block(NAME, SIZE)]
     assert shared_memory.find("empty") is None
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
@@ -42,7 +48,7 @@ def test_a_block_of_another_user_or_without_a_size_is_not_found(monkeypatch: pyt
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
 def test_what_is_not_written_yet_is_counted_once_per_block() -> None:
-    blocks = [shared_memory.create(NAME, SIZE), shared_memory.create("other", SIZE)]
+    blocks = [_block(NAME, SIZE), _block("other", SIZE)]
     blocks.append(os.dup(blocks[0]))
     assert shared_memory.unwritten_bytes() == 2 * SIZE
     os.pwrite(blocks[0], bytes(SIZE // 2), 0)
@@ -51,9 +57,8 @@ def test_what_is_not_written_yet_is_counted_once_per_block() -> None:
         os.close(block)
 
 
-def test_without_memfd_a_block_is_a_temporary_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "memfd_create", raising=False)
-    block = shared_memory.create(NAME, SIZE)
-    assert os.fstat(block).st_size == SIZE and os.fstat(block).st_nlink == 0
-    assert shared_memory.find(NAME) is None
-    os.close(block)
+def test_without_memfd_there_is_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "memfd_create", lambda name: os.close(-1), raising=False)  # an OSError, as if forbidden
+    assert shared_memory.create(NAME, SIZE) is None
+    monkeypatch.delattr(os, "memfd_create")
+    assert shared_memory.create(NAME, SIZE) is None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import math
 import mmap
+import multiprocessing
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -44,16 +45,19 @@ class ImageCache:
     Args:
         shapes: shape of the decoded array of each file, see :func:`decoded_shapes`.
         memory: file descriptor of :func:`needed_bytes` bytes of shared memory, zero or filled by another cache of the
-            same files; it is closed with the cache. By default new memory, which forked processes share.
+            same files; it is closed with the cache. By default anonymous memory, which only forked processes share.
         reserve: bytes of available memory at which the cache stops growing.
     """
 
     def __init__(self, shapes: Shapes, memory: int | None = None, reserve: int = 0) -> None:
         total = needed_bytes(shapes)
-        self._file = shared_memory.create("cache", total) if memory is None else memory
-        weakref.finalize(self, os.close, self._file)
+        # Ensures that other processes see a file's bytes before the flag that marks them as cached.
+        self._lock: AbstractContextManager[object] = multiprocessing.Lock()
+        if memory is not None:
+            weakref.finalize(self, os.close, memory)
+            self._lock = shared_memory.FileLock(memory)
         sizes = [math.prod(shape) for shape in shapes.values()]
-        content = memoryview(mmap.mmap(self._file, total))
+        content = memoryview(mmap.mmap(-1 if memory is None else memory, total))
         ends = np.cumsum(sizes).tolist()
         self._arrays = {
             path: (number, np.frombuffer(content[end - size : end], np.uint8).reshape(shape))
@@ -74,7 +78,7 @@ class ImageCache:
         number, array = self._arrays.get(path, (0, None))
         if array is None:
             return decode(path)
-        with self._locked(fcntl.LOCK_SH):
+        with self._lock:
             kept = self._kept[number]
         if kept:
             return array
@@ -82,18 +86,9 @@ class ImageCache:
         if decoded.shape != array.shape or not self._may_grow(array.nbytes):
             return decoded
         array[:] = decoded
-        with self._locked(fcntl.LOCK_EX):
+        with self._lock:
             self._kept[number] = True
         return array
-
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        """Ensure that other processes see a file's bytes before the flag that marks them as cached."""
-        fcntl.lockf(self._file, kind)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _may_grow(self, size: int) -> bool:
         """Whether the memory suffices for ``size`` more bytes; it is looked up once per chunk."""

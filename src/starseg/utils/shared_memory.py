@@ -6,8 +6,8 @@ open ends, however it ends. Other processes of the same user find it by its name
 
 from __future__ import annotations
 
+import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,24 @@ _PREFIX = "starseg-"
 _BLOCK = 512  # bytes in a unit of st_blocks
 
 
-def create(name: str, size: int) -> int:
+class FileLock:
+    """Lock of an open file, by which processes that have it open exclude each other; a process that ends frees it.
+
+    Args:
+        descriptor: of the file, open for writing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+
+
+def create(name: str, size: int) -> int | None:
     """Create a block of zeros, which takes memory only as it is written to.
 
     Args:
@@ -24,13 +41,14 @@ def create(name: str, size: int) -> int:
         size: in bytes.
 
     Returns:
-        Its file descriptor. Outside Linux it is an unlinked temporary file that other processes do not find.
+        Its file descriptor; None where the system offers no such memory (outside Linux) or does not permit it.
     """
-    if hasattr(os, "memfd_create"):
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
         descriptor = os.memfd_create(_PREFIX + name)
-    else:
-        descriptor, path = tempfile.mkstemp(prefix=_PREFIX)
-        os.unlink(path)
+    except OSError:
+        return None
     os.ftruncate(descriptor, size)
     return descriptor
 
