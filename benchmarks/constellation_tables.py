@@ -28,7 +28,8 @@ AT_ONCE = "[[cat,cow,dog,horse,person,sheep]]"
 SEEDS = (0, 1, 2)
 PARTS = {
     "none": "",
-    "doubtful draws kept": "reject=false",
+    "soft targets": "soft_targets=false",
+    "soft targets, doubtful draws kept": "soft_targets=false reject=false",
     "background draws kept": "shift=1",
     "background's mixture kept": "refit=false",
     "class weights": "balance=0",

@@ -170,6 +170,7 @@ CHANGED = {
         "shift": 0.5,
         "refit": False,
         "warm_start": False,
+        "soft_targets": False,
     },
     "adapter": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "norm_noise": "vector", "replay": 0.5, "adc": False},
     "star-basic": {"ocfm": 1, "sad": 1, "old_threshold": 0.7, "replay": 0.5},

@@ -88,6 +88,35 @@ def test_an_even_window_is_refused() -> None:
         method_options("constellation", parse_config(settings(Path("data"), Path("run"), window=4)))
 
 
+def test_a_background_cell_is_relabelled_only_where_an_earlier_class_is_probable() -> None:
+    harness = MethodHarness("constellation", options={"pseudo": 0.8})
+    harness.walk(1)
+    method, ctx, _ = harness.enter(1)
+    chances = torch.tensor([[0.1, 0.9, 0.0, 0.0], [0.25, 0.75, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    with patch.object(type(method), "_previous", lambda *_: chances.log()):
+        labels = method._labels(ctx, torch.zeros(4, 256), torch.tensor([0, 0, 0, 4]))
+        assert labels.tolist() == [1, 0, 0, 4]
+        method.options = method.options.model_copy(update={"pseudo": 1.0})
+        assert method._labels(ctx, torch.zeros(4, 256), torch.tensor([0, 0, 0, 4])).tolist() == [0, 0, 0, 4]
+
+
+def test_draws_are_learnt_with_the_previous_probabilities_unless_they_look_new() -> None:
+    harness = MethodHarness("constellation", options={"shift": 0.2})
+    harness.walk(1)
+    method, ctx, _ = harness.enter(1)
+    drawn, ids = torch.zeros(4, 256), torch.tensor([0, 0, 2, 255])
+    before = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2]])
+    now = torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1], [0.2, 0.1, 0.1, 0.1, 0.5], *[[0.1, 0.2, 0.2, 0.2, 0.3]] * 2])
+    with patch.object(type(method), "_previous", lambda *_: before.log()):
+        terms, counted = method._replayed(ctx, drawn, ids, now.log())
+        assert counted.tolist() == [True, False, True, False]
+        torch.testing.assert_close(terms, torch.where(counted, -(before * now[:, :4].log()).sum(1), 0))
+        method.options = method.options.model_copy(update={"soft_targets": False})
+        terms, counted = method._replayed(ctx, drawn, ids, now.log())
+        assert counted.tolist() == [True, False, False, False]  # the third is doubtful: it looks like class 1
+        torch.testing.assert_close(terms[0], -now[0, 0].log())
+
+
 def _stop(stage: int, iteration: int) -> object:
     iterate = StepTraining.iterate
 
@@ -147,6 +176,7 @@ OFF = {
     "background_modes": 1,
     "factors": 0,
     "pseudo": 1,
+    "soft_targets": False,
     "balance": 0,
     "draws": 0,
     "reject": False,

@@ -47,6 +47,8 @@ class ConstellationOptions(ClassifierOptions):
     """Units of the classifier's hidden layer; 0 for a linear classifier."""
     warm_start: bool = True
     """Whether a later step starts from the previous classifier's weights."""
+    soft_targets: bool = True
+    """Whether draws are learnt with the previous classifier's probabilities, not with the classes of their mixtures."""
     refit: bool = True
     """Whether later steps fit the mixture of the background again."""
 
@@ -59,7 +61,7 @@ class Constellation(GaussianReplay):
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
     freezes = True
-    later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start"})
+    later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start", "soft_targets"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),
         "ade": Recipe(StepSchedule(100, 2.5e-3), StepSchedule(100, 2.5e-4)),
@@ -131,6 +133,16 @@ class Constellation(GaussianReplay):
                 parts = (ctx.model.hidden, ctx.model.lead, ctx.model.heads)
                 _reset((layer for part in parts for layer in part.modules()), ctx.generator)
             self._plan(ctx)
+
+    def _replayed(self, ctx: StepContext, drawn: Tensor, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy [n] of drawn features with their targets, and which count [n]."""
+        if not self.options.soft_targets:
+            return super()._replayed(ctx, drawn, ids, logits)
+        with torch.no_grad():
+            targets = self._previous(ctx, drawn).softmax(1)
+        counted = (ids != IGNORE) & ~self._looks_new(ctx, ids, logits)
+        terms = -(targets * logits.log_softmax(1)[:, : ctx.first_new]).sum(1)
+        return terms.where(counted, 0), counted
 
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and that of the background to both old draws and new cells."""

@@ -43,6 +43,8 @@ _PHOTOS = 512
 class ExtendOptions(ClassifierOptions):
     """Options of constellation-extend."""
 
+    pseudo: float = Field(0.5, ge=0, le=1)
+    """Probability from which a prediction of the previous network makes a cell part of a mixture."""
     within: int = Field(BACKGROUND, ge=-1)
     """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
     refine: bool = False

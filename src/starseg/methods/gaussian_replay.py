@@ -51,8 +51,8 @@ class ClassifierOptions(Strict):
     """Gaussians of the background."""
     factors: int = Field(4, ge=0)
     """Factors of the covariance of a Gaussian, beside its diagonal."""
-    pseudo: float = Field(0.5, ge=0, le=1)
-    """Probability from which a prediction of the previous classifier labels a background pixel."""
+    pseudo: float = Field(0.8, ge=0, le=1)
+    """Probability above which the previous classifier's prediction of an earlier class labels a background pixel."""
     balance: float = Field(0.2, ge=0, le=1)
     """Exponent of the inverse frequency by which classes are weighted: 0 for none, 1 for equal weights."""
     draws: int = Field(2048, ge=0)
@@ -176,12 +176,15 @@ class GaussianReplay(Method):
 
     @torch.no_grad()
     def _labels(self, ctx: StepContext, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the labels [n], with the previous classifier's confident predictions for background cells."""
+        """Return the labels [n], with earlier classes where the previous classifier is confident of them.
+
+        The other background cells keep their label: a classifier that never saw the surroundings of the new classes
+        takes some of them for its own classes.
+        """
         if ctx.old_model is None:
             return labels
         chance, winner = self._previous(ctx, features).softmax(1).max(1)
-        seen = torch.where(chance > self.options.pseudo, winner, IGNORE)
-        return torch.where(labels == BACKGROUND, seen, labels)
+        return torch.where((labels == BACKGROUND) & (chance > self.options.pseudo), winner, labels)
 
     def _previous(self, ctx: StepContext, features: Tensor) -> Tensor:
         """Return the previous classifier's logits [n, C] of features [n, D]."""
@@ -195,26 +198,25 @@ class GaussianReplay(Method):
             output = new(batch.images)
             labels = sample_at_stride(batch.labels, ctx.model.stride).flatten().long()
             logits = output.logits.float().movedim(1, -1).flatten(0, -2)
-            return {"ce": self._cross_entropy(logits, labels, torch.ones_like(logits[:, 0]))}
+            return {"ce": self._mean(*_cross_entropy(logits, labels), torch.ones_like(logits[:, 0]))}
         drawn, ids = self._draw(self.amounts, ctx.generator, self.draw_size) if self.bank else (None, batch.labels)
         features, labels = self._cells(ctx, batch)
         output = new(batch.images, drawn, features=features.T[None, :, :, None])
-        logits = output.logits.float()[0, :, :, 0].T
         if self.known is not None and ROWS in batch.extras:
             labels = self.known[batch.extras[ROWS]].flatten().long()
         else:
             labels = self._labels(ctx, features, labels)
+        terms, counted = _cross_entropy(output.logits.float()[0, :, :, 0].T, labels)
         weights = self.class_weights[labels.where(labels != IGNORE, 0)]
         if output.extra_logits is not None and drawn is not None:
-            extra = output.extra_logits.float()
-            drawn_weights = self.draw_weights * self.class_weights[: ctx.first_new]
-            weights = torch.cat([weights, drawn_weights[ids.where(ids != IGNORE, 0)]])
-            logits, labels = torch.cat([logits, extra]), torch.cat([labels, self._plausible(ctx, drawn, ids, extra)])
-        return {"ce": self._cross_entropy(logits, labels, weights)}
+            replayed = self._replayed(ctx, drawn, ids, output.extra_logits.float())
+            drawn_weights = (self.draw_weights * self.class_weights[: ctx.first_new])[ids.where(ids != IGNORE, 0)]
+            parts = zip((terms, counted, weights), (*replayed, drawn_weights), strict=True)
+            terms, counted, weights = (torch.cat(part) for part in parts)
+        return {"ce": self._mean(terms, counted, weights)}
 
-    @torch.no_grad()
-    def _plausible(self, ctx: StepContext, drawn: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """Return the ids [n] of drawn features, ignored where the class is doubtful.
+    def _replayed(self, ctx: StepContext, drawn: Tensor, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy [n] of drawn features with the classes of their mixtures, and which count [n].
 
         Args:
             ctx: context of the step.
@@ -222,10 +224,15 @@ class GaussianReplay(Method):
             ids: [n] class from whose mixture each was drawn, 255 in rows without a feature.
             logits: [n, C] of the classifier that is being trained.
         """
-        left_out = (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
+        left_out = self._looks_new(ctx, ids, logits)
         if self.options.reject:
             left_out |= self._previous(ctx, drawn).argmax(1) != ids
-        return torch.where(left_out, IGNORE, ids)
+        return _cross_entropy(logits, torch.where(left_out, IGNORE, ids))
+
+    @torch.no_grad()
+    def _looks_new(self, ctx: StepContext, ids: Tensor, logits: Tensor) -> Tensor:
+        """Return which draws [n] of the background the classifier in training may take for new classes."""
+        return (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
 
     def _draw(self, amounts: Tensor, generator: torch.Generator, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw features from the bank and return this process's share."""
@@ -233,11 +240,10 @@ class GaussianReplay(Method):
         features, ids = self.bank.draw(amounts, generator, size)
         return features[self.ctx.rank :: self.ctx.world], ids[self.ctx.rank :: self.ctx.world]
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted mean cross-entropy over all processes."""
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") @ weights
-        counted = weights @ (labels != IGNORE).float()
-        return self.ctx.all_reduce_sum(loss) / self.ctx.all_reduce_sum(counted).clamp_min(1e-12)
+    def _mean(self, terms: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted mean of the terms [n] that count, over all processes."""
+        total = self.ctx.all_reduce_sum(weights @ counted.float())
+        return self.ctx.all_reduce_sum(terms @ weights) / total.clamp_min(1e-12)
 
     def rule(self, choices: Choices) -> Callable[[Tensor], Tensor]:
         """Return the rule that predicts the channel with the largest logit."""
@@ -256,3 +262,8 @@ def classify_cells(ctx: StepContext, model: Segmenter, features: Tensor) -> Tens
     """Return the logits [n, C] of features [n, D], computed in the precision of training."""
     with ctx.autocast():
         return model.classify_cells(features).float()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy [n] of logits [n, C], 0 where the label is ignored, and which labels are not [n]."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none"), labels != IGNORE
