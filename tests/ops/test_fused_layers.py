@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from timm import layers
 from torch import nn
 
 from starseg.bench.reference import unfused
 from starseg.models import Architecture, Segmenter, make_network
 from starseg.ops import fused_layers
-from starseg.ops.fused_layers import BatchNorm2d, Conv2d, cpu_capability
+from starseg.ops.activated_conv import find_activation
+from starseg.ops.fused_layers import BatchNorm2d, Conv2d, cpu_capability, fuse_batch_norm
 
 
 @pytest.fixture(autouse=True)
@@ -245,3 +247,27 @@ def test_fused_weights_are_computed_again_only_after_a_change() -> None:
     torch.testing.assert_close(
         twin(image), (norm._affine_map()[1] + conv.bias * norm._affine_map()[0])[:, None, None].expand(1, 4, 6, 6)
     )
+
+
+@pytest.mark.parametrize("layer", [nn.Identity, nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("half", [False, True])
+def test_an_activation_is_applied_with_the_convolution_if_nothing_is_trained(
+    layer: type[nn.Module], half: bool
+) -> None:
+    net = nn.Sequential(
+        layers.Conv2dSame(4, 8, 3, stride=2, bias=False), layers.BatchNormAct2d(8, act_layer=layer, inplace=False)
+    ).eval()
+    net[1].weight.data.uniform_(-20, 20)
+    x = torch.randn(2, 4, 9, 12).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        want = net(x)
+        fuse_batch_norm(net, x)
+        found = net(x)
+        assert isinstance(net[1], fused_layers.BatchNormAct2d) and net[1].fused
+        known = find_activation(net[1].act, x, found.dtype) is not None
+    assert found.dtype == want.dtype and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, want, atol=0.2 if half else 1e-4, rtol=2e-2 if half else 1e-4)
+    assert find_activation(net[1].act, x, torch.float32) is None, "not with gradients"
+    with torch.no_grad():
+        assert find_activation(net[1].act, x, torch.float64) is None and find_activation(nn.SiLU(), x, x.dtype) is None
+    assert known or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or half

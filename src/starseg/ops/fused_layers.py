@@ -20,6 +20,7 @@ from timm import layers
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from starseg.ops.activated_conv import Activation, convolve_activated, find_activation
 from starseg.ops.by_taps import ByTapsConv2d
 from starseg.ops.depthwise import DepthwiseConv2d, is_depthwise
 
@@ -128,8 +129,13 @@ class BatchNormAct2d(BatchNorm2d, layers.BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W] unless the preceding convolution has done so, and apply the activation."""
         if self.fused and self.constant:
-            return self.act(self.drop(x))
+            return x if self.activation(x, x.dtype) else self.act(self.drop(x))
         return layers.BatchNormAct2d.forward(self, x)
+
+    def activation(self, x: Tensor, dtype: torch.dtype) -> Activation | None:
+        """Return the activation if the preceding convolution applies it as well; arguments as `find_activation` has."""
+        applied = self.fused and self.constant and isinstance(self.drop, nn.Identity)
+        return find_activation(self.act, x, dtype) if applied else None
 
 
 class Conv2d(nn.Conv2d):
@@ -144,9 +150,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, H, W] and apply the fused batch norm."""
-        weight, bias = self._fused(_compute_dtype(x))
+        dtype = _compute_dtype(x)
+        weight, bias = self._fused(dtype)
+        if bias is not None and (activation := self._activation(x, dtype)):
+            return convolve_activated(self, x.to(dtype), weight.to(dtype), bias.to(dtype), activation)
         if (faster := _faster_gradients(self, x, bias)) is not None:
-            dtype = _compute_dtype(x)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             return faster.apply(x, weight, bias, self.stride, self.padding, self.dilation)
         return self._conv_forward(x, weight, bias)
@@ -171,6 +179,11 @@ class Conv2d(nn.Conv2d):
         scale, shift = norm.affine_map()
         bias = shift if self.bias is None else self.bias * scale + shift
         return self.weight * scale[:, None, None, None], bias
+
+    def _activation(self, x: Tensor, dtype: torch.dtype) -> Activation | None:
+        """Return the activation that is applied in the same kernel; None if it is applied afterwards."""
+        norms = [norm for norm in self.norm if isinstance(norm, BatchNormAct2d)]
+        return norms[0].activation(x, dtype) if norms else None
 
 
 class Conv2dSame(Conv2d):
