@@ -69,9 +69,9 @@ def test_how_much_is_known_of_earlier_classes() -> None:
     harness.walk(1)
     method, ctx, _ = harness.enter(1)
     method.found = torch.tensor([9.0, 0.0, 25.0, 200.0, 100.0])
-    method.totals = method.found.clone()
+    method.stored = torch.zeros(4)
     assert method._unknown(ctx) == pytest.approx(0.5)  # nothing of the first class, half enough of the second
-    method.totals[1] += 5  # replayed cells count five times as much
+    method.stored[1] += 5  # stored cells count five times as much
     assert method._unknown(ctx) == pytest.approx(1 / 3)
 
 
@@ -90,6 +90,8 @@ def test_cells_of_the_photos_are_replayed_instead_of_draws(tmp_path: Path, shape
         cells = method.shown[first : first + number].float()
         assert not number or all((cells == row).all(1).any() for row in own)
     assert (ids == 255).any() and method.shown_counts[0] == 0
+    replayed, new = method.totals[:4] - method.found[:4], method.found[4:].sum()
+    assert torch.equal(replayed[1:] >= new, method.stored[1:] > 0)
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # Cells that are used of a crop: neighbours of a fine grid are nearly the same.
 _CELLS = 512
 # Share of the new classes' number of cells from which an earlier class counts as known: of cells that the network finds
-# in the new images, where it errs around the new objects, and of replayed cells.
-_FOUND, _REPLAYED = 0.5, 0.1
+# in the new images, where it errs around the new objects, and of stored cells.
+_FOUND, _STORED = 0.5, 0.1
 # Unlabelled photos that are looked at.
 _PHOTOS = 512
 
@@ -49,9 +49,9 @@ class ExtendOptions(ClassifierOptions):
     """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
     refine: bool = False
     """Whether a factor and an offset for each logit of the network itself are trained as well."""
-    averaging: float = Field(0.5, ge=0, le=1)
+    averaging: float = Field(0.7, ge=0, le=1)
     """Weight of the whole image in the decision about a cell if nothing is known of the earlier classes."""
-    margin: float = Field(1.5, ge=0)
+    margin: float = Field(2.5, ge=0)
     """Subtracted from the log-odds of new classes if nothing is known of the earlier ones; less, if of some."""
     penalty: float = Field(10.0, ge=0)
     """Subtracted likewise, times how much the mean squared z-score of a cell's features in the new class exceeds 1."""
@@ -67,6 +67,7 @@ class ConstellationExtend(GaussianReplay):
         shown: [n, D + C0] float16 features of cells of earlier classes in the unlabelled photos, ordered by class; None
             without photos.
         shown_counts: [1 + K] int64 number of these of each class.
+        stored: [1 + K] float64 cells of each earlier class that the bank had at the beginning of the step.
     """
 
     summary = "frozen network with its own logits; each step adds classes that compete with them"
@@ -82,6 +83,7 @@ class ConstellationExtend(GaussianReplay):
         super().__init__(options)
         self.shown: Tensor | None = None
         self.shown_counts: Tensor
+        self.stored: Tensor
 
     def grow(self, model: Segmenter, classes: int) -> Segmenter:
         """Return the network with a head for new classes on its descriptor."""
@@ -125,6 +127,7 @@ class ConstellationExtend(GaussianReplay):
             self._fit_descriptor(ctx)
         if self.options.photos:
             self._measure_photos(ctx, self.options.photos)
+        self.stored = torch.zeros(ctx.first_new, dtype=torch.float64, device=ctx.device)
         self._plan(ctx)
 
     def _descriptor(self, model: Segmenter) -> Descriptor:
@@ -172,9 +175,16 @@ class ConstellationExtend(GaussianReplay):
         self.shown, self.shown_counts = features[order].half(), count_ids(labels, ctx.first_new)
 
     def _missing(self, ctx: StepContext) -> Tensor:
-        """Return the stored counts [1 + K], not reduced by what the network finds in the new images, as it may err."""
+        """Return the stored counts [1 + K], for a class that is stored at all at least the number of the new cells.
+
+        A new image shows the new class for certain, but how often the network will see it is not known. What it finds
+        of an earlier class in the new images is not subtracted, because it errs around the new objects.
+        """
         assert self.bank is not None, "nothing is replayed without a bank"
-        return self.bank.counts.double() * self.options.replay
+        self.stored = self.bank.counts.double() * self.options.replay
+        missing = self.stored.maximum(self.found[ctx.first_new :].sum()).where(self.stored > 0, self.stored)
+        missing[BACKGROUND] = self.stored[BACKGROUND]
+        return missing
 
     def _draw_all(self, amounts: Tensor, generator: torch.Generator, size: int | None) -> tuple[Tensor, Tensor]:
         """Draw features: of classes that the unlabelled photos show, cells of these; of others, from the bank."""
@@ -216,12 +226,12 @@ class ConstellationExtend(GaussianReplay):
     def _unknown(self, ctx: StepContext) -> float:
         """Return the share of the earlier classes of which the step knew nothing, 0..1.
 
-        A class is known by its cells in the images and those replayed, divided by :data:`_FOUND` and :data:`_REPLAYED`
+        A class is known by its cells in the images and the stored ones, divided by :data:`_FOUND` and :data:`_STORED`
         times the number of the new classes' cells, at most 1.
         """
-        old, new = slice(1, ctx.first_new), self.totals[ctx.first_new :].sum()
-        found, replayed = self.found[old], (self.totals - self.found)[old]
-        return 1 - float((found / (_FOUND * new) + replayed / (_REPLAYED * new)).clamp_max(1).mean())
+        old, new = slice(1, ctx.first_new), self.found[ctx.first_new :].sum()
+        known = self.found[old] / (_FOUND * new) + self.stored[old] / (_STORED * new)
+        return 1 - float(known.clamp_max(1).mean())
 
     def _fit(self, ctx: StepContext, cells: Cells, classes: Sequence[int], total: int, crops: int) -> None:
         """Fit mixtures of classes and put them into the bank, where those that have a cell replace earlier ones.
