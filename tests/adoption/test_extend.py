@@ -141,7 +141,8 @@ def test_part_of_a_class(original: Make, photos: Callable[[int], tuple[Path, Pat
     assert isinstance(model, ExtendedSegmenter) and model.extension.within == [2]
     with torch.no_grad():
         output = model(model.normalize(images((64, 64))))
-        odds = model.heads[1](output.features[:, : model.extension.width])
+        described, own = output.features.split([model.extension.width, 4], 1)
+        odds = model.heads[1](described, own[:, 2:3], own.amax(1, keepdim=True))
     torch.testing.assert_close(output.logits[:, 4:], output.logits[:, 2:3] + odds)
     _check_kept(step, learnt, images((64, 64), 4), hearts[0])
 

@@ -18,7 +18,7 @@ from starseg.experiments.train import train
 from starseg.finetuning.prepare import default_method
 from starseg.methods import METHODS
 from starseg.models.classifiers import last_layer
-from starseg.models.extended import ANY, ExtendedSegmenter, extend
+from starseg.models.extended import ANY, AddedHead, ExtendedSegmenter, extend
 
 QUIET = Console(quiet=True)
 PIXELS = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -64,12 +64,53 @@ def test_the_output_of_a_head_is_the_log_odds_against_what_was_there(within: int
     torch.testing.assert_close(again, output.logits)
 
 
-def test_what_is_not_known_of_earlier_classes_costs_new_ones_a_margin() -> None:
+def test_how_much_is_known_of_earlier_classes() -> None:
     harness = MethodHarness("constellation-extend")
     harness.walk(1)
     method, ctx, _ = harness.enter(1)
-    method.totals = torch.tensor([9.0, 0.0, 25.0, 200.0, 100.0])
+    method.found = torch.tensor([9.0, 0.0, 25.0, 200.0, 100.0])
+    method.stored = torch.zeros(4)
     assert method._unknown(ctx) == pytest.approx(0.5)  # nothing of the first class, half enough of the second
+    method.stored[1] += 5  # stored cells count five times as much
+    assert method._unknown(ctx) == pytest.approx(1 / 3)
+
+
+def test_cells_of_the_photos_are_replayed_instead_of_draws(tmp_path: Path, shapes: Path) -> None:
+    listed = tmp_path / "photos.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(shapes.glob("JPEGImages/val*"))))
+    harness = MethodHarness("constellation-extend", options={"photos": listed, "pseudo": 0.0})
+    harness.walk(1)
+    method, ctx, _ = harness.enter(1)
+    assert method.shown is not None and len(method.shown) == method.shown_counts.sum() > 0
+    starts = method.shown_counts.cumsum(0) - method.shown_counts
+    amounts = torch.full((len(method.bank.counts),), 50.0)
+    features, ids = method._draw(amounts, ctx.generator, 200)
+    for class_id, (first, number) in enumerate(zip(starts.tolist(), method.shown_counts.tolist(), strict=True)):
+        own = features[ids == class_id]
+        cells = method.shown[first : first + number].float()
+        assert not number or all((cells == row).all(1).any() for row in own)
+    assert (ids == 255).any() and method.shown_counts[0] == 0
+    replayed, new = method.totals[:4] - method.found[:4], method.found[4:].sum()
+    assert torch.equal(replayed[1:] >= new, method.stored[1:] > 0)
+
+
+@torch.no_grad()
+def test_a_restrained_head_decides_with_the_image_and_avoids_unlike_cells() -> None:
+    draw = torch.Generator().manual_seed(0)
+    head, described = AddedHead(6, 2), torch.randn(2, 6, 3, 4, generator=draw)
+    before, best = (torch.randn(2, 1, 3, 4, generator=draw) for _ in range(2))
+    trained = head(described)
+    assert torch.equal(head(described, before, best), trained)
+    mean, variance = torch.randn(6, generator=draw), torch.rand(6, generator=draw) + 0.5
+    head.penalise(1, mean, variance, 4.0)
+    head.restrain(1.5, 0.25)
+    score = ((described - mean[:, None, None]).square() / variance[:, None, None]).mean(1)
+    odds = trained - 1.5
+    odds[:, 1] -= 4 * (score - 1).clamp_min(0)
+    torch.testing.assert_close(head(described), odds)
+    lead, share = before + odds - best, trained.sigmoid()
+    whole = (lead * share).sum((2, 3), keepdim=True) / share.sum((2, 3), keepdim=True)
+    torch.testing.assert_close(before + head(described, before, best) - best, 0.75 * lead + 0.25 * whole)
 
 
 def test_only_the_method_itself_continues_from_an_extended_network() -> None:

@@ -49,6 +49,11 @@ def test_a_mixture_has_the_moments_of_its_class() -> None:
         drawn, own = features[ids == class_id], joined(cells, class_id)
         torch.testing.assert_close(drawn.mean(0), own.mean(0), atol=0.3, rtol=0)
         torch.testing.assert_close(drawn.T.cov(), own.T.cov(), atol=0.15, rtol=0.05)
+        moments = bank.moments(class_id)
+        assert moments is not None
+        torch.testing.assert_close(moments[0], own.mean(0), atol=0.01, rtol=1e-3)
+        torch.testing.assert_close(moments[1], own.var(0), atol=0.01, rtol=0.02)
+    assert bank.moments(3) is None
 
 
 def test_a_draw_of_fixed_size_marks_the_rows_beyond_it() -> None:

@@ -22,10 +22,11 @@ from starseg.methods.protocol import Group, Method, Stage, StepContext, register
 from starseg.methods.recipes import Recipes
 from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Segmenter
-from starseg.models.classifiers import SOFTMAX, HeadLayout, last_layer
+from starseg.models.classifiers import SOFTMAX, HeadLayout
 from starseg.models.decoders import Descriptor
-from starseg.models.extended import ExtendedSegmenter, extend
+from starseg.models.extended import AddedHead, ExtendedSegmenter, extend
 from starseg.replay.gaussians import Cells, GaussianBank, fit_mixtures
+from starseg.replay.statistics import count_ids
 from starseg.tasks import BACKGROUND, IGNORE
 from starseg.utils.files import read_text, split_lines
 
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 # Cells that are used of a crop: neighbours of a fine grid are nearly the same.
 _CELLS = 512
-# Share of the new classes' number of cells from which an earlier class counts as known.
-_KNOWN = 0.5
+# Share of the new classes' number of cells from which an earlier class counts as known: of cells that the network finds
+# in the new images, where it errs around the new objects, and of stored cells.
+_FOUND, _STORED = 0.5, 0.1
 # Unlabelled photos that are looked at.
 _PHOTOS = 512
 
@@ -49,15 +51,26 @@ class ExtendOptions(ClassifierOptions):
     """Training id of what the new classes belonged to before: 0 the background, -1 any class."""
     refine: bool = False
     """Whether a factor and an offset for each logit of the network itself are trained as well."""
-    margin: float = Field(4.0, ge=0)
+    averaging: float = Field(0.7, ge=0, le=1)
+    """Weight of the whole image in the decision about a cell if nothing is known of the earlier classes."""
+    margin: float = Field(2.5, ge=0)
     """Subtracted from the log-odds of new classes if nothing is known of the earlier ones; less, if of some."""
+    penalty: float = Field(10.0, ge=0)
+    """Subtracted likewise, times how much the mean squared z-score of a cell's features in the new class exceeds 1."""
     photos: Path | None = None
     """List of unlabelled images, whose confident predictions of the network's own classes are replayed."""
 
 
 @register_method("constellation-extend")
 class ConstellationExtend(GaussianReplay):
-    """Added classes on a descriptor of a frozen network, whose own logits stay as they are."""
+    """Added classes on a descriptor of a frozen network, whose own logits stay as they are.
+
+    Attributes:
+        shown: [n, D + C0] float16 features of cells of earlier classes in the unlabelled photos, ordered by class; None
+            without photos.
+        shown_counts: [1 + K] int64 number of these of each class.
+        stored: [1 + K] float64 cells of each earlier class that the bank had at the beginning of the step.
+    """
 
     summary = "frozen network with its own logits; each step adds classes that compete with them"
     source = "starseg"
@@ -67,6 +80,12 @@ class ConstellationExtend(GaussianReplay):
     later_options = frozenset(ExtendOptions.model_fields)
     Options = ExtendOptions
     options: ExtendOptions
+
+    def __init__(self, options: ExtendOptions) -> None:
+        super().__init__(options)
+        self.shown: Tensor | None = None
+        self.shown_counts: Tensor
+        self.stored: Tensor
 
     def grow(self, model: Segmenter, classes: int) -> Segmenter:
         """Return the network with a head for new classes on its descriptor."""
@@ -110,6 +129,7 @@ class ConstellationExtend(GaussianReplay):
             self._fit_descriptor(ctx)
         if self.options.photos:
             self._measure_photos(ctx, self.options.photos)
+        self.stored = torch.zeros(ctx.first_new, dtype=torch.float64, device=ctx.device)
         self._plan(ctx)
 
     def _descriptor(self, model: Segmenter) -> Descriptor:
@@ -152,15 +172,37 @@ class ConstellationExtend(GaussianReplay):
             own = (chance > self.options.pseudo) & (winner != BACKGROUND)
             found.append((features, torch.where(own, winner, IGNORE)))
         self._fit(ctx, lambda: found, range(1, ctx.first_new), ctx.first_new, 1)
+        features, labels = map(torch.cat, zip(*found, strict=True))
+        order = labels.argsort()[: int((labels != IGNORE).sum())]
+        self.shown, self.shown_counts = features[order].half(), count_ids(labels, ctx.first_new)
+
+    def _missing(self, ctx: StepContext) -> Tensor:
+        """Return the stored counts [1 + K], for a class that is stored at all at least the number of the new cells.
+
+        A new image shows the new class for certain, but how often the network will see it is not known. What it finds
+        of an earlier class in the new images is not subtracted, because it errs around the new objects.
+        """
+        assert self.bank is not None, "nothing is replayed without a bank"
+        self.stored = self.bank.counts.double() * self.options.replay
+        missing = self.stored.maximum(self.found[ctx.first_new :].sum()).where(self.stored > 0, self.stored)
+        missing[BACKGROUND] = self.stored[BACKGROUND]
+        return missing
+
+    def _draw_all(self, amounts: Tensor, generator: torch.Generator, size: int | None) -> tuple[Tensor, Tensor]:
+        """Draw features: of classes that the unlabelled photos show, cells of these; of others, from the bank."""
+        features, ids = super()._draw_all(amounts, generator, size)
+        if self.shown is None or not len(self.shown):
+            return features, ids
+        known = ids.where(ids != IGNORE, BACKGROUND)
+        number, first = self.shown_counts[known], (self.shown_counts.cumsum(0) - self.shown_counts)[known]
+        chance = torch.rand(len(ids), generator=generator, device=ids.device)
+        cells = self.shown[(first + (chance * number).long()).clamp_max(len(self.shown) - 1)].float()
+        return torch.where((number > 0)[:, None], cells, features), ids
 
     def end_step(self, ctx: StepContext) -> None:
         """Fit the mixtures of the new classes, and of earlier classes that the bank does not hold yet."""
         if ctx.stage.name == NETWORK:
             return
-
-        bias = last_layer(ctx.model.heads[-1]).bias
-        assert bias is not None
-        bias -= self.options.margin * self._unknown(ctx)
 
         def cells() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self._batches(ctx):
@@ -170,15 +212,28 @@ class ConstellationExtend(GaussianReplay):
         held = set(self.bank.owners.tolist()) if self.bank else set()
         classes = ctx.first_new + ctx.new_classes
         self._fit(ctx, cells, [c for c in range(classes) if c not in held], classes, ctx.stage.crops)
+        self._restrain(ctx)
+
+    def _restrain(self, ctx: StepContext) -> None:
+        """Lower the log-odds of the new classes by as much as is not known of the earlier ones."""
+        assert self.bank is not None, "the mixtures have just been fitted"
+        unknown, head, options = self._unknown(ctx), ctx.model.heads[-1], self.options
+        assert isinstance(head, AddedHead)
+        head.restrain(options.margin * unknown, options.averaging * unknown)
+        for row in range(ctx.new_classes):
+            if moments := self.bank.moments(ctx.first_new + row):
+                mean, variance = (part[: self._descriptor(ctx.model).width] for part in moments)
+                head.penalise(row, mean, variance, options.penalty * unknown)
 
     def _unknown(self, ctx: StepContext) -> float:
         """Return the share of the earlier classes of which the step knew nothing, 0..1.
 
-        A class with n cells, in the images or replayed, is known by n / (:data:`_KNOWN` times the new classes' cells),
-        at most 1.
+        A class is known by its cells in the images and the stored ones, divided by :data:`_FOUND` and :data:`_STORED`
+        times the number of the new classes' cells, at most 1.
         """
-        new = self.totals[ctx.first_new :].sum()
-        return 1 - float((self.totals[1 : ctx.first_new] / (_KNOWN * new)).clamp_max(1).mean())
+        old, new = slice(1, ctx.first_new), self.found[ctx.first_new :].sum()
+        known = self.found[old] / (_FOUND * new) + self.stored[old] / (_STORED * new)
+        return 1 - float(known.clamp_max(1).mean())
 
     def _fit(self, ctx: StepContext, cells: Cells, classes: Sequence[int], total: int, crops: int) -> None:
         """Fit mixtures of classes and put them into the bank, where those that have a cell replace earlier ones.

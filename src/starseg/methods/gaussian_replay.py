@@ -77,7 +77,8 @@ class GaussianReplay(Method):
 
     Attributes:
         bank: the mixtures; None before the first are fitted.
-        totals: [C] cells of each training id in the step's images and in what is replayed.
+        found: [C] float64 cells of each training id in the step's images, as :meth:`_labels` returns them.
+        totals: [C] float64 these and the cells that are replayed.
         known: [n, c] uint8 labels of the cells that the engine holds in memory, completed by the previous classifier;
             None if it holds none.
     """
@@ -88,6 +89,7 @@ class GaussianReplay(Method):
     def __init__(self, options: ClassifierOptions) -> None:
         super().__init__(options)
         self.bank: GaussianBank | None = None
+        self.found: Tensor
         self.totals: Tensor
         self.known: Tensor | None = None
         self.amounts: Tensor
@@ -142,15 +144,12 @@ class GaussianReplay(Method):
             found += count_ids(labels, classes)
             parts.append(labels.to(torch.uint8).view(len(batch), -1))
         self.known = torch.cat(parts) if ctx.cached else None
-        found = ctx.all_reduce_sum(found) / ctx.stage.crops
+        self.found = ctx.all_reduce_sum(found) / ctx.stage.crops
         per_pass = ctx.iterations / ctx.stage.crops
-        totals = found.clone()
+        totals = self.found.clone()
         if self.bank:
             self.bank = self.bank.to(ctx.device)
-            missing = self.bank.counts.double() * self.options.replay
-            if ctx.task.setting == "overlap":
-                missing[1:] -= found[1 : ctx.first_new]
-            missing = missing.clamp_min(0)
+            missing = self._missing(ctx)
             owed = (missing / per_pass).float()
             self.amounts = self.options.draws * owed.sqrt() / owed.sqrt().sum().clamp_min(1e-12)
             self.draw_weights = owed / self.amounts.clamp_min(1e-12)
@@ -160,6 +159,14 @@ class GaussianReplay(Method):
         self.totals = totals
         share = totals.clamp_min(1) / totals.sum()
         self.class_weights = share.pow(-self.options.balance).float()
+
+    def _missing(self, ctx: StepContext) -> Tensor:
+        """Return how many cells [1 + K] of each earlier class are to be replayed in a pass over the images."""
+        assert self.bank is not None, "nothing is replayed without a bank"
+        missing = self.bank.counts.double() * self.options.replay
+        if ctx.task.setting == "overlap":
+            missing[1:] -= self.found[1 : ctx.first_new]
+        return missing.clamp_min(0)
 
     def _batches(self, ctx: StepContext) -> Iterator[Batch]:
         return ctx.cached() if ctx.cached else ctx.scan("crop 0")
@@ -235,10 +242,14 @@ class GaussianReplay(Method):
         return (logits.softmax(1)[:, ctx.first_new :].sum(1) > self.options.shift) & (ids == BACKGROUND)
 
     def _draw(self, amounts: Tensor, generator: torch.Generator, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draw features from the bank and return this process's share."""
-        assert self.bank is not None, "begin_step refuses a later step without a bank"
-        features, ids = self.bank.draw(amounts, generator, size)
+        """Draw features and return this process's share."""
+        features, ids = self._draw_all(amounts, generator, size)
         return features[self.ctx.rank :: self.ctx.world], ids[self.ctx.rank :: self.ctx.world]
+
+    def _draw_all(self, amounts: Tensor, generator: torch.Generator, size: int | None) -> tuple[Tensor, Tensor]:
+        """Draw features from the bank; see :meth:`GaussianBank.draw`."""
+        assert self.bank is not None, "begin_step refuses a later step without a bank"
+        return self.bank.draw(amounts, generator, size)
 
     def _mean(self, terms: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean of the terms [n] that count, over all processes."""

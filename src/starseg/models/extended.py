@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starseg.models.architectures import Architecture, Extension
@@ -25,6 +26,7 @@ ANY = -1
 # Units of the hidden layer of an added head, smallest stride of a descriptor, and number of maps that it reads: the two
 # deepest of the encoder and the network's own feature map.
 _HIDDEN, _FINEST, _MAPS = 256, 4, 3
+_LEAST_SHARE = 1e-6
 
 
 @dataclass
@@ -44,6 +46,68 @@ class Calibration(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """Compute the calibrated logits [N, C0, *, *]."""
         return logits * self.scale + self.bias
+
+
+class AddedHead(nn.Sequential):
+    """Log-odds of added classes, from a hidden layer, and what restrains them where old classes are not known.
+
+    Args:
+        width: number of descriptor channels D.
+        classes: number of added classes K.
+
+    Attributes:
+        margin: [] subtracted from the log-odds.
+        averaging: [] weight with which a cell takes part in the decision of the whole image, 0..1.
+        penalty_weight: [K, 2 D, 1, 1] weights of the squared channels and of the channels.
+        penalty_bias: [K].
+    """
+
+    margin: Tensor
+    averaging: Tensor
+    penalty_weight: Tensor
+    penalty_bias: Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(nn.Conv2d(width, _HIDDEN, 1), nn.ReLU(), nn.Conv2d(_HIDDEN, classes, 1))
+        self.register_buffer("margin", torch.zeros(()))
+        self.register_buffer("averaging", torch.zeros(()))
+        self.register_buffer("penalty_weight", torch.zeros(classes, 2 * width, 1, 1))
+        self.register_buffer("penalty_bias", torch.zeros(classes))
+
+    def forward(self, described: Tensor, before: Tensor | None = None, best: Tensor | None = None) -> Tensor:
+        """Compute the log-odds [N, K, h, w].
+
+        Args:
+            described: [N, D, h, w] descriptor channels.
+            before: [N, 1, h, w] logit of what the added classes belonged to before; None for cells that are no image.
+            best: [N, 1, h, w] largest of the earlier logits; likewise.
+        """
+        trained = super().forward(described)
+        channels = torch.cat([described.square(), described], 1)
+        odds = trained - self.margin - F.conv2d(channels, self.penalty_weight, self.penalty_bias).relu()
+        if before is None or best is None:
+            return odds
+        lead, share = before + odds - best, trained.sigmoid()
+        mean = (lead * share).sum((2, 3), keepdim=True) / share.sum((2, 3), keepdim=True).clamp_min(_LEAST_SHARE)
+        return odds + self.averaging * (mean - lead)
+
+    def restrain(self, margin: float, averaging: float) -> None:
+        """Set the margin and the weight of the image's decision."""
+        self.margin.fill_(margin)
+        self.averaging.fill_(averaging)
+
+    def penalise(self, row: int, mean: Tensor, variance: Tensor, strength: float) -> None:
+        """Set the penalty of a class: ``strength`` times the excess over 1 of the mean squared z-score of the channels.
+
+        Args:
+            row: row of the class in this head.
+            mean: [D] of the cells that the class was learnt from.
+            variance: [D] likewise.
+            strength: at least 0.
+        """
+        scale = strength / (len(mean) * variance)
+        self.penalty_weight[row] = torch.cat([scale, -2 * scale * mean])[:, None, None]
+        self.penalty_bias[row] = scale @ mean.square() - strength
 
 
 class ExtendedSegmenter(Segmenter):
@@ -104,8 +168,7 @@ class ExtendedSegmenter(Segmenter):
             super().add_head(classes)
             return
         like, width = next(self.encoder.parameters()), self.extension.width
-        head = nn.Sequential(nn.Conv2d(width, _HIDDEN, 1), nn.ReLU(), nn.Conv2d(_HIDDEN, classes, 1))
-        self.heads.append(head.to(like.device))
+        self.heads.append(AddedHead(width, classes).to(like.device))
         self.head_sizes.append(classes)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -128,8 +191,9 @@ class ExtendedSegmenter(Segmenter):
         own = torch.cat([head(hidden) for head in (*self.lead.values(), *self.heads[: self.extension.heads])], 1)
         described = self.descriptor(found, grid)
         extra = self._classify_extra(extra_features)
-        features = torch.cat([described, to_grid(own, self._ratio, grid)], 1)
-        return Output(features, self._extend(own, described), extra, found if maps else None)
+        coarse = to_grid(own, self._ratio, grid)
+        logits = self._extend(own, described, coarse)
+        return Output(torch.cat([described, coarse], 1), logits, extra, found if maps else None)
 
     def describe(self, images: Tensor) -> tuple[list[Tensor], Sequence[int]]:
         """Return the maps that the descriptor reads, the last but one of them the feature map, and its grid."""
@@ -140,24 +204,35 @@ class ExtendedSegmenter(Segmenter):
         grid = maps[strides.index(stride)].shape[-2:] if stride in strides else [s // stride for s in images.shape[-2:]]
         return [*maps[:-1], features, maps[-1]], grid
 
-    def _extend(self, own: Tensor, described: Tensor) -> Tensor:
+    def _extend(self, own: Tensor, described: Tensor, coarse: Tensor | None = None) -> Tensor:
         """Append the logits of added classes to the network's own.
 
         Args:
             own: [N, C0, H, W].
             described: [N, D, h, w].
+            coarse: [N, C0, h, w] the network's own logits as well; None if the cells are no images.
 
         Returns:
             [N, C, H, W].
         """
         logits = self.calibration(own)
+        around = None if coarse is None else self.calibration(coarse)
         for head, within in zip(self.heads[self.extension.heads :], self.extension.within, strict=True):
-            odds = head(described)
+            if around is None:
+                odds = head(described)
+            else:
+                before = _before(around, within)
+                odds = head(described, before, around.amax(1, keepdim=True))
+                around = torch.cat([around, before + odds], 1)
             if odds.shape[-2:] != own.shape[-2:] or torch.onnx.is_in_onnx_export():
                 odds = resize(odds, own.shape[-2:])
-            before = logits.logsumexp(1, keepdim=True) if within == ANY else logits[:, within : within + 1]
-            logits = torch.cat([logits, before + odds], 1)
+            logits = torch.cat([logits, _before(logits, within) + odds], 1)
         return logits
+
+
+def _before(logits: Tensor, within: int) -> Tensor:
+    """Return the logit [N, 1, *, *] of what added classes belonged to before."""
+    return logits.logsumexp(1, keepdim=True) if within == ANY else logits[:, within : within + 1]
 
 
 def extend(model: Segmenter, classes: int, within: int, width: int, window: int) -> ExtendedSegmenter:

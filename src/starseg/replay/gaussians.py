@@ -79,6 +79,16 @@ class GaussianBank(TensorRecord):
         factors = self.factors.movedim(2, 0).float()
         return self.means.float(), self.deviations.float(), factors.contiguous()
 
+    def moments(self, class_id: int) -> tuple[Tensor, Tensor] | None:
+        """Return the mean [D] and the variance [D] of the features of a class, float32; None if it has no modes."""
+        own = self.owners == class_id
+        if not own.any():
+            return None
+        weights, means = self.weights[own], self.means[own].float()
+        mean = weights @ means
+        variance = self.deviations[own].float().square() + self.factors[own].float().square().sum(2)
+        return mean, weights @ (variance + (means - mean).square())
+
     def replace(self, new: GaussianBank, counts: Tensor) -> GaussianBank:
         """Return a bank with the modes of ``new`` in place of those of the same classes.
 
