@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from starseg.ops import depthwise
-from starseg.ops.fused_layers import _weight_grad, cpu_capability
+from starseg.ops import by_taps, depthwise
+from starseg.ops.fused_layers import cpu_capability
 from starseg.utils.precision import is_bf16_fast
 
 # Channels in and out, side of the map, stride, dilation.
@@ -66,7 +66,7 @@ def onednn(slope: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: in
     return least(lambda: torch.ops.aten.convolution_backward(slope, x, weight, None, *rest))
 
 
-def by_taps(dtype: torch.dtype) -> None:
+def measure_taps(dtype: torch.dtype) -> None:
     """Print the times of the weight gradients of convolutions."""
     print(f"{cpu_capability(dtype)}, {dtype}: milliseconds for 2 images, oneDNN / by taps = times faster")
     for inputs, outputs, side, stride, dilation in CASES:
@@ -74,12 +74,12 @@ def by_taps(dtype: torch.dtype) -> None:
         weight = torch.randn(outputs, inputs, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
         geometry = (stride, stride), (dilation, dilation), (dilation, dilation)
         a = onednn(slope, x, weight, geometry, 1, [False, True, False])
-        b = least(lambda args=(slope, x, weight, *geometry): _weight_grad(*args))
+        b = least(lambda args=(slope, x, weight, *geometry): by_taps.weight_grad(*args))
         shape = f"{inputs} -> {outputs}, {side} x {side}, stride {stride}, dilation {dilation}"
         print(f"{shape}: {a:.1f} / {b:.1f} = {a / b:.2f}", flush=True)
 
 
-def by_parts(dtype: torch.dtype) -> None:
+def measure_depthwise(dtype: torch.dtype) -> None:
     """Print the times of both gradients of depthwise convolutions."""
     print(f"{cpu_capability(dtype)}, {dtype}, depthwise: milliseconds for 16 images, oneDNN / starseg = times faster")
     for channels, side, kernel, stride, dilation in DEPTHWISE_CASES:
@@ -101,8 +101,8 @@ def by_parts(dtype: torch.dtype) -> None:
 def main() -> None:
     fast = is_bf16_fast(torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16) if fast else (torch.float32,):
-        by_taps(dtype)
-        by_parts(dtype)
+        measure_taps(dtype)
+        measure_depthwise(dtype)
 
 
 if __name__ == "__main__":

@@ -229,3 +229,45 @@ def test_an_activation_is_applied_with_the_convolution_if_nothing_is_trained(
     with torch.no_grad():
         assert find_activation(net[1].act, x, torch.float64) is None and find_activation(nn.SiLU(), x, x.dtype) is None
     assert known or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or half
+
+
+def test_fused_weights_are_computed_again_only_after_a_change() -> None:
+    """Of the convolution or of its batch norm, or for another data type; training computes them every time."""
+    conv, norm = Conv2d(3, 4, 3), BatchNorm2d(4)
+    norm.running_var.uniform_(0.5, 2)
+    network, image = nn.Sequential(conv, norm).eval(), torch.randn(1, 3, 8, 8)
+    conv.norm, norm.fused = (norm,), True
+    calls: list[None] = []
+    compute = conv._fuse
+    conv._fuse = lambda norm: calls.append(None) or compute(norm)  # type: ignore[method-assign]
+
+    def check(times: int, dtype: torch.dtype = torch.float32) -> None:
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for _ in range(3):
+                found = network(image)
+        want = norm._affine_map()[0][:, None, None] * nn.functional.conv2d(image, conv.weight, conv.bias)
+        want += norm._affine_map()[1][:, None, None]
+        torch.testing.assert_close(found.float(), want, rtol=2e-2, atol=5e-2 if dtype == torch.bfloat16 else 1e-4)
+        assert found.dtype == dtype
+        assert len(calls) == times
+
+    norm.requires_grad_(False)
+    check(3)
+    with torch.no_grad():
+        check(1)
+        check(0)
+        check(1, torch.bfloat16)
+        conv.weight.mul_(2)
+        check(1)
+        norm.bias.add_(1)
+        check(1)
+    conv.requires_grad_(False)
+    check(0)
+    del conv._fuse
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        twin[0].weight.mul_(0)
+    torch.testing.assert_close(
+        twin(image), (norm._affine_map()[1] + conv.bias * norm._affine_map()[0])[:, None, None].expand(1, 4, 6, 6)
+    )

@@ -3,30 +3,25 @@
 - A frozen batch norm with scale s and shift t is folded into the preceding convolution:
   conv(x, w) s + t = conv(x, s w) + t. This saves writing, reading and storing a feature map. Gradients flow through
   s w to w.
-- On a CPU, the gradient with respect to the weights of a 3x3 convolution is computed as one matrix product per tap,
-  over only the pixels that the tap reads, where that was measured to be faster (:data:`BY_TAPS`). In channels_last,
-  oneDNN's kernel can be slower than a matrix product and also multiplies the padding, which is most of a dilated tap's
-  work on a small map.
-- On a CPU, the gradients of depthwise convolutions are computed as in :mod:`starseg.ops.depthwise`, where that was
-  measured to be faster (:data:`DEPTHWISE`).
+- On a CPU, gradients are computed as in :mod:`starseg.ops.by_taps` and :mod:`starseg.ops.depthwise` where that was
+  measured to be faster (:data:`BY_TAPS`, :data:`DEPTHWISE`).
 
-Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels out.
+Shape letters: N images, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm import layers
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from starseg.ops.activated_conv import Activation, convolve_activated, find_activation
+from starseg.ops.by_taps import ByTapsConv2d
 from starseg.ops.depthwise import DepthwiseConv2d, is_depthwise
 
 # The matrix product of a tap has in_channels columns; if there are few, copying costs more than the product saves.
@@ -63,11 +58,35 @@ DEPTHWISE = {
 """The same for the gradients of depthwise convolutions (the same script)."""
 
 
+class _Memo:
+    """A value computed from tensors, which is computed again after one of them has changed.
+
+    Copies of a layer start without the value. PyTorch does not count an update of running statistics in training as a
+    change of theirs, but it counts one of the number of batches.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[object, ...] = ()
+        self._value: Any = None
+
+    def get(self, tensors: Iterable[Tensor | None], compute: Callable[[], Any], *choices: object) -> Any:
+        """Return the value for these tensors and choices. Tensors of inference mode cannot be used in training."""
+        values = ((t.data_ptr(), t.device, t.dtype, t._version) for t in tensors if t is not None)
+        state = (torch.is_inference_mode_enabled(), *choices, *values)
+        if state != self._state:
+            with torch.no_grad():
+                self._state, self._value = state, compute()
+        return self._value
+
+    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
+        return _Memo, ()
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that returns its input unchanged if the preceding convolution has already applied it."""
 
     fused = False
-    _known: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+    _memo: _Memo | None = None
 
     @property
     def constant(self) -> bool:
@@ -78,6 +97,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         learns = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         return not (self.training or learns or torch.onnx.is_in_onnx_export())
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that scale and shift depend on."""
+        return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift, [C] each.
 
@@ -86,26 +110,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         if not self.constant or torch.compiler.is_compiling() or self.weight.is_inference():
             return self._affine_map()
-        state = self._state()
-        if self._known is None or self._known[0] != state:
-            with torch.no_grad():
-                self._known = state, self._affine_map()
-        return self._known[1]
+        self._memo = self._memo or _Memo()
+        return self._memo.get(self.tensors, self._affine_map)
 
     def _affine_map(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
-
-    def _state(self) -> tuple[object, ...]:
-        """Identify the values of parameters and statistics without reading them.
-
-        PyTorch does not count an update of the running statistics in training as a change of theirs, but it counts one
-        of the number of batches. Tensors made in inference mode cannot be used in training.
-        """
-        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked)
-        values = ((t.data_ptr(), t.device, t.dtype, t._version) for t in tensors if t is not None)
-        return torch.is_inference_mode_enabled(), *values
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [N, C, H, W], or return it unchanged if the preceding convolution has done so."""
@@ -135,16 +146,12 @@ class Conv2d(nn.Conv2d):
     """
 
     norm: tuple[BatchNorm2d, ...] = ()
+    _memo: _Memo | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, H, W] and apply the fused batch norm."""
-        weight, bias = self.weight, self.bias
-        for norm in self.norm:
-            if norm.constant:
-                scale, shift = norm.affine_map()
-                weight = weight * scale[:, None, None, None]
-                bias = shift if bias is None else bias * scale + shift
         dtype = _compute_dtype(x)
+        weight, bias = self._fused(dtype)
         if bias is not None and (activation := self._activation(x, dtype)):
             return convolve_activated(self, x.to(dtype), weight.to(dtype), bias.to(dtype), activation)
         if (faster := _faster_gradients(self, x, bias)) is not None:
@@ -156,6 +163,27 @@ class Conv2d(nn.Conv2d):
         """Return the activation that is applied in the same kernel; None if it is applied afterwards."""
         norms = [norm for norm in self.norm if isinstance(norm, BatchNormAct2d)]
         return norms[0].activation(x, dtype) if norms else None
+
+    def _fused(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias with the fused batch norm, which are computed once unless they are trained."""
+        norm = next((norm for norm in self.norm if norm.constant), None)
+        if norm is None:
+            return self.weight, self.bias
+        own = (self.weight, self.bias)
+        if (
+            (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in own))
+            or torch.compiler.is_compiling()
+            or self.weight.is_inference()
+        ):
+            self._memo = None
+            return self._fuse(norm)
+        self._memo = self._memo or _Memo()
+        return self._memo.get((*own, *norm.tensors), lambda: [part.to(dtype) for part in self._fuse(norm)], dtype)
+
+    def _fuse(self, norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
+        scale, shift = norm.affine_map()
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return self.weight * scale[:, None, None, None], bias
 
 
 class Conv2dSame(Conv2d):
@@ -197,12 +225,13 @@ def _faster_gradients(conv: Conv2d, x: Tensor, bias: Tensor | None) -> type[torc
     narrow = conv.in_channels < _FEWEST_CHANNELS or conv.weight[0, 0].numel() > _MOST_TAPS
     if conv.groups > 1 or narrow or not _is_faster(BY_TAPS, conv, _compute_dtype(x)):
         return None
-    return _ByTaps
+    return ByTapsConv2d
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the data type in which a convolution of x is computed on a CPU."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    """Return the data type in which a convolution of x is computed."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _is_faster(measured: dict[tuple[str, torch.dtype], Faster], conv: Conv2d, dtype: torch.dtype) -> bool:
@@ -222,75 +251,6 @@ def cpu_capability(dtype: torch.dtype) -> str:
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     names = [name for name in ("amx_bf16", "avx512_bf16") if known.get(name)] if dtype == torch.bfloat16 else []
     return names[0].upper() if names else "none"
-
-
-class _ByTaps(torch.autograd.Function):
-    """Convolution whose weight gradient is computed as one matrix product per tap."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation = ctx.geometry
-        grad_input = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_input = torch.ops.aten.convolution_backward(
-                grad_output, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
-            )[0]
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grad(grad_output, x, weight, *ctx.geometry)
-        return grad_input, grad_weight, None, None, None, None
-
-
-def _weight_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    """Return the weight gradient [O, C, *, *] of a convolution, given that of its output [N, O, h, w] and its input."""
-    grad_output, x = grad_output.movedim(1, -1), x.movedim(1, -1)
-    found = torch.zeros_like(weight.movedim(1, -1), memory_format=torch.contiguous_format)
-    taps = [
-        [
-            _valid_range(grad_output.shape[1 + a], x.shape[1 + a], i * dilation[a] - padding[a], stride[a])
-            for i in range(found.shape[1 + a])
-        ]
-        for a in (0, 1)
-    ]
-    for i, (out_rows, in_rows) in enumerate(taps[0]):
-        for j, (out_columns, in_columns) in enumerate(taps[1]):
-            there = grad_output[:, out_rows, out_columns].reshape(-1, grad_output.shape[-1])
-            here = x[:, in_rows, in_columns].reshape(-1, x.shape[-1])
-            found[:, i, j] = there.T @ here
-    return found.movedim(-1, 1)
-
-
-def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[slice, slice]:
-    """Return the range of outputs o along an axis at which a tap reads inside the input, and the input range it reads.
-
-    At output o, the tap reads the input at stride * o + offset.
-    """
-    first, last = max(0, -(offset // stride)), min(outputs - 1, (inputs - 1 - offset) // stride)
-    if first > last:
-        return slice(0, 0), slice(0, 0)
-    return slice(first, last + 1), slice(stride * first + offset, stride * last + offset + 1, stride)
 
 
 def fuse_batch_norm(network: nn.Module, *inputs: Any) -> None:
