@@ -90,7 +90,8 @@ def compute_features(
     draw, parts = torch.Generator().manual_seed(seed), []
     for batch in batches:
         with autocast():
-            features = torch.cat([model(part).features for part in model.parts(batch.images)])
+            images = batch.images.tensor_split(len(model.parts(batch.images)))
+            features = torch.cat([model(part).features for part in images])
         labels = sample_at_stride(batch.labels, model.feature_stride).flatten(1).cpu()
         vectors = features.to(torch.float16).flatten(2).movedim(1, 2).cpu()
         there = labels.shape[1]

@@ -34,8 +34,8 @@ _TIMM_NORMS = tuple(
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *_TIMM_NORMS)
 _DROPOUTS = (nn.modules.dropout._DropoutNd, timm.layers.DropPath, timm.layers.DropBlock2d, timm.layers.PatchDropout)
 _FORMER = {"backbone": "encoder", "aspp": "decoder", "output_stride": "stride"}
-# Pixels of one forward pass on a CPU in float32, so that the maps stay in its cache (docs/performance.md).
-_PIXELS = 512 * 512
+# Pixels of one forward pass on a CPU in float32 and in bf16, so that the maps stay in its cache (docs/performance.md).
+_PIXELS, _PIXELS_BF16 = 512 * 512, 768 * 768
 
 
 class Output(NamedTuple):
@@ -245,7 +245,7 @@ class Segmenter(nn.Module):
         """Split images into parts that are fastest to process: on a CPU, so small that the maps stay in its cache."""
         if self.mean.device.type != "cpu":
             return [images]
-        pixels = 2 * _PIXELS if torch.is_autocast_enabled("cpu") else _PIXELS
+        pixels = _PIXELS_BF16 if torch.is_autocast_enabled("cpu") else _PIXELS
         return images.split(max(1, pixels // images[0, 0].numel()))
 
     def forward(
