@@ -19,6 +19,7 @@ from starseg.finetuning.prepare import default_method
 from starseg.methods import METHODS
 from starseg.models.classifiers import last_layer
 from starseg.models.extended import ANY, AddedHead, ExtendedSegmenter, extend
+from starseg.replay.gaussians import GaussianBank
 
 QUIET = Console(quiet=True)
 PIXELS = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -68,11 +69,10 @@ def test_how_much_is_known_of_earlier_classes() -> None:
     harness = MethodHarness("constellation-extend")
     harness.walk(1)
     method, ctx, _ = harness.enter(1)
-    method.found = torch.tensor([9.0, 0.0, 25.0, 200.0, 100.0])
-    method.stored = torch.zeros(4)
+    none = torch.zeros(0, 8)
+    counts = torch.tensor([9.0, 0.0, 22.5, 200.0, 300.0])
+    method.bank = GaussianBank(counts, torch.zeros(0, dtype=torch.int32), none[:, 0], none, none, none[:, :, None])
     assert method._unknown(ctx) == pytest.approx(0.5)  # nothing of the first class, half enough of the second
-    method.stored[1] += 5  # stored cells count five times as much
-    assert method._unknown(ctx) == pytest.approx(1 / 3)
 
 
 def test_cells_of_the_photos_are_replayed_instead_of_draws(tmp_path: Path, shapes: Path) -> None:
@@ -91,7 +91,7 @@ def test_cells_of_the_photos_are_replayed_instead_of_draws(tmp_path: Path, shape
         assert not number or all((cells == row).all(1).any() for row in own)
     assert (ids == 255).any() and method.shown_counts[0] == 0
     replayed, new = method.totals[:4] - method.found[:4], method.found[4:].sum()
-    assert torch.equal(replayed[1:] >= new, method.stored[1:] > 0)
+    assert torch.equal(replayed[1:] >= new, method.bank.counts[1:4] > 0)
 
 
 @torch.no_grad()

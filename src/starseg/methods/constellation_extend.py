@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 # Cells that are used of a crop: neighbours of a fine grid are nearly the same.
 _CELLS = 512
-# Share of the new classes' number of cells from which an earlier class counts as known: of cells that the network finds
-# in the new images, where it errs around the new objects, and of stored cells.
-_FOUND, _STORED = 0.5, 0.1
+# Share of the new classes' number of cells from which an earlier class counts as known.
+_KNOWN = 0.15
 # Unlabelled photos that are looked at.
 _PHOTOS = 512
 
@@ -69,7 +68,6 @@ class ConstellationExtend(GaussianReplay):
         shown: [n, D + C0] float16 features of cells of earlier classes in the unlabelled photos, ordered by class; None
             without photos.
         shown_counts: [1 + K] int64 number of these of each class.
-        stored: [1 + K] float64 cells of each earlier class that the bank had at the beginning of the step.
     """
 
     summary = "frozen network with its own logits; each step adds classes that compete with them"
@@ -85,7 +83,6 @@ class ConstellationExtend(GaussianReplay):
         super().__init__(options)
         self.shown: Tensor | None = None
         self.shown_counts: Tensor
-        self.stored: Tensor
 
     def grow(self, model: Segmenter, classes: int) -> Segmenter:
         """Return the network with a head for new classes on its descriptor."""
@@ -129,7 +126,6 @@ class ConstellationExtend(GaussianReplay):
             self._fit_descriptor(ctx)
         if self.options.photos:
             self._measure_photos(ctx, self.options.photos)
-        self.stored = torch.zeros(ctx.first_new, dtype=torch.float64, device=ctx.device)
         self._plan(ctx)
 
     def _descriptor(self, model: Segmenter) -> Descriptor:
@@ -183,9 +179,9 @@ class ConstellationExtend(GaussianReplay):
         of an earlier class in the new images is not subtracted, because it errs around the new objects.
         """
         assert self.bank is not None, "nothing is replayed without a bank"
-        self.stored = self.bank.counts.double() * self.options.replay
-        missing = self.stored.maximum(self.found[ctx.first_new :].sum()).where(self.stored > 0, self.stored)
-        missing[BACKGROUND] = self.stored[BACKGROUND]
+        stored = self.bank.counts.double() * self.options.replay
+        missing = stored.maximum(self.found[ctx.first_new :].sum()).where(stored > 0, stored)
+        missing[BACKGROUND] = stored[BACKGROUND]
         return missing
 
     def _draw_all(self, amounts: Tensor, generator: torch.Generator, size: int | None) -> tuple[Tensor, Tensor]:
@@ -226,13 +222,14 @@ class ConstellationExtend(GaussianReplay):
                 head.penalise(row, mean, variance, options.penalty * unknown)
 
     def _unknown(self, ctx: StepContext) -> float:
-        """Return the share of the earlier classes of which the step knew nothing, 0..1.
+        """Return the share of the earlier classes of which nothing is known, 0..1.
 
-        A class is known by its cells in the images and the stored ones, divided by :data:`_FOUND` and :data:`_STORED`
-        times the number of the new classes' cells, at most 1.
+        A class is known by its cells in the bank, which now holds what the network found of it in the images, divided
+        by :data:`_KNOWN` times the number of the new classes' cells, at most 1.
         """
-        old, new = slice(1, ctx.first_new), self.found[ctx.first_new :].sum()
-        known = self.found[old] / (_FOUND * new) + self.stored[old] / (_STORED * new)
+        assert self.bank is not None, "the mixtures have just been fitted"
+        counts = self.bank.counts
+        known = counts[1 : ctx.first_new] / (_KNOWN * counts[ctx.first_new :].sum()).clamp_min(1)
         return 1 - float(known.clamp_max(1).mean())
 
     def _fit(self, ctx: StepContext, cells: Cells, classes: Sequence[int], total: int, crops: int) -> None:
