@@ -179,6 +179,8 @@ CHANGED = {
         "within": -1,
         "refine": True,
         "margin": 1.0,
+        "averaging": 0.5,
+        "penalty": 1.0,
         "photos": "photos.txt",
         "epochs": 2,
         "lr": 0.2,

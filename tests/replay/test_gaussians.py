@@ -141,3 +141,15 @@ def test_replacing_keeps_the_other_classes() -> None:
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), merged.state_dict().values(), strict=True)
     )
     assert GaussianBank.fits(merged.state_dict()) and not GaussianBank.fits({"counts": torch.zeros(1)})
+
+
+def test_a_channel_far_from_the_others_does_not_spoil_a_mixture() -> None:
+    """An unused logit of a network is -10,000 everywhere, beside features that hardly vary."""
+    draw = torch.Generator().manual_seed(0)
+    features = 1e-3 * torch.randn(64, 12, generator=draw)
+    features[:, 8:] = 1e-7
+    features[:, 3] = -1e4
+    labels = torch.ones(64, dtype=torch.long)
+    bank, _ = fit_mixtures(lambda: [(features, labels)], {1: 8}, 4, draw, lambda x: x)
+    for part in (bank.weights, bank.means, bank.deviations, bank.factors):
+        assert part.isfinite().all()

@@ -277,8 +277,7 @@ def _factorise(covariance: Tensor, factors: int) -> tuple[Tensor, Tensor]:
     top = min(factors, len(variance))
     for _ in range(_FACTOR_ROUNDS if top else 0):
         scale = rest.sqrt()
-        # Single precision takes half the time, and the factors are stored in half precision.
-        values, vectors = torch.linalg.eigh((covariance / scale[:, None] / scale).float())
+        values, vectors = torch.linalg.eigh(covariance / scale[:, None] / scale)
         common[:, :top] = scale[:, None] * vectors[:, -top:] * (values[-top:] - 1).clamp_min(0).sqrt()
         rest = (variance - common.square().sum(1)).maximum(least)
     return rest.sqrt(), common
