@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from starseg.ops import by_taps, depthwise
+from starseg.ops.convolution import Geometry, Gradient, Gradients, onednn_grad
 from starseg.ops.fused_layers import cpu_capability
 from starseg.utils.precision import is_bf16_fast
 
@@ -60,10 +61,11 @@ def draw(images: int, channels: int, pixels: int, dtype: torch.dtype) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-def onednn(slope: Tensor, x: Tensor, weight: Tensor, geometry: tuple, groups: int, wanted: list[bool]) -> float:
-    """Return the milliseconds of PyTorch's gradients."""
-    rest = (*geometry, False, [0, 0], groups, wanted)
-    return least(lambda: torch.ops.aten.convolution_backward(slope, x, weight, None, *rest))
+def faster(gradient: Gradient, of_weight: bool, slope: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """Return the milliseconds of oneDNN and of a gradient of this package, and their ratio."""
+    a = least(lambda: onednn_grad(slope, x, weight, geometry, of_weight))
+    b = least(lambda: gradient(slope, x, weight, geometry))
+    return f"{a:.1f} / {b:.1f} = {a / b:.2f}"
 
 
 def measure_taps(dtype: torch.dtype) -> None:
@@ -72,11 +74,9 @@ def measure_taps(dtype: torch.dtype) -> None:
     for inputs, outputs, side, stride, dilation in CASES:
         x, slope = draw(2, inputs, side, dtype), draw(2, outputs, side // stride, dtype)
         weight = torch.randn(outputs, inputs, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
-        geometry = (stride, stride), (dilation, dilation), (dilation, dilation)
-        a = onednn(slope, x, weight, geometry, 1, [False, True, False])
-        b = least(lambda args=(slope, x, weight, *geometry): by_taps.weight_grad(*args))
+        geometry = Geometry((stride, stride), (dilation, dilation), (dilation, dilation))
         shape = f"{inputs} -> {outputs}, {side} x {side}, stride {stride}, dilation {dilation}"
-        print(f"{shape}: {a:.1f} / {b:.1f} = {a / b:.2f}", flush=True)
+        print(f"{shape}: {faster(by_taps.weight_grad, True, slope, x, weight, geometry)}", flush=True)
 
 
 def measure_depthwise(dtype: torch.dtype) -> None:
@@ -85,16 +85,12 @@ def measure_depthwise(dtype: torch.dtype) -> None:
     for channels, side, kernel, stride, dilation in DEPTHWISE_CASES:
         x, slope = draw(16, channels, side, dtype), draw(16, channels, side // stride, dtype)
         weight, padding = torch.randn(channels, 1, kernel, kernel).to(dtype), dilation * (kernel - 1) // 2
-        geometry = (stride, stride), (padding, padding), (dilation, dilation)
+        maps = slope, x, weight, Geometry((stride, stride), (padding, padding), (dilation, dilation))
         shape = f"{channels}, {side} x {side}, {kernel} x {kernel}, stride {stride}, dilation {dilation}"
-        cells = []
-        for name, gradient, wanted in (
-            ("input", depthwise.input_grad, [True, False, False]),
-            ("weight", depthwise.weight_grad, [False, True, False]),
-        ):
-            a = onednn(slope, x, weight, geometry, channels, wanted)
-            b = least(lambda call=gradient, args=(slope, x, weight, *geometry): call(*args))
-            cells.append(f"{name} {a:.1f} / {b:.1f} = {a / b:.2f}")
+        cells = [
+            f"{name} {faster(gradient, name == 'weight', *maps)}"
+            for name, gradient in zip(Gradients._fields, depthwise.GRADIENTS, strict=True)
+        ]
         print(f"{shape}: {', '.join(cells)}", flush=True)
 
 

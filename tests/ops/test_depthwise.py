@@ -8,7 +8,8 @@ from torch import nn
 from starseg.bench.reference import unfused
 from starseg.models import Architecture, make_network
 from starseg.ops import fused_layers
-from starseg.ops.depthwise import DepthwiseConv2d, input_grad, is_depthwise, weight_grad
+from starseg.ops.convolution import ConvolutionWith, Geometry
+from starseg.ops.depthwise import GRADIENTS, is_depthwise
 from starseg.ops.fused_layers import BatchNormAct2d, Conv2d, Conv2dSame
 
 GEOMETRIES = [
@@ -38,9 +39,9 @@ def test_gradients(size: tuple[int, int], kernel: int, stride: int, padding: int
     output = conv(x)
     slope = torch.randn_like(output)
     wanted = torch.autograd.grad(output, (x, conv.weight), slope)
-    geometry = conv.stride, conv.padding, conv.dilation
-    torch.testing.assert_close(input_grad(slope, x, conv.weight, *geometry), wanted[0])
-    torch.testing.assert_close(weight_grad(slope, x, conv.weight, *geometry), wanted[1])
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation)
+    torch.testing.assert_close(GRADIENTS.input(slope, x, conv.weight, geometry), wanted[0])
+    torch.testing.assert_close(GRADIENTS.weight(slope, x, conv.weight, geometry), wanted[1])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_other_convolutions_are_left_to_pytorch(layer: nn.Conv2d) -> None:
 
 def test_only_the_gradients_asked_for() -> None:
     x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 1, 3, 3, requires_grad=True)
-    DepthwiseConv2d.apply(x, weight, None, (1, 1), (2, 2), (2, 2)).sum().backward()
+    ConvolutionWith.apply(x, weight, None, Geometry((1, 1), (2, 2), (2, 2)), GRADIENTS).sum().backward()
     assert x.grad is None
     wanted = torch.autograd.grad(F.conv2d(x, weight, None, 1, 2, 2, 4).sum(), weight)[0]
     torch.testing.assert_close(weight.grad, wanted)

@@ -106,7 +106,7 @@ def test_gradients_are_by_taps_where_that_is_faster(
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 output = conv(x)
             assert output.dtype == dtype
-            assert (each is conv and expected) == ("ByTaps" in type(output.grad_fn).__name__)
+            assert (each is conv and expected) == ("ConvolutionWith" in type(output.grad_fn).__name__)
             output.float().square().sum().backward()
             gradients.append(conv.weight.grad)
             assert gradients[-1].dtype == x.grad.dtype == torch.float32

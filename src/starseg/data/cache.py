@@ -154,7 +154,7 @@ def make_cache(
     # Elsewhere it is not known how much memory is available.
     if setting == "off" or (setting == "auto" and sys.platform != "linux"):
         return None
-    name = f"cache-{files_key(Path('/'), (*split.images, *split.masks), 256 + wide)}"
+    name = f"cache{16 if wide else 8}-{files_key(Path('/'), (*split.images, *split.masks))}"
     memory = shared_memory.find(name)
     if memory is None and setting == "auto" and (size := _estimated_bytes(split, wide)) > (left := _memory_left()):
         _print_decision(console, split, size, left, "not kept in memory")

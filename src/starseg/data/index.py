@@ -65,7 +65,7 @@ def _count(mask: Path, image: Path | None, columns: int = 256) -> np.ndarray:
     return pixels_per_id(ids, columns)
 
 
-def files_key(root: Path, files: Sequence[Path], columns: int) -> str:
+def files_key(root: Path, files: Sequence[Path], columns: int = 256) -> str:
     """Return a digest of the names of files relative to ``root``, their sizes and modification times.
 
     Args:

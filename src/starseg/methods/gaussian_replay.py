@@ -60,7 +60,7 @@ class ClassifierOptions(Strict):
     replay: float = Field(1.0, gt=0, le=1)
     """Share of the stored counts that a later step replays. The counts carried on to the next step are not scaled."""
     reject: bool = True
-    """Whether draws are left out that the previous classifier takes for another class."""
+    """Whether draws are left out that the previous classifier takes for another class, unless targets are soft."""
     shift: float = Field(0.2, ge=0, le=1)
     """Probability of the new classes above which replayed background is left out; 1 for none."""
 

@@ -8,57 +8,17 @@ Shape letters: N images, C and O channels in and out, H W pixels in, h w pixels 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from starseg.ops.convolution import Geometry, Gradients, onednn_grad
 
 
-class ByTapsConv2d(torch.autograd.Function):
-    """Convolution whose weight gradient is computed as one matrix product per tap."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
-        """Convolve, and keep what the gradients need."""
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and weight, given that of the output [N, O, h, w]."""
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation = ctx.geometry
-        grad_input = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_input = torch.ops.aten.convolution_backward(
-                grad_output, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
-            )[0]
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_grad(grad_output, x, weight, *ctx.geometry)
-        return grad_input, grad_weight, None, None, None, None
-
-
-def weight_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def weight_grad(grad_output: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the weight gradient [O, C, *, *] of a convolution, given that of its output [N, O, h, w] and its input."""
+    stride, padding, dilation = geometry
     grad_output, x = grad_output.movedim(1, -1), x.movedim(1, -1)
     found = torch.zeros_like(weight.movedim(1, -1), memory_format=torch.contiguous_format)
     taps = [
@@ -85,3 +45,7 @@ def _valid_range(outputs: int, inputs: int, offset: int, stride: int) -> tuple[s
     if first > last:
         return slice(0, 0), slice(0, 0)
     return slice(first, last + 1), slice(stride * first + offset, stride * last + offset + 1, stride)
+
+
+GRADIENTS = Gradients(partial(onednn_grad, of_weight=False), weight_grad)
+"""oneDNN's gradient of the input, and that of the weight as products per tap."""

@@ -14,18 +14,17 @@ Shape letters: N images, C channels, H W pixels in, h w pixels out, k l taps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from starseg.ops.convolution import Geometry, Gradients, onednn_grad
 
 _BLOCK = 3
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Return whether :class:`DepthwiseConv2d` can compute a convolution, whose padding is a pair of numbers."""
+    """Return whether a convolution is one whose gradients can be computed here. Its padding is a pair of numbers."""
     if not conv.groups == conv.in_channels == conv.out_channels or conv.groups == 1:
         return False
     assert not isinstance(conv.padding, str)
@@ -34,49 +33,12 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return padded_by_kernel and (max(conv.stride) == 1 or max(conv.dilation) == 1)
 
 
-class DepthwiseConv2d(torch.autograd.Function):
-    """Depthwise convolution of x [N, C, H, W] with a weight [C, 1, k, l] and a constant bias [C] or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
-        """Convolve, and keep what the gradients need."""
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, dilation
-        return F.conv2d(x, weight, bias, stride, padding, dilation, len(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and weight, given that of the output [N, C, h, w]."""
-        x, weight = ctx.saved_tensors
-        grad_input = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_input = input_grad(grad_output, x, weight, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_grad(grad_output, x, weight, *ctx.geometry)
-        return grad_input, grad_weight, None, None, None, None
-
-
-def input_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def input_grad(grad_output: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient [N, C, H, W] of the input x, given that of the output [N, C, h, w].
 
     Output pixel o reads input pixel i with tap t where i + padding = stride o + dilation t.
     """
+    stride, padding, dilation = geometry
     if max(stride) == 1:
         rest = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
         return F.conv2d(grad_output, weight.flip(2, 3), None, 1, rest, dilation, len(weight))
@@ -97,18 +59,11 @@ def input_grad(
     return found
 
 
-def weight_grad(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+def weight_grad(grad_output: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient [C, 1, k, l] of the weights, given that of the output [N, C, h, w] and the input x."""
-    sizes = weight.shape[2:]
-    if max(sizes) <= _BLOCK and max(dilation) == 1:
-        return _native(grad_output, x, weight, stride, padding)
+    stride, padding, dilation = geometry
+    if max(weight.shape[2:]) <= _BLOCK and max(dilation) == 1:
+        return onednn_grad(grad_output, x, weight, geometry, of_weight=True)
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     found = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     for i in range(dilation[0]):
@@ -119,8 +74,9 @@ def weight_grad(
     return found.to(weight.dtype)
 
 
-def _by_blocks(grad_output: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+def _by_blocks(grad_output: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return the weight gradient [C, 1, k, l] of a convolution without padding and dilation, block by block of taps."""
+    geometry = Geometry(stride, (0, 0), (1, 1))
     found = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     lengths = [s * (n - 1) for s, n in zip(stride, grad_output.shape[2:], strict=True)]
     layout = torch.channels_last
@@ -130,7 +86,9 @@ def _by_blocks(grad_output: Tensor, x: Tensor, weight: Tensor, stride: tuple[int
             block = weight[:, :, i : i + _BLOCK, j : j + _BLOCK]
             rows, columns = (slice(a, a + n + k) for a, n, k in zip((i, j), lengths, block.shape[2:], strict=True))
             seen = x[:, :, rows, columns].contiguous(memory_format=layout)
-            found[:, :, i : i + _BLOCK, j : j + _BLOCK] = _native(grad_output, seen, block, stride, (0, 0))
+            found[:, :, i : i + _BLOCK, j : j + _BLOCK] = onednn_grad(
+                grad_output, seen, block, geometry, of_weight=True
+            )
     return found
 
 
@@ -139,10 +97,5 @@ def _starts(size: int) -> list[int]:
     return sorted({max(0, min(start, size - _BLOCK)) for start in range(0, size, _BLOCK)})
 
 
-def _native(
-    grad_output: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
-    """Return PyTorch's weight gradient of a depthwise convolution without dilation."""
-    return torch.ops.aten.convolution_backward(
-        grad_output, x, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), [False, True, False]
-    )[1]
+GRADIENTS = Gradients(input_grad, weight_grad)
+"""Both gradients of a depthwise convolution."""

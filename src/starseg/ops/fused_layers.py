@@ -20,9 +20,9 @@ from timm import layers
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from starseg.ops import by_taps, depthwise
 from starseg.ops.activated_conv import Activation, convolve_activated, find_activation
-from starseg.ops.by_taps import ByTapsConv2d
-from starseg.ops.depthwise import DepthwiseConv2d, is_depthwise
+from starseg.ops.convolution import ConvolutionWith, Geometry, Gradients
 
 # The matrix product of a tap has in_channels columns; if there are few, copying costs more than the product saves.
 _FEWEST_CHANNELS, _MOST_TAPS = 32, 9
@@ -155,8 +155,9 @@ class Conv2d(nn.Conv2d):
         if bias is not None and (activation := self._activation(x, dtype)):
             return convolve_activated(self, x.to(dtype), weight.to(dtype), bias.to(dtype), activation)
         if (faster := _faster_gradients(self, x, bias)) is not None:
+            assert not isinstance(self.padding, str)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            return faster.apply(x, weight, bias, self.stride, self.padding, self.dilation)
+            return ConvolutionWith.apply(x, weight, bias, Geometry(self.stride, self.padding, self.dilation), faster)
         return self._conv_forward(x, weight, bias)
 
     def _fused(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -204,8 +205,8 @@ OWN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 """The layers of this module that replace those of PyTorch and timm."""
 
 
-def _faster_gradients(conv: Conv2d, x: Tensor, bias: Tensor | None) -> type[torch.autograd.Function] | None:
-    """Return the convolution whose gradients are faster than PyTorch's; None if there is none."""
+def _faster_gradients(conv: Conv2d, x: Tensor, bias: Tensor | None) -> Gradients | None:
+    """Return how the gradients of a convolution are computed faster than by PyTorch; None if there is no such way."""
     possible = (
         torch.is_grad_enabled()
         and conv.weight.requires_grad
@@ -220,12 +221,12 @@ def _faster_gradients(conv: Conv2d, x: Tensor, bias: Tensor | None) -> type[torc
     )
     if not possible:
         return None
-    if is_depthwise(conv):
-        return DepthwiseConv2d if _is_faster(DEPTHWISE, conv, _compute_dtype(x)) else None
+    if depthwise.is_depthwise(conv):
+        return depthwise.GRADIENTS if _is_faster(DEPTHWISE, conv, _compute_dtype(x)) else None
     narrow = conv.in_channels < _FEWEST_CHANNELS or conv.weight[0, 0].numel() > _MOST_TAPS
     if conv.groups > 1 or narrow or not _is_faster(BY_TAPS, conv, _compute_dtype(x)):
         return None
-    return ByTapsConv2d
+    return by_taps.GRADIENTS
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
