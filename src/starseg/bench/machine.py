@@ -16,6 +16,7 @@ from starseg.utils.precision import is_bf16_fast
 # corresponding 3x3 convolution. On a GPU, two images would measure little but the time of a launch.
 _SIDE, _CHANNELS, _IMAGES = 32, 256, {"cpu": 2, "cuda": 256}
 SPEED_COLUMNS = ("GFLOP/s", "machine's convolution", "machine's matrix product", "of its convolution")
+SPEED_TITLE = "operations of convolutions, those with padding included"
 _CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "sve", "bf16")
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from starseg.bench.machine import SPEED_COLUMNS, beside_machine, speed_cells
+from starseg.bench.machine import SPEED_COLUMNS, SPEED_TITLE, beside_machine, speed_cells
 from starseg.bench.reference import DenseStep
 from starseg.bench.run import Case, LossPath
 from starseg.bench.timing import alternate, bench_device, beside_dense, count_flops, mega, peak_bytes
@@ -127,7 +127,7 @@ def bench_step(console: Console, case: Case, repeats: int, backbone: str = BACKB
     if "bf16_seconds" in f:
         table.add_row("bf16", f"{f['bf16_seconds']:.3f}", f"{f['bf16_speedup']:.2f} x faster")
     console.print(table)
-    speeds = Table("step", *SPEED_COLUMNS, title="operations of convolutions, those with padding included")
+    speeds = Table("step", *SPEED_COLUMNS, title=SPEED_TITLE)
     for dtype, speed in f["speed"].items():
         speeds.add_row(dtype, *speed_cells(speed))
     console.print(speeds)
