@@ -425,7 +425,7 @@ def test_constellation_is_the_default_after_constellation(folder: Folder, tmp_pa
     console = Console(record=True, width=200)
     assert learn(request, console, dry_run=True) is None
     text = console.export_text()
-    assert "schedule: 3 epochs of 10 iterations on the features of 4 crops per image" in text
+    assert "schedule: 3 epochs of 7 iterations on the features of 3 crops per image" in text
     assert "learning rate 0.05, method constellation" in text and "time: about" in text
     done = learn(request, Console(quiet=True))
     assert done is not None

@@ -43,6 +43,10 @@ class ConstellationOptions(ClassifierOptions):
     """Whether the description has the average of the deepest map over the image."""
     limit: float = Field(2.0, gt=0)
     """Largest root mean square of a cell's features."""
+    crops: int = Field(3, gt=0)
+    """Augmented crops of each image whose features are computed."""
+    draws: int = Field(1024, ge=0)
+    """Features replayed in an iteration, over all processes; 0 for no replay."""
     hidden: int = Field(256, ge=0)
     """Units of the classifier's hidden layer; 0 for a linear classifier."""
     warm_start: bool = True
