@@ -120,7 +120,8 @@ def test_unlabelled_photos_are_replayed_and_the_preview_says_what_is_known(
 ) -> None:
     step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
     given = str(shapes / "JPEGImages")
-    learnt, _ = _learn(step, hearts, "heart", tmp_path / "out", photos=given)
+    learnt, shown = _learn(step, hearts, "heart", tmp_path / "out", photos=given)
+    assert "in 60 unlabelled photos" in shown
     counts = load_bank(learnt)["counts"]
     assert (counts > 0).sum() >= 3
     console = Console(record=True, width=160)
