@@ -12,6 +12,8 @@ import torchvision
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import starseg
 from adoption.originals import logits_of
@@ -20,9 +22,10 @@ from starseg.data.shapes import write_shapes
 from starseg.finetuning.run import LearnRequest, learn
 from starseg.inference.predictor import load
 from starseg.models.foreign.module import MODELS
+from starseg.tasks import IGNORE
 
 QUIET = Console(quiet=True)
-NEW, SIDE, BATCH = 4, 64, 16
+NEW, SIDE, BATCH = 6, 64, 16
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
@@ -40,7 +43,7 @@ def _write_data(root: Path, train: int, val: int) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write_data(tmp_path_factory.mktemp("drawn"), train=240, val=60)
+    return _write_data(tmp_path_factory.mktemp("drawn"), train=600, val=100)
 
 
 def _files(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -55,16 +58,18 @@ def _tensors(root: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _train(network: nn.Module, root: Path, classes: int, iterations: int) -> nn.Module:
-    """Train on classes 1 to ``classes``; others are background."""
+    """Train on random crops of the images that show none but the classes 1 to ``classes``."""
     images, labels = _tensors(root, "train")
-    labels = torch.where((labels > classes) & (labels != 255), 0, labels)
+    own = ((labels <= classes) | (labels == IGNORE)).all(2).all(1)
+    images, labels = images[own], labels[own]
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, 0.9)
-    draw = torch.Generator().manual_seed(0)
+    augment = v2.Compose([v2.RandomResizedCrop(SIDE, (0.25, 1.0), antialias=True), v2.RandomHorizontalFlip()])
     for _ in range(iterations):
-        rows = torch.randint(len(images), (BATCH,), generator=draw)
-        logits = nn.functional.interpolate(logits_of(network.train()(images[rows])), (SIDE, SIDE), mode="bilinear")
-        loss = nn.functional.cross_entropy(logits, labels[rows], ignore_index=255)
+        rows = torch.randint(len(images), (BATCH,))
+        seen, truth = augment(tv_tensors.Image(images[rows]), tv_tensors.Mask(labels[rows]))
+        logits = nn.functional.interpolate(logits_of(network.train()(seen)), (SIDE, SIDE), mode="bilinear")
+        loss = nn.functional.cross_entropy(logits, truth, ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,7 +127,7 @@ def own_network(outputs: int) -> nn.Module:
 
 
 def _adopt_own(network: nn.Module, out: Path, names: list[str]) -> Path:
-    return starseg.adopt(network, out, names, crop=SIDE, model="own_network")
+    return starseg.adopt(network, out, names, crop=SIDE, model="own_network", features="5")
 
 
 FAMILIES = {
@@ -158,7 +163,7 @@ def _iou(step: Path, root: Path) -> np.ndarray:
     predictor, matrix = load(step), np.zeros((NEW + 1, NEW + 1), np.int64)
     for image, mask in _files(root, "val"):
         truth, found = np.array(Image.open(mask)), predictor.predict(image)
-        valid = truth != 255
+        valid = truth != IGNORE
         matrix += np.bincount(truth[valid] * (NEW + 1) + found[valid], minlength=matrix.size).reshape(matrix.shape)
     return matrix.diagonal() / np.maximum(1, matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
 
