@@ -99,7 +99,7 @@ def _adopt_lraspp(network: nn.Module, out: Path, names: list[str]) -> Path:
 
 def _build_fpn(names: list[str]) -> nn.Module:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="needs segmentation-models-pytorch")
-    sizes = {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}
+    sizes = {"encoder_depth": 4, "upsampling": 2, "decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32}
     return smp.FPN("resnet18", encoder_weights=None, classes=len(names), **sizes)
 
 
@@ -152,8 +152,9 @@ def _trained(family: Family, root: Path, classes: int, iterations: int, out: Pat
     return family.adopt(_train(family.build(names), root, classes, iterations), out, names)
 
 
-def _learn(step: Path, root: Path, out: Path) -> Path:
-    learnt = learn(LearnRequest(step, root / "photos", root / "masks", f"class{NEW}", out), QUIET)
+def _learn(step: Path, root: Path, out: Path, epochs: int | None = None) -> Path:
+    request = LearnRequest(step, root / "photos", root / "masks", f"class{NEW}", out, epochs=epochs)
+    learnt = learn(request, QUIET)
     assert learnt is not None
     return learnt
 
@@ -198,3 +199,11 @@ def test_old_classes_are_kept_and_the_new_one_is_learnt(
     _check_kept(old, learnt, drawn)
     assert after[1:NEW].mean() >= 0.98 * before[1:NEW].mean()
     assert after[NEW] >= 0.8 * full[NEW]
+
+
+def test_a_briefly_trained_network_learns_a_class(registered: None, tmp_path: Path) -> None:
+    root = _write_data(tmp_path / "drawn", train=160, val=40)
+    old = _trained(FAMILIES["your own"], root, NEW - 1, 150, tmp_path / "old")
+    learnt = _learn(old, root, tmp_path / "learnt", epochs=2)
+    _check_kept(old, learnt, root)
+    assert _iou(learnt, root)[NEW] > 0.3
