@@ -111,7 +111,8 @@ def known_classes(
     def predicted(path: Path) -> Tensor:
         """Return the training ids [1, h, w] of an image's cells."""
         image = read_image(path)
-        size = fitted_size(*image.shape[1:], info.crop, model.multiple)
+        height, width = image.shape[1:]
+        size = fitted_size(height, width, info.crop, model.multiple)
         return rule(model.predict(resize_image(image, list(size), antialias=True)[None]))
 
     cells, shown = torch.zeros(2, len(info.names), dtype=torch.int64)
