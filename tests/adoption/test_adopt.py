@@ -1,5 +1,6 @@
 """Networks of other libraries become step directories that predict what the libraries predict."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,8 @@ from starseg.cli.main import main
 from starseg.engine.checkpoint import load_info, load_model
 from starseg.engine.evaluate import evaluate_model, open_weights
 from starseg.errors import UserError
+from starseg.experiments import compare
+from starseg.experiments.plan import train_runs
 from starseg.inference.onnx import export_onnx
 from starseg.models.foreign.split import Patches, pointwise
 from starseg.ops.bilinear import resize
@@ -84,6 +87,18 @@ def test_an_adopted_network_is_one_like_any_other(
     mask = np.asarray(Image.open(tmp_path / "found" / f"{image.stem}.png"))
     assert np.array_equal(mask, starseg.load(tmp_path / "hub", "cpu").predict(image))
     assert read_json(tmp_path / "run/results.json")["run"]["notes"] == [f"adopted from {network.source}"]
+
+
+def test_methods_are_compared_on_an_adopted_network(original: Make, tiny: dict, tmp_path: Path) -> None:
+    step = adopt(replace(_request(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), crop=64), QUIET)
+    config, out = tmp_path / "tiny.yaml", tmp_path / "compared"
+    config.write_text(json.dumps({key: value for key, value in tiny.items() if key not in ("out", "method")}))
+    plan = compare.make_plan(config, ["star", "mib"], [0], out, [f"model.frozen_from={step}"])
+    assert not train_runs(plan, QUIET)
+    body = load_model(step)[0].encoder.state_dict()
+    for method in ("star", "mib"):
+        state = load_model(out / f"{method}_seed0" / "step_2")[0].encoder.state_dict()
+        assert all(torch.equal(value, body[key]) for key, value in state.items())
 
 
 def test_an_adopted_network_is_evaluated_on_a_data_set(original: Make, shapes: Path, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def test_unlabelled_photos_are_replayed_and_the_preview_says_what_is_known(
 ) -> None:
     step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
     given = str(shapes / "JPEGImages")
-    learnt, _ = _learn(step, hearts, "heart", tmp_path / "out", photos=given)
+    learnt, shown = _learn(step, hearts, "heart", tmp_path / "out", photos=given)
+    assert "in 60 unlabelled photos" in shown
     counts = load_bank(learnt)["counts"]
     assert (counts > 0).sum() >= 3
     console = Console(record=True, width=160)
@@ -204,8 +205,9 @@ def test_a_network_whose_class_was_replaced_is_exported_and_learns_on(
     info = load_info(second)
     assert info.names == ["background", "a", "c", "b", "star"] and info.dataset_ids == [0, 1, 3, 2, 4]
     _check_kept(learnt, second, images((64, 64), 4), hearts[0])
-    with pytest.raises(UserError, match=r"--replace b: the network of .* has been extended"):
-        learn(LearnRequest(learnt, *hearts, "b", tmp_path / "third", replace="b"), QUIET)
+    for name, remedy in (("a", "replace it in the step before the first"), ("b", "step 1 learnt it: learn it again")):
+        with pytest.raises(UserError, match=rf"--replace {name}: the network of .* has been extended, .*{remedy}"):
+            learn(LearnRequest(learnt, *hearts, name, tmp_path / "third", replace=name), QUIET)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def adopt(
         classes: names of the outputs, the background first.
         classifier: name of the last convolution, 1x1 or 3x3; by default the last one in the network.
         features: name of a layer whose output becomes a further map, beside the classifier's input, for methods that
-            distil maps.
+            distil maps, and for the description of new classes.
         mean: of RGB pixels in 0..1; by default ImageNet's.
         std: likewise.
         background: whether the first output is the background.

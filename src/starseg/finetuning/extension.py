@@ -64,11 +64,14 @@ def extension_options(request: LearnRequest, source: SourceStep, root: Path) -> 
     return options | ({"photos": str(root / PHOTOS)} if request.photos else {})
 
 
-def write_photos(request: LearnRequest, prepared: Path) -> None:
-    """Write the list of the unlabelled photos into the prepared data, if some are given.
+def write_photos(request: LearnRequest, prepared: Path) -> list[Path]:
+    """Write the list of the unlabelled photos into the prepared data, if some are given, and return them.
 
     Raises:
         UserError: there is no image among them.
     """
-    if request.photos:
-        write_lines(prepared / PHOTOS, (str(path.resolve()) for path in find_images([request.photos])))
+    if not request.photos:
+        return []
+    photos = [path.resolve() for path in find_images([request.photos])]
+    write_lines(prepared / PHOTOS, map(str, photos))
+    return photos

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import resize as resize_image
 
@@ -21,6 +22,7 @@ from starseg.replay.gaussians import GaussianBank
 from starseg.utils.files import read_json
 
 _MOST_IMAGES = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class KnownClasses:
         images: number of images looked at.
         derived: classes whose prototype is derived from the classifier's weights.
         stored: [K] stored cells of each class, from which replayed features are drawn; None if there is no such bank.
+        unlabelled: [K] cells likewise in unlabelled photos; None if there are none.
+        unlabelled_images: number of these looked at.
     """
 
     names: list[str]
@@ -41,6 +45,15 @@ class KnownClasses:
     images: int
     derived: list[str]
     stored: list[int] | None = None
+    unlabelled: list[int] | None = None
+    unlabelled_images: int = 0
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes of which nothing is known."""
+        nothing = [0] * len(self.names)
+        columns = (self.cells, self.stored or nothing, self.unlabelled or nothing)
+        return [name for name, *cells in zip(self.names, *columns, strict=True) if not sum(cells)]
 
 
 def adopted_figures(folder: Path) -> dict[str, Any] | None:
@@ -76,7 +89,9 @@ def check_background(folder: Path, method: str) -> None:
 
 
 @torch.inference_mode()
-def known_classes(folder: Path, photos: Sequence[tuple[Path, Path]], new: Sequence[int]) -> KnownClasses | None:
+def known_classes(
+    folder: Path, photos: Sequence[tuple[Path, Path]], new: Sequence[int], unlabelled: Sequence[Path] = ()
+) -> KnownClasses | None:
     """Predict new images with an adopted network; None for a step that starseg trained.
 
     Cells of new classes are left out, because the network can only be wrong there.
@@ -85,21 +100,39 @@ def known_classes(folder: Path, photos: Sequence[tuple[Path, Path]], new: Sequen
         folder: the step directory.
         photos: new images and their masks of dataset ids, of which up to 64 are looked at.
         new: dataset ids of the new classes.
+        unlabelled: unlabelled images, likewise.
     """
     figures = adopted_figures(folder)
     if figures is None:
         return None
     model, info = checkpoint.load_model(folder)
-    rule, cells = step_rule(info), torch.zeros(len(info.names), dtype=torch.int64)
-    chosen = np.unique(np.linspace(0, len(photos) - 1, _MOST_IMAGES).astype(int)).tolist()
-    for index in chosen:
-        image, mask = read_image(photos[index][0]), np.asarray(read_mask(photos[index][1]))
+    rule = step_rule(info)
+
+    def predicted(path: Path) -> Tensor:
+        """Return the training ids [1, h, w] of an image's cells."""
+        image = read_image(path)
         height, width = image.shape[1:]
         size = fitted_size(height, width, info.crop, model.multiple)
-        logits = model.predict(resize_image(image, list(size), antialias=True)[None])
-        fresh = torch.from_numpy(np.isin(mask, new)).float()[None, None]
-        rest = interpolate(fresh, logits.shape[-2:], mode="nearest")[:, 0] == 0
-        cells += torch.bincount(rule(logits)[rest], minlength=len(cells))
+        return rule(model.predict(resize_image(image, list(size), antialias=True)[None]))
+
+    cells, shown = torch.zeros(2, len(info.names), dtype=torch.int64)
+    chosen, more = _some(photos), _some(unlabelled)
+    for path, labels in chosen:
+        ids = predicted(path)
+        fresh = torch.from_numpy(np.isin(np.asarray(read_mask(labels)), new)).float()[None, None]
+        rest = interpolate(fresh, ids.shape[-2:], mode="nearest")[:, 0] == 0
+        cells += torch.bincount(ids[rest], minlength=len(cells))
+    for path in more:
+        shown += torch.bincount(predicted(path).flatten(), minlength=len(shown))
     state = checkpoint.load_bank(folder)
-    stored = state["counts"][1:].long().tolist() if GaussianBank.fits(state) else None
-    return KnownClasses(info.names[1:], cells[1:].tolist(), len(chosen), list(figures.get("derived", ())), stored)
+    return KnownClasses(
+        *(info.names[1:], cells[1:].tolist(), len(chosen), list(figures.get("derived", ()))),
+        stored=state["counts"][1:].long().tolist() if GaussianBank.fits(state) else None,
+        unlabelled=shown[1:].tolist() if more else None,
+        unlabelled_images=len(more),
+    )
+
+
+def _some(items: Sequence[T]) -> list[T]:
+    """Return up to 64 items, evenly spaced."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, _MOST_IMAGES).astype(int))] if items else []

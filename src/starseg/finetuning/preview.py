@@ -54,31 +54,35 @@ def _never_stored(source: SourceStep) -> list[str]:
 
 
 def _known_table(known: KnownClasses) -> Table:
-    last = "prototype" if known.stored is None else "stored cells"
-    table = Table("old class", f"cells found in {known.images} new images", last)
-    for index, (name, cells) in enumerate(zip(known.names, known.cells, strict=True)):
-        origin = "derived from the classifier" if name in known.derived else ""
-        if known.stored is not None:
-            origin = f"{known.stored[index]:,}" if known.stored[index] else "none"
-        table.add_row(Text(name), f"{cells:,}" if cells else "none", origin)
+    titles = ["old class", f"cells found in {known.images} new images"]
+    columns = [known.cells]
+    if known.unlabelled is not None:
+        titles.append(f"in {known.unlabelled_images} unlabelled photos")
+        columns.append(known.unlabelled)
+    if known.stored is not None:
+        titles.append("stored cells")
+        columns.append(known.stored)
+    table = Table(*titles, *(["prototype"] if known.stored is None else []))
+    for name, *counts in zip(known.names, *columns, strict=True):
+        origin = ["derived from the classifier" if name in known.derived else ""] if known.stored is None else []
+        table.add_row(Text(name), *(f"{cells:,}" if cells else "none" for cells in counts), *origin)
     return table
 
 
-def _print_known(known: KnownClasses, config: RunConfig, say: Callable[[str], None], replayed: bool) -> None:
+def _print_known(known: KnownClasses, config: RunConfig, say: Callable[[str], None]) -> None:
     """Print a note on old classes of an adopted network of which nothing is known, as no image of them was seen."""
-    stored = known.stored or [0] * len(known.names)
-    absent = [n for n, cells, more in zip(known.names, known.cells, stored, strict=True) if not cells + more]
-    if not absent or replayed:
+    if not known.absent:
         return
+    absent = ", ".join(known.absent)
     if config.method == EXTEND:
         say(
-            f"note: nothing is known of {', '.join(absent)}: the logits stay as they are, but the new class may be "
-            "predicted in their place; unlabelled photos that show them (--photos) prevent that"
+            f"note: nothing is known of {absent}: the logits stay as they are, but the new class may be predicted in "
+            "their place; unlabelled photos that show them (--photos) prevent that"
         )
     else:
         say(
-            f"note: the new images show nothing of {', '.join(absent)} and nothing of it is stored, so that it may be "
-            "forgotten; add images that show it beside a new class, without labelling it"
+            f"note: the new images show nothing of {absent} and nothing of it is stored, so that it may be forgotten; "
+            "add images that show it beside a new class, without labelling it"
         )
 
 
@@ -156,7 +160,8 @@ def print_preview(
         say(_describe_extension(prepared_step, config, source))
     if known:
         console.print(_known_table(known))
-        _print_known(known, config, say, replayed=source is not None and source.stored is not None)
+        if source is None or source.stored is None:
+            _print_known(known, config, say)
     if source and (share := source.replay_share(train, config.data.crop)) is not None:
         console.print(_replay_table(source, share, iterations))
         if lost := _never_stored(source):

@@ -33,13 +33,16 @@ def without_class(source: SourceStep, name: str, target: Path) -> SourceStep:
             f"{asked}: {source.folder} knows no such class; expected one of {', '.join(info.names[1:])}, or leave the "
             "option out to learn a new class"
         )
-    if info.architecture.extension:
-        raise UserError(
-            f"{asked}: the network of {source.folder} has been extended, and only a class of a network that has not "
-            "can be replaced; replace it in the step before the first extension, then learn the other classes"
-        )
     place = known.index(name.casefold(), 1)
     head = next(h for h in range(len(info.head_sizes)) if place <= sum(info.head_sizes[: h + 1]))
+    if extension := info.architecture.extension:
+        earlier = "replace it in the step before the first extension"
+        if head >= extension.heads:
+            earlier = f"step {head} learnt it: learn it again from step {head - 1}"
+        raise UserError(
+            f"{asked}: the network of {source.folder} has been extended, and later classes build on the "
+            f"logits of earlier ones; {earlier}, then the classes after it"
+        )
     if info.head_sizes[head] == 1:
         raise UserError(
             f"{asked}: it is the only class that step {head} of {source.folder} learnt, and a step needs at least one; "

@@ -313,13 +313,13 @@ def learn(request: LearnRequest, console: Console, dry_run: bool = False) -> Pat
         with tempfile.TemporaryDirectory(prefix=".learn-", dir=None if dry_run else out.parent) as temporary:
             prepared = Path(temporary) / PREPARED
             prepared_step = prepare_step(request, source, prepared, console)
-            write_photos(request, prepared)
+            unlabelled = write_photos(request, prepared)
             chosen = replace(request, method=method)
             config = make_config(chosen, source, prepared_step, prepared if dry_run else out / PREPARED, multiple)
             _check_same_data(config, prepared)
             training = [prepared_step.photos[i] for i in np.flatnonzero(prepared_step.training).tolist()]
             photos = [(photo.image, prepared / "masks" / f"{photo.name}.png") for photo in training]
-            known = known_classes(source.folder, photos, prepared_step.new) if source else None
+            known = known_classes(source.folder, photos, prepared_step.new, unlabelled) if source else None
             print_preview(prepared_step, config, source, console, known)
             if dry_run:
                 times = _trial(config, prepared_step, source, prepared)
