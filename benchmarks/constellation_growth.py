@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -104,7 +103,7 @@ def one(method: str, data: Path, run: Path, precision: str = "32") -> None:
         "images": metrics["images"],
         "seconds": metrics["seconds"],
         "cpu": _cpu_seconds() - before,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory": _peak_memory(),
     }
     print(json.dumps(figures))
 
@@ -113,6 +112,12 @@ def _cpu_seconds() -> float:
     """Return the CPU time of this process and of its finished children, which a busy machine hardly changes."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def _peak_memory() -> int:
+    """Return the largest memory of this process in bytes; that of `getrusage` can be the parent's on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def _row(found: dict[str, float]) -> str:
