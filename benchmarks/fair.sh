@@ -27,4 +27,4 @@ done
 export COLUMNS=${COLUMNS:-140} PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python3}" -m starseg compare benchmarks/voc_subset.yaml data.validation=0.125 segacil.width=2048 "$@" \
     --methods "$methods" --seeds "$seeds" --shortlist "$shortlist" --jobs "$jobs" --no-ceilings --out "$out" \
-    --sweep "train.encoder_lr=$encoder_lr" --sweep "train.base.lr=$base_lr" --sweep "train.later.lr=$later_lr" "${sweeps[@]}"
+    --sweep "train.encoder_lr=$encoder_lr" --sweep "train.base.lr=$base_lr" --sweep "train.later.lr=$later_lr" ${sweeps[@]+"${sweeps[@]}"}

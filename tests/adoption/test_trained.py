@@ -136,8 +136,8 @@ FAMILIES = {
     "transformers SegFormer": Family(_build_segformer, _adopt_saved, 600),
     "your own": Family(lambda names: own_network(len(names)), _adopt_own, 600),
 }
-SHORT = {"smp FPN": "67 % of joint training", "torchvision LR-ASPP": "64 % of joint training"}
-"""Families whose new class does not reach 80 % of joint training (docs/adopt.md, "Measured"), and what it reached."""
+SHORT = {"smp FPN": 0.6, "torchvision LR-ASPP": 0.6}
+"""Families whose new class stays below 80 % of joint training (docs/adopt.md, "Measured"), and what it must reach."""
 
 
 @pytest.fixture
@@ -200,9 +200,10 @@ def test_old_classes_are_kept_and_the_new_one_is_learnt(
     print(f"\n| {name} | {' | '.join(f'{value:.1f}' for value in row)} |")
     _check_kept(old, learnt, drawn)
     assert after[1:NEW].mean() >= 0.98 * before[1:NEW].mean()
-    if after[NEW] < 0.8 * full[NEW] and name in SHORT:
-        pytest.xfail(SHORT[name])
-    assert after[NEW] >= 0.8 * full[NEW]
+    share = after[NEW] / full[NEW]
+    assert share >= SHORT.get(name, 0.8)
+    if share < 0.8:
+        pytest.xfail(f"{100 * share:.0f} % of joint training instead of 80")
 
 
 def test_a_briefly_trained_network_learns_a_class(registered: None, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """`starseg learn` reads CVAT's exports "COCO 1.0" and "Segmentation mask 1.1"."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from starseg.cli.main import main
+from commands import command
 from starseg.data.annotations.classlist import read_classes
 from starseg.data.annotations.photos import pair_files
 from starseg.data.images import read_mask
@@ -103,13 +102,6 @@ def coco(tmp_path: Path) -> Path:
     return root
 
 
-def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def _masks(folder: Path) -> dict[str, np.ndarray]:
     return {p.relative_to(folder).as_posix(): read_mask(p) for p in sorted(folder.rglob("*.png"))}
 
@@ -140,20 +132,20 @@ def test_a_step_learnt_from_coco_is_a_step_like_any_other(
     images, file = coco / "images" / "default", coco / "annotations" / "instances_default.json"
     new = ["--new", "--backbone", "test_resnet", "--pretrained", "no", "--crop", 48, "--epochs", 2]
     source = ["--images", images, "--masks", file]
-    assert _command(monkeypatch, "learn", *new, *source, "--classes", "cat,airship", "--out", tmp_path / "a") == 0
+    assert command(monkeypatch, "learn", *new, *source, "--classes", "cat,airship", "--out", tmp_path / "a") == 0
     assert "annotations of horse count as background" in capsys.readouterr().out
     step = tmp_path / "a" / "step_0"
     args = [*source, "--epochs", 1, "--out", tmp_path / "b"]
-    assert _command(monkeypatch, "learn", step, *args, "--dry-run") == 0 and not (tmp_path / "b").exists()
-    assert _command(monkeypatch, "learn", step, *args) == 0, capsys.readouterr().err
+    assert command(monkeypatch, "learn", step, *args, "--dry-run") == 0 and not (tmp_path / "b").exists()
+    assert command(monkeypatch, "learn", step, *args) == 0, capsys.readouterr().err
     assert "horse (new)" in capsys.readouterr().out
     learnt = tmp_path / "b" / "step_1"
     assert load_info(learnt).names == ["background", "cat", "airship", "horse"]
-    assert _command(monkeypatch, "predict", learnt, f"{images}/**/*.jpg", "--out", tmp_path / "m", "--overlays") == 0
+    assert command(monkeypatch, "predict", learnt, f"{images}/**/*.jpg", "--out", tmp_path / "m", "--overlays") == 0
     assert len(list((tmp_path / "m").glob("*.png"))) == len(list((tmp_path / "m" / "overlays").iterdir())) == len(DRAWN)
-    assert _command(monkeypatch, "eval", learnt) == 0
-    assert _command(monkeypatch, "report", tmp_path / "b", "--out", tmp_path / "report") == 0
-    assert _command(monkeypatch, "export", learnt, "--out", tmp_path / "model.onnx") == 0
+    assert command(monkeypatch, "eval", learnt) == 0
+    assert command(monkeypatch, "report", tmp_path / "b", "--out", tmp_path / "report") == 0
+    assert command(monkeypatch, "export", learnt, "--out", tmp_path / "model.onnx") == 0
     assert "masks agree" in capsys.readouterr().out
 
 
@@ -209,7 +201,7 @@ def test_classes_are_needed_without_coco(
 ) -> None:
     root = segmentation_mask
     args = ["--images", root / "JPEGImages", "--masks", root / "SegmentationClass", "--out", tmp_path / "run"]
-    assert _command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
+    assert command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
     assert "--classes: give a file or names" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -249,7 +241,7 @@ def test_coco_files_that_are_refused(
     file.write_text(json.dumps(tree))
     before = sorted(tmp_path.rglob("*"))
     args = ["--images", coco / "images" / "default", "--masks", file, "--out", tmp_path / "run"]
-    assert _command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
+    assert command(monkeypatch, "learn", "--new", "--pretrained", "no", *args) == 2
     text = capsys.readouterr().err
     assert message in text and str(file) in text and "Traceback" not in text
     assert sorted(tmp_path.rglob("*")) == before

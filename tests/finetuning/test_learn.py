@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from starseg.cli.main import main
+from commands import command
 from starseg.config import Strict, load_config
 from starseg.data.annotations.classlist import read_classes
 from starseg.data.annotations.photos import read_indices
@@ -35,13 +34,6 @@ from starseg.utils.files import read_json
 Folder = Callable[..., tuple[Path, Path]]
 
 
-def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def _first(folder: Folder, tmp_path: Path, *names: str, method: str | None = "star") -> Path:
     """A first step."""
     request = LearnRequest(None, *folder(*names), ",".join(names), tmp_path / "first", method, "test_resnet")
@@ -56,29 +48,29 @@ def test_the_story(
     images, masks = folder("disc", "square")
     new = ["learn", "--new", "--images", images, "--masks", masks, "--classes", "disc,square", "--out"]
     tiny = ["--backbone", "test_resnet", "--pretrained", "no", "--crop", 64, "--epochs", 2]
-    assert _command(monkeypatch, *new, tmp_path / "first", *tiny) == 0, capsys.readouterr().err
+    assert command(monkeypatch, *new, tmp_path / "first", *tiny) == 0, capsys.readouterr().err
     images, masks = folder("heart", "disc")
     args = ["--images", images, "--masks", masks, "--classes", "heart,disc", "--epochs", 2]
     first, run = tmp_path / "first" / "step_0", tmp_path / "run"
     capsys.readouterr()
-    assert _command(monkeypatch, "learn", first, *args, "--out", run) == 0, capsys.readouterr().err
+    assert command(monkeypatch, "learn", first, *args, "--out", run) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
     assert "before" in text and "not labelled: square" in text and "heart (new)" in text
     info = load_info(run / "step_1")
     assert (info.names, info.dataset_ids) == (["background", "disc", "square", "heart"], [0, 1, 2, 3])
     assert info.method == "constellation" and len(load_bank(run / "step_1")["counts"]) == 4
-    assert _command(monkeypatch, "predict", run / "step_1", images, "--out", tmp_path / "masks") == 0
+    assert command(monkeypatch, "predict", run / "step_1", images, "--out", tmp_path / "masks") == 0
     found = {int(i) for p in (tmp_path / "masks").glob("*.png") for i in np.unique(read_mask(p))}
     assert found <= {0, 1, 2, 3}
-    assert _command(monkeypatch, "eval", run / "step_1", "--json", tmp_path / "e.json") == 0
+    assert command(monkeypatch, "eval", run / "step_1", "--json", tmp_path / "e.json") == 0
     iou = read_json(tmp_path / "e.json")["iou"]
     assert iou == read_json(run / "results.json")["steps"][-1]["iou"] and iou["square"] is None
     assert iou == read_json(run / "learn" / "before_after.json")["steps"]["step_1"]["iou"]
     images, masks = folder("hexagon")
     args = ["--images", images, "--masks", masks, "--classes", "hexagon", "--epochs", 1]
-    assert _command(monkeypatch, "learn", run / "step_1", *args, "--out", tmp_path / "more") == 0
+    assert command(monkeypatch, "learn", run / "step_1", *args, "--out", tmp_path / "more") == 0
     assert load_info(tmp_path / "more" / "step_2").names[-1] == "hexagon"
-    assert _command(monkeypatch, "report", tmp_path / "more", "--out", tmp_path / "report") == 0
+    assert command(monkeypatch, "report", tmp_path / "more", "--out", tmp_path / "report") == 0
 
 
 def test_a_dry_run_writes_nothing(folder: Folder, tmp_path: Path) -> None:

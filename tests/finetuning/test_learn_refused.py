@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from starseg.cli.main import main
+from commands import command
 from starseg.errors import UserError
 from starseg.finetuning.run import LearnRequest, learn
 
 Folder = Callable[..., tuple[Path, Path]]
-
-
-def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
 
 
 def _break(name: str, images: Path, masks: Path) -> None:
@@ -119,5 +111,5 @@ def test_commands_that_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, args: list[str], message: str
 ) -> None:
     rest = ["--images", "i", "--masks", "m", "--classes", "c", "--out", "/nowhere/run"]
-    assert _command(monkeypatch, "learn", *args, *rest) == 2
+    assert command(monkeypatch, "learn", *args, *rest) == 2
     assert message in capsys.readouterr().err

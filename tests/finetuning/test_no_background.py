@@ -1,6 +1,5 @@
 """A model without a background, from the first step of `starseg learn` to masks, reports and exports."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starseg.cli.main import main
+from commands import command
 from starseg.data.images import read_mask
 from starseg.data.palette import voc_palette
 from starseg.engine.checkpoint import load_info
@@ -34,13 +33,6 @@ def _scenes(folder: Path, values: Sequence[int], count: int = 12) -> list[str]:
     return ["--images", str(folder / "photos"), "--masks", str(folder / "masks")]
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def _values(folder: Path) -> set[int]:
     return {int(v) for path in folder.glob("*.png") for v in np.unique(read_mask(path))}
 
@@ -50,7 +42,7 @@ def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """A first step of five classes 0 to 4, with void 5."""
     scenes = _scenes(tmp_path / "first", range(6))
     options = ["--classes", ",".join(NAMES), "--no-background", "--ignore", "5", *TINY, "--out", tmp_path / "run"]
-    assert _run(monkeypatch, "learn", "--new", *scenes, *options) == 0
+    assert command(monkeypatch, "learn", "--new", *scenes, *options) == 0
     assert "ids in predicted masks: 0 sky, 1 building, 2 pole, 3 road, 4 car\n" in capsys.readouterr().out
     return tmp_path / "run" / "step_0"
 
@@ -65,13 +57,15 @@ def test_the_first_step(first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert figures["miou"]["all"] == figures["miou_foreground"]["all"]
     photos = tmp_path / "first" / "photos"
     out = tmp_path / "found"
-    assert _run(monkeypatch, "predict", first, photos, "--out", out, "--overlays", "--json", tmp_path / "a.json") == 0
+    assert (
+        command(monkeypatch, "predict", first, photos, "--out", out, "--overlays", "--json", tmp_path / "a.json") == 0
+    )
     assert _values(out) <= set(range(5))
     shares = read_json(tmp_path / "a.json")
     assert shares["classes"] == NAMES and all(np.isclose(sum(i["percent"].values()), 100) for i in shares["images"])
     palette = Image.open(min(out.glob("*.png"))).getpalette()
     assert palette is not None and palette[:3] == voc_palette()[1].tolist()
-    assert _run(monkeypatch, "eval", first, "--json", tmp_path / "eval.json") == 0
+    assert command(monkeypatch, "eval", first, "--json", tmp_path / "eval.json") == 0
     assert read_json(tmp_path / "eval.json")["iou"] == figures["iou"]
 
 
@@ -110,14 +104,14 @@ def test_a_second_step(
 ) -> None:
     scenes = _scenes(tmp_path / "second", values)
     args = ["--classes", ",".join(classes), *options, "--epochs", "2", "--out", tmp_path / "next"]
-    assert _run(monkeypatch, "learn", first, *scenes, *args) == 0
+    assert command(monkeypatch, "learn", first, *scenes, *args) == 0
     info = load_info(tmp_path / "next" / "step_1")
     assert not info.background and info.names[1:] == [*NAMES, "tree"]
     assert info.predicted_ids == [255, 0, 1, 2, 3, 4, 5]
     iou = read_json(tmp_path / "next" / "step_1" / "metrics.json")["iou"]
     assert list(iou) == [*NAMES, "tree"] and {n for n, v in iou.items() if v is not None} <= set(classes)
     assert (
-        _run(
+        command(
             monkeypatch,
             "predict",
             tmp_path / "next" / "step_1",
@@ -127,13 +121,13 @@ def test_a_second_step(
         )
         == 0
     )
-    assert _run(monkeypatch, "report", tmp_path / "next", "--out", tmp_path / "report") == 0
+    assert command(monkeypatch, "report", tmp_path / "next", "--out", tmp_path / "report") == 0
 
 
 def test_exports(first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     args = ["--images", tmp_path / "first" / "photos", "--hub", tmp_path / "hub"]
-    assert _run(monkeypatch, "export", first, "--out", tmp_path / "a.onnx", *args) == 0
+    assert command(monkeypatch, "export", first, "--out", tmp_path / "a.onnx", *args) == 0
     import onnxruntime
 
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
@@ -166,5 +160,5 @@ def test_wrong_second_steps(
 ) -> None:
     scenes = _scenes(tmp_path / "second", values)
     args = ["--classes", ",".join(classes), *options, "--epochs", "2", "--out", tmp_path / "next"]
-    assert _run(monkeypatch, "learn", first, *scenes, *args) == 2
+    assert command(monkeypatch, "learn", first, *scenes, *args) == 2
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "next").exists()

@@ -1,6 +1,5 @@
 """Old classes that new masks do not label: pixels in which the old model sees one are not scored as background."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starseg.cli.main import main
+from commands import command
 from starseg.data.datasets.folder import open_folder
 from starseg.data.images import read_mask
 from starseg.data.index import class_index
@@ -17,13 +16,6 @@ from starseg.inference.predictor import Predictor
 from starseg.utils.files import read_json
 
 TINY = ["--backbone", "test_resnet", "--pretrained", "no", "--crop", "64", "--epochs", "1"]
-
-
-def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
 
 
 def _folder(root: Path, classes: dict[int, slice], count: int = 10) -> list[object]:
@@ -63,7 +55,7 @@ def test_only_false_positives_of_labelled_classes_remain(shapes: Path) -> None:
 
 def test_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     first = _folder(tmp_path / "first", {1: slice(0, 20), 2: slice(30, 50)})
-    assert _run(monkeypatch, "learn", "--new", *first, "--classes", "cat,dog", *TINY, "--out", tmp_path / "a") == 0
+    assert command(monkeypatch, "learn", "--new", *first, "--classes", "cat,dog", *TINY, "--out", tmp_path / "a") == 0
     source = tmp_path / "a" / "step_0"
     assert not (tmp_path / "a" / "learn" / "seen").exists()
     horses = _folder(tmp_path / "second", {1: slice(40, 64)})
@@ -79,7 +71,7 @@ def test_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         patch.setattr(Predictor, "stream", sees)
         args = ["--classes", "horse", "--epochs", "1", "--out", tmp_path / "b"]
         capsys.readouterr()
-        assert _run(monkeypatch, "learn", source, *horses, *args) == 0
+        assert command(monkeypatch, "learn", source, *horses, *args) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "not labelled in these masks: cat, dog; not scored" in said
     unknown = 100 * (10 * 64 + 30 * 32) / (40 * 64)
@@ -96,19 +88,19 @@ def test_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     confusion = np.array(figures["confusion"])
     assert confusion[0].sum() == len(dataset.test) * (40 * 64 - 10 * 64 - 30 * 32) and not confusion[1:3, :3].any()
     again = tmp_path / "eval.json"
-    assert _run(monkeypatch, "eval", tmp_path / "b" / "step_1", "--json", again) == 0
+    assert command(monkeypatch, "eval", tmp_path / "b" / "step_1", "--json", again) == 0
     assert read_json(again)["iou"] == figures["iou"]
     told = read_json(tmp_path / "b" / "learn" / "before_after.json")
     assert told["unlabelled"] == ["cat", "dog"] and np.isclose(told["unknown"], unknown)
     assert told["steps"]["step_1"]["iou"]["horse"] == figures["iou"]["horse"]
-    assert _run(monkeypatch, "report", tmp_path / "b", "--out", tmp_path / "report") == 0
+    assert command(monkeypatch, "report", tmp_path / "b", "--out", tmp_path / "report") == 0
 
 
 def test_masks_that_label_old_classes_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _folder(tmp_path / "first", {1: slice(0, 30)})
-    assert _run(monkeypatch, "learn", "--new", *first, "--classes", "cat", *TINY, "--out", tmp_path / "a") == 0
+    assert command(monkeypatch, "learn", "--new", *first, "--classes", "cat", *TINY, "--out", tmp_path / "a") == 0
     both = _folder(tmp_path / "second", {1: slice(0, 20), 2: slice(40, 64)})
     args = ["--classes", "cat,horse", "--epochs", "1", "--out", tmp_path / "b"]
-    assert _run(monkeypatch, "learn", tmp_path / "a" / "step_0", *both, *args) == 0
+    assert command(monkeypatch, "learn", tmp_path / "a" / "step_0", *both, *args) == 0
     assert not (tmp_path / "b" / "learn" / "seen").exists()
     assert read_json(tmp_path / "b" / "learn" / "before_after.json")["unknown"] == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from starseg.cli.main import main
+from commands import command
 from starseg.errors import UserError
 from starseg.inference.files import find_images, plan_targets, predict_files
 from starseg.inference.predictor import Predictor, load
@@ -35,13 +34,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def _command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def test_bad_files_among_many_are_reported(
     tmp_path: Path, photos: Path, step_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -60,7 +52,7 @@ def test_bad_files_among_many_are_reported(
     Image.new("RGB", (900, 3)).save(photos / "thin.png")
     missing = tmp_path / "moved.jpg"
     json_file, out = tmp_path / "shares.json", tmp_path / "out"
-    assert _command(monkeypatch, "predict", step_dir, photos, missing, "--out", out, "--json", json_file) == 1
+    assert command(monkeypatch, "predict", step_dir, photos, missing, "--out", out, "--json", json_file) == 1
     written = json.loads(json_file.read_text())
     assert [Path(row["image"]).name for row in written["images"]] == ["a.png", "b.jpg", "c.bmp"]
     assert sorted(path.name for path in out.glob("*.png")) == ["a.png", "b.png", "c.png"]

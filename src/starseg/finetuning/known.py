@@ -126,7 +126,10 @@ def known_classes(
         shown += torch.bincount(predicted(path).flatten(), minlength=len(shown))
     state = checkpoint.load_bank(folder)
     return KnownClasses(
-        *(info.names[1:], cells[1:].tolist(), len(chosen), list(figures.get("derived", ()))),
+        names=info.names[1:],
+        cells=cells[1:].tolist(),
+        images=len(chosen),
+        derived=list(figures.get("derived", ())),
         stored=state["counts"][1:].long().tolist() if GaussianBank.fits(state) else None,
         unlabelled=shown[1:].tolist() if more else None,
         unlabelled_images=len(more),

@@ -1,27 +1,19 @@
 """`starseg tasks`, and further names of published tasks."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from starseg.cli.main import main
+from commands import command
 from starseg.config import parse_config
 from starseg.data.datasets import find_dataset
 from starseg.data.datasets.voc import VOC, VOC_NAMES
 from starseg.engine.setup import resolve_config
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["starseg", "tasks", *map(str, args)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def test_the_tasks_of_a_data_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert _run(monkeypatch, "voc") == 0
+    assert command(monkeypatch, "tasks", "voc") == 0
     rows = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["15-1"] == "15-1 15-5s 6 15, 5 steps of 1"
     assert (
@@ -31,32 +23,32 @@ def test_the_tasks_of_a_data_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     )
     assert rows["joint"] == "joint offline 1 20" and rows["15-1_w"] == "15-1_w 15-5s_w 6 15, 5 steps of 1"
     assert rows["published:"] == "published: 10,582 training and 1,449 test images"
-    assert _run(monkeypatch, "ade") == 0
+    assert command(monkeypatch, "tasks", "ade") == 0
     assert "100-5 11 100, 10 steps of 5" in " ".join(capsys.readouterr().out.split())
-    assert _run(monkeypatch, "folder") == 0
+    assert command(monkeypatch, "tasks", "folder") == 0
     assert "no published tasks" in capsys.readouterr().out
 
 
 def test_the_steps_of_a_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, shapes: Path) -> None:
     monkeypatch.chdir(shapes.parent)
-    assert _run(monkeypatch, "voc", "15-5s") == 0
+    assert command(monkeypatch, "tasks", "voc", "15-5s") == 0
     text = capsys.readouterr().out
     assert "PASCAL VOC 2012 15-1, overlap" in text and "5     tvmonitor" in text and "--root FOLDER counts" in text
     monkeypatch.setattr(
         "starseg.data.datasets.DATASETS", {"voc": replace(VOC, tasks={"4-1": ((1, 2, 3, 4), (5,))}, aliases={})}
     )
-    assert _run(monkeypatch, "voc", "4-1", "--root", shapes) == 0
+    assert command(monkeypatch, "tasks", "voc", "4-1", "--root", shapes) == 0
     text = capsys.readouterr().out
     assert "training images" in text and "heart" in text
     _, *counts = next(line for line in text.splitlines() if line.startswith("1 ")).rsplit(maxsplit=2)
     assert all(0 < int(n) <= 48 for n in counts)
     for setting in ("overlap", "disjoint"):
-        assert _run(monkeypatch, "voc", "--root", shapes, "--setting", setting) == 0
+        assert command(monkeypatch, "tasks", "voc", "--root", shapes, "--setting", setting) == 0
         text = capsys.readouterr().out
         row = next(line.split() for line in text.splitlines() if line.startswith("4-1 "))
         assert all(0 < int(n.strip(",")) <= 48 for n in row[-2:])
         assert next(line.split() for line in text.splitlines() if line.startswith("4-2 "))[-1] == "-"
-    assert _run(monkeypatch, "voc", "--root", shapes, "--setting", "domain") == 2
+    assert command(monkeypatch, "tasks", "voc", "--root", shapes, "--setting", "domain") == 2
 
 
 @pytest.mark.parametrize(
@@ -71,7 +63,7 @@ def test_the_steps_of_a_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_what_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, args: list[str], message: str
 ) -> None:
-    assert _run(monkeypatch, *args) == 2
+    assert command(monkeypatch, "tasks", *args) == 2
     assert message in capsys.readouterr().err
 
 
