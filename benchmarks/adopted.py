@@ -30,6 +30,8 @@ LEARN = {
     "constellation-extend": [],
     "constellation-extend, --photos": ["--photos", "old"],
     "constellation-extend, --refine": ["--refine"],
+    "constellation-extend, --tune-copy": ["--tune-copy"],
+    "constellation-extend, --photos --tune-copy": ["--photos", "old", "--tune-copy"],
     "finetune": ["--method", "finetune", "--star", *SHORT],
     "mib": ["--method", "mib", *SHORT],
     "star, bank of old photos": ["--method", "star", "--star", *SHORT],

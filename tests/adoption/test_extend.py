@@ -148,6 +148,21 @@ def test_part_of_a_class(original: Make, photos: Callable[[int], tuple[Path, Pat
     _check_kept(step, learnt, images((64, 64), 4), hearts[0])
 
 
+def test_a_copy_is_tuned_for_the_first_new_class(
+    original: Make, photos: Callable[[int], tuple[Path, Path]], shapes: Path, tmp_path: Path
+) -> None:
+    step, hearts = _adopted(original("torchvision:lraspp_mobilenet_v3_large"), tmp_path / "run"), photos(5)
+    tuned = {"tune_copy": True, "epochs": 2, "photos": str(shapes / "JPEGImages")}
+    first, shown = _learn(step, hearts, "heart", tmp_path / "first", **tuned)
+    assert "schedule: 2 epochs of" in shown and "iterations of a copy" in shown
+    _check_kept(step, first, images((64, 64), 4), hearts[0])
+    second, _ = _learn(first, photos(4), "star", tmp_path / "second")
+    _check_kept(first, second, images((64, 64), 4), hearts[0])
+    export_onnx(second, tmp_path / "net.onnx", QUIET)
+    with pytest.raises(UserError, match=r"--tune-copy: .* has been extended already"):
+        learn(LearnRequest(first, *photos(3), "ring", tmp_path / "third", tune_copy=True), QUIET)
+
+
 def test_refining_calibrates_the_old_logits(
     original: Make, photos: Callable[[int], tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -78,11 +78,12 @@ def _train(network: nn.Module, root: Path, classes: int, iterations: int) -> nn.
 
 
 class Family(NamedTuple):
-    """How to build a network with a number of outputs, and to adopt it."""
+    """How to build a network with a number of outputs, and to adopt it; and whether it learns with a tuned copy."""
 
     build: Callable[[list[str]], nn.Module]
     adopt: Callable[[Any, Path, list[str]], Path]
     iterations: int
+    tune_copy: bool = False
 
 
 def _build_lraspp(names: list[str]) -> nn.Module:
@@ -131,13 +132,11 @@ def _adopt_own(network: nn.Module, out: Path, names: list[str]) -> Path:
 
 
 FAMILIES = {
-    "torchvision LR-ASPP": Family(_build_lraspp, _adopt_lraspp, 1000),
-    "smp FPN": Family(_build_fpn, _adopt_saved, 300),
+    "torchvision LR-ASPP": Family(_build_lraspp, _adopt_lraspp, 1000, tune_copy=True),
+    "smp FPN": Family(_build_fpn, _adopt_saved, 300, tune_copy=True),
     "transformers SegFormer": Family(_build_segformer, _adopt_saved, 600),
     "your own": Family(lambda names: own_network(len(names)), _adopt_own, 600),
 }
-SHORT = {"smp FPN": 0.6, "torchvision LR-ASPP": 0.6}
-"""Families whose new class stays below 80 % of joint training (docs/adopt.md, "Measured"), and what it must reach."""
 
 
 @pytest.fixture
@@ -154,8 +153,8 @@ def _trained(family: Family, root: Path, classes: int, iterations: int, out: Pat
     return family.adopt(_train(family.build(names), root, classes, iterations), out, names)
 
 
-def _learn(step: Path, root: Path, out: Path, epochs: int | None = None) -> Path:
-    request = LearnRequest(step, root / "photos", root / "masks", f"class{NEW}", out, epochs=epochs)
+def _learn(step: Path, root: Path, out: Path, **options: Any) -> Path:
+    request = LearnRequest(step, root / "photos", root / "masks", f"class{NEW}", out, **options)
     learnt = learn(request, QUIET)
     assert learnt is not None
     return learnt
@@ -193,17 +192,14 @@ def test_old_classes_are_kept_and_the_new_one_is_learnt(
         _trained(family, drawn, classes, family.iterations, tmp_path / f"on{classes}") for classes in (NEW - 1, NEW)
     )
     start = time.monotonic()
-    learnt = _learn(old, drawn, tmp_path / "learnt")
+    learnt = _learn(old, drawn, tmp_path / "learnt", tune_copy=family.tune_copy)
     seconds = time.monotonic() - start
     before, after, full = (_iou(step, drawn) for step in (old, learnt, joint))
     row = (100 * before[1:NEW].mean(), 100 * after[1:NEW].mean(), 100 * after[NEW], 100 * full[NEW], seconds)
     print(f"\n| {name} | {' | '.join(f'{value:.1f}' for value in row)} |")
     _check_kept(old, learnt, drawn)
     assert after[1:NEW].mean() >= 0.98 * before[1:NEW].mean()
-    share = after[NEW] / full[NEW]
-    assert share >= SHORT.get(name, 0.8)
-    if share < 0.8:
-        pytest.xfail(f"{100 * share:.0f} % of joint training instead of 80")
+    assert after[NEW] >= 0.8 * full[NEW]
 
 
 def test_a_briefly_trained_network_learns_a_class(registered: None, tmp_path: Path) -> None:

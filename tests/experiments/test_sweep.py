@@ -178,6 +178,7 @@ CHANGED = {
     "constellation-extend": {
         "within": -1,
         "refine": True,
+        "tune_copy": True,
         "margin": 1.0,
         "averaging": 0.5,
         "penalty": 1.0,

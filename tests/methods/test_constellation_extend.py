@@ -47,6 +47,45 @@ def test_earlier_logits_stay_in_every_step() -> None:
     assert harness.state["counts"][-1] > 0
 
 
+def test_a_copy_is_tuned_in_the_first_later_step_alone() -> None:
+    harness = MethodHarness("constellation-extend", options={"tune_copy": True})
+    harness.walk(1)
+    before, network = _predict(harness), harness.model
+    assert network is not None
+    harness.walk(2)
+    model = harness.model
+    assert isinstance(model, ExtendedSegmenter) and model.tuned is not None and not model.tuning
+    assert model.tuned.head_sizes == [1] == [model.extension.tuned]
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor)
+    tuned = dict(model.tuned.named_parameters())
+    own = dict(model.encoder.named_parameters(prefix="encoder"))
+    assert any(not torch.equal(tuned[name], parameter) for name, parameter in own.items())
+    output = model(model.normalize(PIXELS))
+    assert torch.equal(output.logits[:, : before.shape[1]], before)
+    harness.walk(3)
+    again = harness.model
+    assert isinstance(again, ExtendedSegmenter) and again.tuned is not None
+    assert all(torch.equal(again.tuned.state_dict()[name], tensor) for name, tensor in tuned.items())
+    assert torch.equal(_predict(harness)[:, : output.logits.shape[1]], output.logits)
+
+
+@pytest.mark.parametrize("within", [0, 2, ANY])
+@torch.no_grad()
+def test_the_logits_by_which_a_copy_is_tuned(within: int) -> None:
+    harness = MethodHarness("constellation-extend")
+    with torch.enable_grad():
+        harness.walk(1)
+    assert harness.model is not None
+    model = extend(harness.model, 2, within, 16, 3, tuned=True).eval()
+    assert model.tuned is not None
+    model.tuning, images = True, model.normalize(PIXELS)
+    output, own = model(images), _predict(harness)
+    assert torch.equal(output.logits[:, :-2], own)
+    rival = own.logsumexp(1, keepdim=True) if within == ANY else own[:, [within]]
+    torch.testing.assert_close(output.logits[:, -2:] - rival, model.tuned(images).logits)
+
+
 @pytest.mark.parametrize("within", [0, 2, ANY])
 @torch.no_grad()
 def test_the_output_of_a_head_is_the_log_odds_against_what_was_there(within: int) -> None:
@@ -138,9 +177,10 @@ def test_only_the_method_itself_continues_from_an_extended_network() -> None:
     assert continuing == {"constellation-extend"}
 
 
-def test_a_run_resumes_in_a_later_step(shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tune_copy", "stage"), [(False, 0), (True, 0), (True, 1)])
+def test_a_run_resumes_in_a_later_step(tune_copy: bool, stage: int, shapes: Path, tmp_path: Path) -> None:
     def settings(out: str) -> dict:
-        options = {"epochs": 2, "crops": 2, "width": 32, "photos": str(listed)}
+        options = {"epochs": 2, "crops": 2, "width": 32, "photos": str(listed), "tune_copy": tune_copy}
         return tiny_settings("constellation-extend", shapes, tmp_path / out) | {"constellation-extend": options}
 
     listed = tmp_path / "photos.txt"
@@ -150,7 +190,7 @@ def test_a_run_resumes_in_a_later_step(shapes: Path, tmp_path: Path) -> None:
     tree["train"]["save_minutes"] = 1e-9
 
     def until(training: StepTraining, raw: Batch) -> dict[str, torch.Tensor]:
-        if (training.ctx.step, training.iteration) == (1, 2):
+        if (training.ctx.step, training.stage, training.iteration) == (1, stage, 2):
             raise Stopped(signal.SIGTERM)
         return iterate(training, raw)
 

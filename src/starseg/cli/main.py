@@ -140,6 +140,9 @@ def learn(
         str | None,
         typer.Option(help="Adopted network: the old class that is learnt again.", show_default=False),
     ] = None,
+    tune_copy: Annotated[
+        bool, typer.Option("--tune-copy", help="Adopted network: train a copy of it to describe the new classes.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train nothing.")] = False,
 ) -> None:
     """Teach a model the classes of a folder of photos and masks, in one more step (docs/learn.md)."""
@@ -157,7 +160,9 @@ def learn(
     weights = known[pretrained] if pretrained in known else Path(str(pretrained))
     options = (method, backbone, weights, crop, epochs, lr, val_share, seed, not no_background, tuple(ignore or []))
     with resumable():
-        request = LearnRequest(step_dir, images, masks, classes, out, *options, photos, part_of, refine, replace)
+        request = LearnRequest(
+            step_dir, images, masks, classes, out, *options, photos, part_of, refine, replace, tune_copy
+        )
         run(request, console, dry_run)
 
 

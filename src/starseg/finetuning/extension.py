@@ -33,7 +33,9 @@ def method_of(request: LearnRequest, info: StepInfo | None) -> str:
     if method == "constellation" and extendable:
         method = EXTEND
     given = [
-        f"--{name.replace('_', '-')}" for name in ("photos", "part_of", "refine", "replace") if getattr(request, name)
+        f"--{name.replace('_', '-')}"
+        for name in ("photos", "part_of", "refine", "replace", "tune_copy")
+        if getattr(request, name)
     ]
     if given and method != EXTEND:
         raise UserError(f"{given[0]}: only {EXTEND} has this option, not {method}; leave it out")
@@ -49,7 +51,7 @@ def extension_options(request: LearnRequest, source: SourceStep, root: Path) -> 
         root: the prepared data.
 
     Raises:
-        UserError: --part-of names no class of the network.
+        UserError: --part-of names no class of the network, or --tune-copy comes too late.
     """
     within = BACKGROUND if has_background(source.folder) else ANY
     if request.part_of is not None:
@@ -60,7 +62,12 @@ def extension_options(request: LearnRequest, source: SourceStep, root: Path) -> 
                 f"{', '.join(source.info.names[1:])}"
             )
         within = names.index(request.part_of.casefold(), 1)
-    options: dict[str, Any] = {"within": within, "refine": request.refine}
+    if request.tune_copy and source.info.architecture.extension:
+        raise UserError(
+            f"--tune-copy: {request.source} has been extended already, and the description of its cells never changes; "
+            "give the option in the first step on top of the network"
+        )
+    options: dict[str, Any] = {"within": within, "refine": request.refine, "tune_copy": request.tune_copy}
     return options | ({"photos": str(root / PHOTOS)} if request.photos else {})
 
 

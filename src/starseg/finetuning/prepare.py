@@ -51,7 +51,8 @@ class LearnRequest:
         epochs, lr: of the new step.
         val_share: of the images, kept for validation.
         seed: of the run and the split.
-        photos, part_of, refine, replace: only for an extended network, see :mod:`starseg.finetuning.extension`.
+        photos, part_of, refine, replace, tune_copy: only for an extended network, see
+            :mod:`starseg.finetuning.extension`.
     """
 
     source: Path | None
@@ -73,6 +74,7 @@ class LearnRequest:
     part_of: str | None = None
     refine: bool = False
     replace: str | None = None
+    tune_copy: bool = False
 
 
 class Replaced(NamedTuple):

@@ -106,9 +106,14 @@ def _schedule(config: RunConfig, step: int, images: int) -> str:
     crops = own.crops if own else 1
     assert phase and phase.lr
     features = f" on the features of {crops} crops per image" if own else ""
+    copy = config.train.later
+    before = (
+        f"{copy.epochs} epochs of {images // size} iterations of a copy at {copy.lr:g}, " if own and copy.lr else ""
+    )
     return (
-        f"schedule: {phase.epochs} epochs of {images * crops // size} iterations{features}, batches of {size}, crops "
-        f"of {config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone {config.model.backbone}"
+        f"schedule: {before}{phase.epochs} epochs of {images * crops // size} iterations{features}, batches of {size}, "
+        f"crops of {config.data.crop}, learning rate {phase.lr:g}, method {config.method}, backbone "
+        f"{config.model.backbone}"
     )
 
 

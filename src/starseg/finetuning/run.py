@@ -81,7 +81,7 @@ def make_config(
         multiple: what the network needs the crop to be a multiple of.
     """
     images = int(prepared_step.training.sum())
-    batch, phase = batch_size(images), LATER if source else FIRST
+    batch, phase = batch_size(images), LATER if source and not request.tune_copy else FIRST
     epochs = request.epochs or phase.epochs(images)
     rate = phase.learning_rate(epochs * (images // batch))
     model: dict[str, Any] = {"pretrained": False}
@@ -107,7 +107,9 @@ def make_config(
         options |= learner.scale_replay(share)
     phases: dict[str, Any] = {"later" if source else "base": {"epochs": epochs, "lr": request.lr or rate}}
     if own := learner.own_stage(len(prepared_step.steps) - 1, bool(model["pretrained"])):
-        options, phases = options | _own_schedule(request, own, images * options.get("crops", own.crops) // batch), {}
+        given = replace(request, epochs=None, lr=None) if request.tune_copy else request
+        options |= _own_schedule(given, own, images * options.get("crops", own.crops) // batch)
+        phases = phases if request.tune_copy else {}
     tree = {
         "method": request.method,
         "out": str(request.out),

@@ -17,8 +17,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize as resize_image
 
 from starseg.data.images import read_image
+from starseg.data.samples import Batch
+from starseg.losses.distillation import unbiased_cross_entropy_map
+from starseg.losses.reduction import mean
+from starseg.losses.star import upsample
 from starseg.methods.gaussian_replay import NETWORK, ClassifierOptions, GaussianReplay, classify_cells
-from starseg.methods.protocol import Group, Method, Stage, StepContext, register_method
+from starseg.methods.protocol import Group, Method, Network, Stage, StepContext, register_method
 from starseg.methods.recipes import Recipes
 from starseg.methods.softmax import SoftmaxMethod
 from starseg.models import Segmenter
@@ -33,6 +37,8 @@ from starseg.utils.files import read_text, split_lines
 if TYPE_CHECKING:
     from starseg.engine.checkpoint import StepInfo
 
+COPY = "copy"
+"""Name of the stage that tunes a copy of the network."""
 # Cells that are used of a crop: neighbours of a fine grid are nearly the same.
 _CELLS = 512
 # Share of the new classes' number of cells from which an earlier class counts as known.
@@ -58,6 +64,8 @@ class ExtendOptions(ClassifierOptions):
     """Subtracted likewise, times how much the mean squared z-score of a cell's features in the new class exceeds 1."""
     photos: Path | None = None
     """List of unlabelled images, whose confident predictions of the network's own classes are replayed."""
+    tune_copy: bool = False
+    """Whether the first step tunes a copy of the network, whose feature map is then part of the description."""
 
 
 @register_method("constellation-extend")
@@ -68,6 +76,7 @@ class ConstellationExtend(GaussianReplay):
         shown: [n, D + C0] float16 features of cells of earlier classes in the unlabelled photos, ordered by class; None
             without photos.
         shown_counts: [1 + K] int64 number of these of each class.
+        photos: the unlabelled photos that are looked at.
     """
 
     summary = "frozen network with its own logits; each step adds classes that compete with them"
@@ -83,18 +92,24 @@ class ConstellationExtend(GaussianReplay):
         super().__init__(options)
         self.shown: Tensor | None = None
         self.shown_counts: Tensor
+        self.photos: Sequence[Path] = ()
 
     def grow(self, model: Segmenter, classes: int) -> Segmenter:
         """Return the network with a head for new classes on its descriptor."""
-        return extend(model, classes, self.options.within, self.options.width, self.options.window)
+        options = self.options
+        return extend(model, classes, options.within, options.width, options.window, options.tune_copy)
 
     def own_stage(self, step: int, pretrained: bool) -> Stage | None:
         """Return the training of the new head; None for step 0."""
         return replace(self.classifier_stage(), cells=_CELLS) if step else None
 
     def stages(self, ctx: StepContext) -> tuple[Stage, ...]:
-        """Return the training of the network in step 0, and of the new head afterwards."""
-        return (self.own_stage(ctx.step, ctx.pretrained) or Stage(NETWORK),)
+        """Return the training of the network in step 0, and afterwards of a copy, if it is tuned, and the new head."""
+        own = self.own_stage(ctx.step, ctx.pretrained)
+        if own is None:
+            return (Stage(NETWORK),)
+        tunes = self.options.tune_copy and not isinstance(ctx.old_model, ExtendedSegmenter)
+        return (Stage(COPY), own) if tunes else (own,)
 
     def can_continue(self, info: StepInfo, state: Mapping[str, Tensor]) -> str | None:
         """Return why the network of a finished step cannot be extended: it has no softmax with 1x1 heads."""
@@ -103,18 +118,25 @@ class ConstellationExtend(GaussianReplay):
         return None
 
     def freeze(self, ctx: StepContext) -> None:
-        """Freeze everything but the new head, except in step 0; the calibration is trained if that is allowed."""
+        """Freeze everything but the new head, except in step 0; the calibration is trained if that is allowed.
+
+        The stage that tunes a copy trains the copy alone.
+        """
         if ctx.stage.name == NETWORK:
             return
-        ctx.model.freeze_all_but([ctx.model.heads[-1]])
-        if self.options.refine:
-            _extended(ctx.model).calibration.requires_grad_(True)
+        model = _extended(ctx.model)
+        model.tuning = ctx.stage.name == COPY
+        model.freeze_all_but([_copy_of(model) if model.tuning else model.heads[-1]])
+        if self.options.refine and not model.tuning:
+            model.calibration.requires_grad_(True)
 
     def param_groups(self, ctx: StepContext) -> list[Group]:
         """Return the parameters of the new head and of the calibration; in step 0, those of the network."""
         if ctx.stage.name == NETWORK:
             return [Group("network", ctx.model)]
         model = _extended(ctx.model)
+        if ctx.stage.name == COPY:
+            return [Group("copy", _copy_of(model))]
         return [Group("new head", model.heads[-1]), Group("calibration", model.calibration, decay=False)]
 
     def begin_step(self, ctx: StepContext) -> None:
@@ -122,10 +144,14 @@ class ConstellationExtend(GaussianReplay):
         Method.begin_step(self, ctx)
         if ctx.stage.name == NETWORK:
             return
+        if self.options.photos:
+            self.photos = _listed(self.options.photos)
+        if ctx.stage.name == COPY:
+            return
         if not isinstance(ctx.old_model, ExtendedSegmenter):
             self._fit_descriptor(ctx)
-        if self.options.photos:
-            self._measure_photos(ctx, self.options.photos)
+        if self.photos:
+            self._measure_photos(ctx)
         self._plan(ctx)
 
     def _descriptor(self, model: Segmenter) -> Descriptor:
@@ -155,18 +181,45 @@ class ConstellationExtend(GaussianReplay):
         seen = torch.where((chance > self.options.pseudo) & ~new, winner, IGNORE)
         return torch.where(labels == BACKGROUND, seen, labels)
 
-    def _measure_photos(self, ctx: StepContext, listed: Path) -> None:
-        """Add to the bank the classes that the previous network finds in listed photos, at most :data:`_PHOTOS`."""
-        paths = [Path(line) for line in split_lines(read_text(listed, "surrogateescape")) if line]
-        paths = paths[:: -(-len(paths) // _PHOTOS)]
+    def losses(self, batch: Batch, new: Network, old: Network | None) -> dict[str, Tensor]:
+        """Return the losses of the new head; or those of the copy, as MiB's, in which old classes count together.
+
+        The copy also sees as many unlabelled photos as images, of which those pixels count in which the network is
+        confident of one of its own classes.
+        """
+        if self.ctx.stage.name != COPY:
+            return super().losses(batch, new, old)
+        photos = self._draw_photos(len(batch.images))
+        logits = upsample(new(torch.cat([batch.images, *photos])).logits, batch.labels)
+        labels = [batch.labels.long(), *(self._own_classes(logits[len(batch.images) :].detach()) for _ in photos)]
+        loss = unbiased_cross_entropy_map(logits, torch.cat(labels), self.ctx.first_new)
+        return {"ce": mean(loss, self.ctx.all_reduce_sum)}
+
+    def _draw_photos(self, number: int) -> list[Tensor]:
+        """Return one batch of ``number`` of the unlabelled photos, at random; none if there are none."""
+        if not self.photos:
+            return []
+        ctx = self.ctx
+        drawn = torch.randint(len(self.photos), (number * ctx.world,), generator=ctx.generator, device=ctx.device)
+        return [torch.cat([self._photo(ctx, self.photos[row]) for row in drawn[ctx.rank :: ctx.world].tolist()])]
+
+    def _photo(self, ctx: StepContext, path: Path) -> Tensor:
+        """Return an unlabelled photo as a normalised image [1, 3, crop, crop]."""
+        return ctx.model.normalize(resize_image(read_image(path), [ctx.crop, ctx.crop], antialias=True)[None])
+
+    def _own_classes(self, logits: Tensor) -> Tensor:
+        """Return the network's own classes [N, *] in photos, ignored where its logits [N, C, *] leave a doubt."""
+        chance, winner = logits[:, : self.ctx.first_new].float().softmax(1).max(1)
+        own = (chance > self.options.pseudo) & (winner != BACKGROUND)
+        return torch.where(own, winner, IGNORE)
+
+    def _measure_photos(self, ctx: StepContext) -> None:
+        """Add to the bank the classes that the previous network finds in the unlabelled photos."""
         draw, found = torch.Generator().manual_seed(ctx.rank), []
-        for path in paths[ctx.rank :: ctx.world] or paths[:1]:
-            image = resize_image(read_image(path), [ctx.crop, ctx.crop], antialias=True)[None]
-            features = ctx.model(ctx.model.normalize(image)).features.float().movedim(1, -1).flatten(0, -2)
+        for path in self.photos[ctx.rank :: ctx.world] or self.photos[:1]:
+            features = ctx.model(self._photo(ctx, path)).features.float().movedim(1, -1).flatten(0, -2)
             features = features[torch.randperm(len(features), generator=draw)[:_CELLS].to(ctx.device)]
-            chance, winner = self._previous(ctx, features).softmax(1).max(1)
-            own = (chance > self.options.pseudo) & (winner != BACKGROUND)
-            found.append((features, torch.where(own, winner, IGNORE)))
+            found.append((features, self._own_classes(self._previous(ctx, features))))
         self._fit(ctx, lambda: found, range(1, ctx.first_new), ctx.first_new, 1)
         features, labels = map(torch.cat, zip(*found, strict=True))
         order = labels.argsort()[: int((labels != IGNORE).sum())]
@@ -259,6 +312,17 @@ class ConstellationExtend(GaussianReplay):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the bank, if the previous step left one of this kind."""
         super().load_state_dict(state if GaussianBank.fits(state) else {})
+
+
+def _listed(path: Path) -> list[Path]:
+    """Return the photos listed in a file, evenly chosen so that there are at most :data:`_PHOTOS`."""
+    photos = [Path(line) for line in split_lines(read_text(path, "surrogateescape")) if line]
+    return photos[:: -(-len(photos) // _PHOTOS)]
+
+
+def _copy_of(model: ExtendedSegmenter) -> Segmenter:
+    assert model.tuned is not None, "`grow` made a copy"
+    return model.tuned
 
 
 def _extended(model: Segmenter) -> ExtendedSegmenter:

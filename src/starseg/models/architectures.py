@@ -23,6 +23,8 @@ class Extension:
         stride: pixels per cell of the descriptor.
         width, window: of the descriptor.
         within: for each further head, the channel of earlier logits that its classes belonged to before; -1 for any.
+        tuned: number of classes that a copy of the network was tuned to, whose feature map the descriptor reads as
+            well; 0 without a copy.
     """
 
     heads: int
@@ -30,6 +32,7 @@ class Extension:
     width: int
     window: int
     within: list[int] = field(default_factory=list)
+    tuned: int = 0
 
 
 @dataclass(frozen=True)

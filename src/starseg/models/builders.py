@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from starseg.errors import UserError
@@ -70,6 +71,7 @@ def _build_timm(architecture: Architecture, pretrained: bool | Path) -> Parts:
     return Parts(encoder, DECODERS[architecture.decoder](encoder, architecture.stride, **architecture.options))
 
 
+@torch.inference_mode(False)
 def make_network(
     architecture: Architecture,
     head_sizes: list[int],
@@ -77,6 +79,8 @@ def make_network(
     pretrained: bool | Path = False,
 ) -> Segmenter:
     """Build a network with random weights, except for the encoder's if ``pretrained`` is given.
+
+    The network can be trained even if it is built in inference mode.
 
     Args:
         architecture: encoder, decoder and output stride.

@@ -6,6 +6,7 @@ logits, h w cells of the descriptor.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,6 +124,10 @@ class ExtendedSegmenter(Segmenter):
     Attributes:
         descriptor: the descriptor of the network's maps.
         calibration: of the network's own logits, which changes only in a step that is allowed to.
+        tuned: a copy of the network, whose head has the log-odds of the first added classes and whose feature map the
+            descriptor reads as well; None without one.
+        tuning: whether a forward pass is for training this copy: it then returns the copy's features, and its log-odds
+            in place of the heads'.
     """
 
     def __init__(
@@ -137,9 +142,13 @@ class ExtendedSegmenter(Segmenter):
         like, stride, extension = next(encoder.parameters()), self.stride, self.extension
         *channels, deepest = encoder.channels
         *strides, coarsest = encoder.strides
-        maps = _Maps([*channels, super().width, deepest], [*strides, stride, coarsest])
-        self.descriptor = Descriptor(maps, extension.stride, extension.width, extension.window, _MAPS).to(like.device)
+        read = 1 + bool(extension.tuned)
+        maps = _Maps([*channels, *[super().width] * read, deepest], [*strides, *[stride] * read, coarsest])
+        self.descriptor = Descriptor(maps, extension.stride, extension.width, extension.window, _MAPS - 1 + read)
+        self.descriptor.to(like.device)
         self.calibration = Calibration(self._own_channels).to(like.device)
+        self.tuned = _copy(architecture, encoder, decoder, extension.tuned) if extension.tuned else None
+        self.tuning = False
         self._ratio = max(1, extension.stride // stride)
 
     @property
@@ -186,9 +195,10 @@ class ExtendedSegmenter(Segmenter):
         """Run the network; see :meth:`Segmenter.forward`."""
         if features is not None:
             return super().forward(images, extra_features, maps, features)
+        if self.tuning:
+            return self._tune(images)
         found, grid = self.describe(images)
-        hidden = self.hidden(found[-2])
-        own = torch.cat([head(hidden) for head in (*self.lead.values(), *self.heads[: self.extension.heads])], 1)
+        own = self._own(found[-2])
         described = self.descriptor(found, grid)
         extra = self._classify_extra(extra_features)
         coarse = to_grid(own, self._ratio, grid)
@@ -198,11 +208,30 @@ class ExtendedSegmenter(Segmenter):
     def describe(self, images: Tensor) -> tuple[list[Tensor], Sequence[int]]:
         """Return the maps that the descriptor reads, the last but one of them the feature map, and its grid."""
         images = self._fit(images)
-        maps = self.encoder(images)
-        features = self.decoder(maps, self._grid(maps, images))
+        maps, features = self._run(images)
         stride, strides = self.extension.stride, self.encoder.strides
         grid = maps[strides.index(stride)].shape[-2:] if stride in strides else [s // stride for s in images.shape[-2:]]
-        return [*maps[:-1], features, maps[-1]], grid
+        tuned = [self.tuned(images).features] if self.tuned is not None else []
+        return [*maps[:-1], *tuned, features, maps[-1]], grid
+
+    def _run(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps of the network's own encoder, and its feature map."""
+        maps = self.encoder(images)
+        return maps, self.decoder(maps, self._grid(maps, images))
+
+    def _own(self, features: Tensor) -> Tensor:
+        """Return the network's own logits [N, C0, H, W] of its feature map."""
+        hidden = self.hidden(features)
+        return torch.cat([head(hidden) for head in (*self.lead.values(), *self.heads[: self.extension.heads])], 1)
+
+    def _tune(self, images: Tensor) -> Output:
+        """Return the features of the tuned copy, and the network's own logits followed by those that it gives."""
+        assert self.tuned is not None, "only a network with a copy can tune it"
+        images = self._fit(images)
+        with torch.no_grad():
+            own = self._own(self._run(images)[1])
+        output = self.tuned(images)
+        return Output(output.features, torch.cat([own, _before(own, self.extension.within[0]) + output.logits], 1))
 
     def _extend(self, own: Tensor, described: Tensor, coarse: Tensor | None = None) -> Tensor:
         """Append the logits of added classes to the network's own.
@@ -235,7 +264,15 @@ def _before(logits: Tensor, within: int) -> Tensor:
     return logits.logsumexp(1, keepdim=True) if within == ANY else logits[:, within : within + 1]
 
 
-def extend(model: Segmenter, classes: int, within: int, width: int, window: int) -> ExtendedSegmenter:
+def _copy(architecture: Architecture, encoder: Encoder, decoder: nn.Module, classes: int) -> Segmenter:
+    """Return a copy of a network with a single head, for the log-odds of ``classes``."""
+    plain = replace(architecture, extension=None, dropped=[])
+    return Segmenter(plain, copy.deepcopy(encoder), copy.deepcopy(decoder), [classes])
+
+
+def extend(
+    model: Segmenter, classes: int, within: int, width: int, window: int, tuned: bool = False
+) -> ExtendedSegmenter:
     """Return a network with a head for added classes, whose descriptor is still to be fitted if it is the first.
 
     Args:
@@ -244,9 +281,10 @@ def extend(model: Segmenter, classes: int, within: int, width: int, window: int)
         within: channel of the logits that they belonged to before; :data:`ANY` for any.
         width: feature channels of the descriptor, if the network has none yet.
         window: likewise, side in cells over which it averages.
+        tuned: likewise, whether it also reads a copy of the network, which is still to be tuned.
     """
     before = model.architecture.extension or Extension(
-        len(model.heads), max(_FINEST, model.stride), width, window, within=[]
+        len(model.heads), max(_FINEST, model.stride), width, window, within=[], tuned=classes if tuned else 0
     )
     architecture = replace(model.architecture, extension=replace(before, within=[*before.within, within]))
     layout = replace(model.layout, extended=True)
