@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.optim import SGD
 
 from starseg.config import load_config, parse_config
 from starseg.contract import MethodHarness, check_resume
+from starseg.data.samples import Batch
 from starseg.engine.checkpoint import load_model
-from starseg.engine.fit import make_optimizer
+from starseg.engine.fit import StepTraining, make_optimizer
+from starseg.engine.shared import computed_once
 from starseg.errors import UserError
 from starseg.experiments.train import train
 from starseg.methods import METHODS, Method, StepContext
-from starseg.models.encoders import make_encoder
+from starseg.models.encoders import Encoder, make_encoder
 
 FAST = ("star", "plop", "ssul", "ewf", "joint", "constellation", "segacil")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS)]
@@ -70,6 +73,61 @@ def test_the_factor_applies_to_the_encoder_only(name: str) -> None:
         assert len(slower) == len(rates)
         for parameter, rate in slower:
             assert rate == pytest.approx(rates[parameter] * (0.1 if parameter in encoder else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "factor", "calls"), [("star", 0, 1), ("plop", 0, 1), ("ssul", 1, 1), ("dft", 1, 1), ("star", 1, 2)]
+)
+def test_a_common_encoder_runs_once_and_changes_nothing(
+    method: str, factor: float, calls: int, tiny: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny["train"] |= {"encoder_lr": factor}
+    tiny |= {"method": method, METHODS[method].section: dict(METHODS[method].contract_options)}
+    seen, iterations = 0, []
+    forward, iterate = Encoder.forward, StepTraining.iterate
+
+    def counted(encoder: Encoder, images: Tensor) -> list[Tensor]:
+        nonlocal seen
+        seen += 1
+        return forward(encoder, images)
+
+    def counting(training: StepTraining, raw: Batch) -> dict[str, Tensor]:
+        before = seen
+        losses = iterate(training, raw)
+        iterations.append(seen - before)
+        return losses
+
+    first = train(parse_config(tiny), range(1), Console(quiet=True)) / "step_0"
+    second = tiny | {"start_from": str(first), "out": str(tmp_path / "once")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "forward", counted)
+        patch.setattr(StepTraining, "iterate", counting)
+        once = train(parse_config(second), range(2), Console(quiet=True))
+    assert set(iterations) == {calls}
+    monkeypatch.setattr("starseg.engine.fit.common_encoder", lambda *_: ())
+    twice = train(parse_config(second | {"out": str(tmp_path / "twice")}), range(2), Console(quiet=True))
+    name = "step_1/model.safetensors"
+    assert (once / name).read_bytes() == (twice / name).read_bytes()
+
+
+@torch.no_grad()
+def test_maps_are_computed_again_for_other_images_and_after_a_change() -> None:
+    encoder = make_encoder("test_resnet", 16, False).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with computed_once((encoder,)):
+        maps = encoder(images)
+        assert all(a is b for a, b in zip(maps, encoder(images), strict=True))
+        other = encoder(images.clone())
+        assert all(a is not b and torch.equal(a, b) for a, b in zip(maps, other, strict=True))
+        maps = encoder(images)
+        images.add_(1)
+        assert not torch.equal(encoder(images)[0], maps[0])
+        spoilt, maps = encoder(images), encoder(images)
+        spoilt[0].zero_()
+        assert encoder(images)[0].any()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert encoder(images)[0].dtype == torch.bfloat16
+    assert all(a is not b for a, b in zip(encoder(images), encoder(images), strict=True))
 
 
 def test_a_frozen_encoder_builds_no_graph() -> None:

@@ -19,6 +19,7 @@ from starseg.config import TrainConfig
 from starseg.data.samples import Batch
 from starseg.engine.accumulate import MicroBatches
 from starseg.engine.guard import Guard
+from starseg.engine.shared import common_encoder, computed_once
 from starseg.engine.state import TrainingState, process_states, restore_process
 from starseg.errors import UserError
 from starseg.methods import Method, StepContext
@@ -130,6 +131,7 @@ class StepTraining:
         parts = config.accumulate
         self.micro = MicroBatches(fabric, network, self.new, parts) if parts > 1 else None
         self.old = self.clock.timed("old forward", partial(_frozen, fabric, old)) if ctx.old_model else None
+        self.common = () if config.compile else common_encoder(ctx.model, ctx.old_model)
         self.processes: list[dict[str, Any]] = []
         # Losses whose values have not been checked yet, as reading them would wait for the GPU.
         self.pending_losses: list[tuple[Batch, dict[str, Tensor]]] = []
@@ -225,7 +227,7 @@ class StepTraining:
         with clock.time("data"):
             batch = to_device(raw, self.ctx.model)
         self.wrapped.zero_grad()
-        with clock.time("loss"):
+        with clock.time("loss"), computed_once(self.common):
             losses = self.method.losses(batch, micro or self.new, self.old)
             total = torch.stack(list(losses.values())).sum()
         with clock.time("backward"):

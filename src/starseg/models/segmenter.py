@@ -217,6 +217,15 @@ class Segmenter(nn.Module):
             module.eval()
         return self
 
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether training leaves the encoder's maps of an image as they are."""
+        frozen = set(self._frozen)
+        if self.encoder in frozen:
+            return True
+        still = all(m in frozen for m in self.encoder.modules() if isinstance(m, (*_NORMS, *_DROPOUTS)))
+        return still and not any(parameter.requires_grad for parameter in self.encoder.parameters())
+
     def normalize(self, images: Tensor) -> Tensor:
         """Convert uint8 images [N, 3, H, W] on any device to the encoder's input: normalised floats, channels_last."""
         images = images.to(self.mean.device, non_blocking=True).float().div_(255)
