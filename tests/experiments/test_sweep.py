@@ -231,6 +231,15 @@ def test_a_sweep_over_later_options_trains_step_0_once(config: Path, tmp_path: P
     ]
 
 
+def test_a_step_0_is_shared_by_methods_whose_options_have_other_sections(config: Path, tmp_path: Path) -> None:
+    keys = ["star.pos_weight=1,4", "star-lite.pos_weight=1,4", "star-lite.noise=dist,angle"]
+    sweep = make_sweep(config, ["star", "star-lite"], [0], tmp_path / "out", ["star.pos_weight=3"], keys)
+    plan = sweep.tuning.plan([point for found in sweep.points.values() for point in found], [0])
+    bases = {run.run_dir for run in plan.runs if run.run_dir in plan.only_base}
+    assert bases == {tmp_path / f"out/sweep/star/base_step/star.pos_weight={weight}/seed0" for weight in (1, 4)}
+    assert {run.start_from.parent for run in plan.runs if run.start_from} == bases
+
+
 def test_points_with_other_encoder_rates_have_their_own_step_0(config: Path, tmp_path: Path) -> None:
     keys = ["train.encoder_lr=0,0.1,1", LATER]
     sweep = make_sweep(config, ["mib", "joint"], [0], tmp_path / "out", [], keys)

@@ -122,7 +122,8 @@ class Stage:
         """Return the run that trains step 0 for a grid point: by :attr:`Method.base_step` if its settings are equal."""
         run = self.configure(point, seed)
         for method in (METHODS[point.method].base_step, point.method):
-            setting = {key: value for key, value in point.setting.items() if affects_step_0(key, method)}
+            keys = {key: _key_of(method, point.method, key) for key in point.setting}
+            setting = {keys[k]: value for k, value in point.setting.items() if affects_step_0(keys[k], method)}
             base = Point(method, setting)
             place = self.out / self.kind / method / "base_step" / base.name / f"seed{seed}"
             lender = self.configure(base, seed, place)
@@ -256,6 +257,13 @@ def _concerns(key: str, run: RunConfig) -> bool:
     if key.startswith("train.later."):
         return later_steps(run)
     return key in _BASE_KEYS or key.partition(".")[0] == method.section
+
+
+def _key_of(lender: str, method: str, key: str) -> str:
+    """Return a key as a method that lends its step 0 has it: with the lender's section if it has the same option."""
+    section, _, option = key.partition(".")
+    shared = section == METHODS[method].section and option in METHODS[lender].Options.model_fields
+    return f"{METHODS[lender].section}.{option}" if shared else key
 
 
 def affects_step_0(key: str, method: str) -> bool:
