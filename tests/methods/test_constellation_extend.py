@@ -17,6 +17,7 @@ from starseg.errors import Stopped
 from starseg.experiments.train import train
 from starseg.finetuning.prepare import default_method
 from starseg.methods import METHODS
+from starseg.models import Segmenter
 from starseg.models.classifiers import last_layer
 from starseg.models.extended import ANY, AddedHead, ExtendedSegmenter, extend
 from starseg.replay.gaussians import GaussianBank
@@ -29,6 +30,14 @@ def _predict(harness: MethodHarness) -> torch.Tensor:
     assert harness.model is not None
     with torch.no_grad():
         return harness.model.predict(PIXELS)
+
+
+def _after_step_0() -> Segmenter:
+    harness = MethodHarness("constellation-extend")
+    with torch.enable_grad():
+        harness.walk(1)
+    assert harness.model is not None
+    return harness.model
 
 
 def test_earlier_logits_stay_in_every_step() -> None:
@@ -73,14 +82,11 @@ def test_a_copy_is_tuned_in_the_first_later_step_alone() -> None:
 @pytest.mark.parametrize("within", [0, 2, ANY])
 @torch.no_grad()
 def test_the_logits_by_which_a_copy_is_tuned(within: int) -> None:
-    harness = MethodHarness("constellation-extend")
-    with torch.enable_grad():
-        harness.walk(1)
-    assert harness.model is not None
-    model = extend(harness.model, 2, within, 16, 3, tuned=True).eval()
+    network = _after_step_0()
+    model = extend(network, 2, within, 16, 3, tuned=True).eval()
     assert model.tuned is not None
     model.tuning, images = True, model.normalize(PIXELS)
-    output, own = model(images), _predict(harness)
+    output, own = model(images), network.predict(PIXELS)
     assert torch.equal(output.logits[:, :-2], own)
     rival = own.logsumexp(1, keepdim=True) if within == ANY else own[:, [within]]
     torch.testing.assert_close(output.logits[:, -2:] - rival, model.tuned(images).logits)
@@ -89,11 +95,7 @@ def test_the_logits_by_which_a_copy_is_tuned(within: int) -> None:
 @pytest.mark.parametrize("within", [0, 2, ANY])
 @torch.no_grad()
 def test_the_output_of_a_head_is_the_log_odds_against_what_was_there(within: int) -> None:
-    harness = MethodHarness("constellation-extend")
-    with torch.enable_grad():
-        harness.walk(1)
-    assert harness.model is not None
-    model = extend(harness.model, 1, within, 16, 3).eval()
+    model = extend(_after_step_0(), 1, within, 16, 3).eval()
     last_layer(model.heads[-1]).bias.fill_(3.0)
     output = model(model.normalize(PIXELS))
     odds = model.heads[-1](output.features[:, :16])

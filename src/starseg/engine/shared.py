@@ -27,8 +27,7 @@ def computed_once(encoders: Sequence[Encoder]) -> Iterator[None]:
 
     They compute them again if the images or the maps have changed in place, or in another precision.
     """
-    # The images are kept so that no others can take their place in memory.
-    images_of: list[Tensor] = []
+    kept: list[Tensor] = []  # the images, so that no others can take their place in memory
     maps: list[Tensor] = []
     state: object = None
 
@@ -41,7 +40,7 @@ def computed_once(encoders: Sequence[Encoder]) -> Iterator[None]:
     def forward(images: Tensor) -> list[Tensor]:
         nonlocal state
         if current(images) != state:
-            images_of[:], maps[:] = [images], type(encoders[0]).forward(encoders[0], images)
+            kept[:], maps[:] = [images], type(encoders[0]).forward(encoders[0], images)
             state = current(images)
         return list(maps)
 

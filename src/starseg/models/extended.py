@@ -214,11 +214,6 @@ class ExtendedSegmenter(Segmenter):
         tuned = [self.tuned(images).features] if self.tuned is not None else []
         return [*maps[:-1], *tuned, features, maps[-1]], grid
 
-    def _run(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the maps of the network's own encoder, and its feature map."""
-        maps = self.encoder(images)
-        return maps, self.decoder(maps, self._grid(maps, images))
-
     def _own(self, features: Tensor) -> Tensor:
         """Return the network's own logits [N, C0, H, W] of its feature map."""
         hidden = self.hidden(features)

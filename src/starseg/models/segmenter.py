@@ -277,10 +277,13 @@ class Segmenter(nn.Module):
             cells = features.movedim(1, -1)
             logits = self.classify_cells(cells.flatten(0, 2)).unflatten(0, cells.shape[:3])
             return Output(features, logits.movedim(-1, 1), extra)
-        images = self._fit(images)
-        found = self.encoder(images)
-        features = self.decoder(found, self._grid(found, images))
+        found, features = self._run(self._fit(images))
         return Output(features, self.classify(features), extra, found if maps else None)
+
+    def _run(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the encoder's maps and the feature map of images of a size that fits."""
+        maps = self.encoder(images)
+        return maps, self.decoder(maps, self._grid(maps, images))
 
     def classify_cells(self, features: Tensor) -> Tensor:
         """Compute the logits [M, C] of the features [M, D] of single cells."""
