@@ -3,8 +3,9 @@
 Usage: python benchmarks/constellation_tables.py OUT JOBS [KEY=VALUE ...]
 
 Three orders of the classes with three seeds, each beside the same frozen network trained on all classes at once; parts
-switched off one at a time; and sizes of the bank. JOBS runs are trained at the same time. Finished runs are not
-repeated; the tables, in OUT/tables.md, hold those that are finished.
+switched off one at a time, from step 0 of the full method where only later steps have the part; and sizes of the bank.
+JOBS runs are trained at the same time. Finished runs are not repeated; the tables, in OUT/tables.md, hold those that
+are finished.
 """
 
 import statistics
@@ -16,6 +17,7 @@ from rich.console import Console
 from starseg.config import RunConfig, load_config
 from starseg.experiments.compare import figures, finished_runs
 from starseg.experiments.plan import Plan, train_runs
+from starseg.methods.constellation import Constellation
 from starseg.utils.overrides import override
 
 CONFIG = Path(__file__).with_name("constellation.yaml")
@@ -77,6 +79,12 @@ def orders(out: Path, common: list[str]) -> dict[tuple[str, int], RunConfig]:
     }
 
 
+def part(out: Path, name: str, common: list[str], options: str, full: RunConfig) -> RunConfig:
+    """Configure a run without a part; if only later steps have it, from step 0 of the full method."""
+    later = {option.partition("=")[0] for option in options.split()} <= Constellation.later_options
+    return run(out, f"without_{name}", common, options, **({"start_from": full.run_dir / "step_0"} if later else {}))
+
+
 def spread(values: list[float]) -> str:
     """Return mean and standard deviation."""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
@@ -94,18 +102,18 @@ def row(configs: list[RunConfig]) -> list[str]:
 def main(out: Path, jobs: int, common: list[str]) -> None:
     """Train and write the tables."""
     main_runs = orders(out, common)
-    parts = {name: run(out, f"without_{name}", common, options) for name, options in PARTS.items() if options}
+    full = main_runs["3-1", 0]
+    parts = {name: part(out, name, common, options, full) for name, options in PARTS.items() if options}
     sizes = {name: run(out, f"{name}_KB", common, options) for name, options in SIZES.items()}
     runs = [*main_runs.values(), *parts.values(), *sizes.values()]
     train_runs(Plan(runs, set(), out), Console(), jobs)
     heads = "| {} | runs | old | new | all | bank bytes |\n|---|---|---|---|---|---|\n"
     line = "| {} | {} |\n"
-    full = [main_runs["3-1", 0]]
     text = heads.format("order") + "".join(
         line.format(name, " | ".join(row([main_runs[name, seed] for seed in SEEDS]))) for name in (*ORDERS, "at once")
     )
     text += "\n" + heads.format("without")
-    text += "".join(line.format(name, " | ".join(row([parts[name]] if name in parts else full))) for name in PARTS)
+    text += "".join(line.format(name, " | ".join(row([parts.get(name, full)]))) for name in PARTS)
     text += "\n" + heads.format("KB a class")
     text += "".join(line.format(name, " | ".join(row([config]))) for name, config in sizes.items())
     (out / "tables.md").write_text(text)
