@@ -107,12 +107,13 @@ def test_mistakes_are_found_before_training(config: Path, tmp_path: Path) -> Non
 
 def test_a_key_concerns_the_methods_that_use_it(config: Path, tmp_path: Path) -> None:
     sweep = ["memory.size=0,5", "plop.pod=0.1,0.2", LATER]
-    methods = ["star-m", "plop", "joint", "mib"]
+    methods = ["star-m", "plop", "joint", "mib", "segacil", "constellation"]
     points = make_sweep(config, methods, [0], tmp_path / "out", [], sweep).points
     keys = {method: {key for point in found for key in point.setting} for method, found in points.items()}
     later = "train.later.lr"
-    assert keys == {"star-m": {"memory.size", later}, "plop": {"plop.pod", later}, "joint": set(), "mib": {later}}
-    assert [len(found) for found in points.values()] == [4, 4, 1, 2]
+    concerned = {"star-m": {"memory.size", later}, "plop": {"plop.pod", later}, "mib": {later}}
+    assert keys == concerned | {"joint": set(), "segacil": set(), "constellation": set()}
+    assert [len(found) for found in points.values()] == [4, 4, 1, 2, 1, 1]
     assert [dict(point.setting) for point in points["plop"][:2]] == [
         {"plop.pod": 0.1, "train.later.lr": 0.001},
         {"plop.pod": 0.1, "train.later.lr": 0.002},

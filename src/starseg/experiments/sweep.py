@@ -255,7 +255,7 @@ def _concerns(key: str, run: RunConfig) -> bool:
     if key == "memory.size":
         return method.memory is not None
     if key.startswith("train.later."):
-        return later_steps(run)
+        return method.later_schedule and later_steps(run)
     return key in _BASE_KEYS or key.partition(".")[0] == method.section
 
 

@@ -65,6 +65,7 @@ class Constellation(GaussianReplay):
     source = "starseg"
     stores = "the network; a mixture of Gaussians per class"
     freezes = True
+    later_schedule = False
     later_options = frozenset({"pseudo", "draws", "replay", "reject", "shift", "refit", "warm_start", "soft_targets"})
     recipes: ClassVar[Recipes] = {
         "voc": Recipe(StepSchedule(60, 1e-3), StepSchedule(60, 1e-4)),

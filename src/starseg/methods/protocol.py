@@ -223,6 +223,8 @@ class Method(ABC):
     """Method with the same step 0, so that a comparison trains it only once; by default the method itself."""
     later_options: ClassVar[frozenset[str]] = frozenset()
     """Options without effect on step 0, so that a sweep over them trains step 0 only once."""
+    later_schedule: ClassVar[bool] = True
+    """Whether later steps train with ``train.later``, so that a sweep over it concerns the method."""
     layout: HeadLayout = SIGMOID
     """Kind of the classifier heads; may depend on the options."""
     memory: ClassVar[MemoryRule | None] = None

@@ -57,6 +57,7 @@ class SegAcil(SigmoidMethod):
         "ade": Recipe(StepSchedule(50, 1e-3), StepSchedule(1, 1e-3), options={"pos_weight": 1.0}),
     }
     freezes = True
+    later_schedule = False
     later_options = frozenset({"uncertainty"})
     contract_options: ClassVar[Mapping[str, Any]] = {"width": 32}
     Options = SegAcilOptions
