@@ -106,9 +106,8 @@ def _schedule(config: RunConfig, step: int, images: int) -> str:
     crops = own.crops if own else 1
     assert phase and phase.lr
     features = f" on the features of {crops} crops per image" if own else ""
-    copy = (
-        config.train.later
-    )  # has no learning rate unless a copy is tuned, if the classifier has a schedule of its own
+    # If the classifier has a schedule of its own, this has a learning rate only if a copy is tuned.
+    copy = config.train.later
     before = (
         f"{copy.epochs} epochs of {images // size} iterations of a copy at {copy.lr:g}, " if own and copy.lr else ""
     )
